@@ -1,0 +1,1 @@
+//! The cache of verified chunks: keys, single flight, eviction; no I/O.

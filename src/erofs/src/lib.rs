@@ -1,0 +1,1 @@
+//! The EROFS on-disk format and its writer, without I/O.

@@ -1,0 +1,12 @@
+//! Names of the OCI world: digests, diffIDs, chain IDs and image sources.
+//!
+//! Everything here is a value: parsing and printing, no I/O. Specified in the
+//! [image specification](https://github.com/opencontainers/image-spec)
+//! (descriptors, `rootfs.diff_ids`, chain IDs) and in containers-transports(5)
+//! (image sources).
+
+mod digest;
+mod source;
+
+pub use digest::{ChainId, DiffId, Digest, DigestError};
+pub use source::{ImageSource, OciReference, RegistryReference, SourceError, Version};

@@ -1,0 +1,1 @@
+//! The border to a storage source, and the worker process behind it.

@@ -1,0 +1,1 @@
+//! What lies on UFS: names, publication, chunk index, image records.
