@@ -1,0 +1,2 @@
+def run_native(arguments, note):
+    raise NotImplementedError
