@@ -1,1 +1,23 @@
-//! What lies on UFS: names, publication, chunk index, image records.
+//! What lies on UFS, the file system that all nodes share.
+//!
+//! * [`index`]: the chunk index that lets a reader verify any 128 KiB of an
+//!   image knowing only its root and size. Bytes in, bytes out, no I/O.
+//! * [`names`]: the path of everything on UFS.
+//! * [`record`]: image records and the smaller records beside them.
+//! * [`publish`]: how files get their final names: complete, durable, and never
+//!   replacing anything.
+//! * [`resolve`]: from what a user calls an image to its record.
+//!
+//! The bytes and names are specified in `ARCHITECTURE.md`, "Formats"; this is
+//! layout 1.
+
+pub mod index;
+pub mod names;
+pub mod publish;
+pub mod record;
+pub mod resolve;
+
+mod error;
+mod hex;
+
+pub use error::UfsError;

@@ -1,0 +1,442 @@
+//! How files get their final names: complete, durable, never replacing anything.
+//!
+//! A file is written under `tmp/`, synced, linked to its final name with
+//! `link(2)` and its directory synced; then the temporary name goes. A reader
+//! sees all of it or nothing, also after a crash of the machine, and over NFS
+//! too: nothing that has a final name is ever replaced (a rename over a file
+//! that another client has open gives that client ESTALE).
+//!
+//! Converters do not wait for each other. If the final name is taken when a
+//! converter gets there, another was faster, and its bytes are the same.
+//!
+//! Temporaries are called `<host>.<boot id>.<pid>.<random>.<what>`, so that
+//! [`Ufs::temporaries`] can say which process each belongs to.
+
+use crate::error::UfsError;
+use crate::index::{Header, Page};
+use crate::names::{self, LayerName, Nanoseconds, RelPath, TMP};
+use crate::record::{MAX_RECORD, RecordError};
+use accel_oci::{ChainId, DiffId, ImageSource};
+use std::collections::HashSet;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// The UFS directory, for reading and publishing.
+///
+/// For converters and clients. The daemon that serves does not use it: it never
+/// opens a file on UFS.
+#[derive(Debug, Clone)]
+pub struct Ufs {
+    root: PathBuf,
+    /// `<host>.<boot id>.<pid>` of this process.
+    owner: Arc<str>,
+    open: Arc<Mutex<Open>>,
+}
+
+/// Temporaries that this process has.
+#[derive(Debug, Default)]
+struct Open {
+    paths: HashSet<PathBuf>,
+    closed: bool,
+}
+
+/// What became of a [`Publication`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It has its final name now.
+    Published,
+    /// The name was there already, with the same number of bytes.
+    AlreadyThere,
+}
+
+impl Ufs {
+    /// Opens the UFS directory at `root`, which must exist.
+    pub fn open(root: &Path) -> Result<Self, UfsError> {
+        let path = root.to_owned();
+        match fs::metadata(root) {
+            Ok(found) if found.is_dir() => {}
+            Ok(_) => return Err(UfsError::NotADirectory { path }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(UfsError::Missing { path });
+            }
+            Err(error) => return Err(UfsError::io("open", root)(error)),
+        }
+        Ok(Self {
+            root: fs::canonicalize(root).map_err(UfsError::io("open", root))?,
+            owner: Owner::this_process()?.to_string().into(),
+            open: Arc::default(),
+        })
+    }
+
+    /// The real path of the UFS directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The real path of `name`.
+    pub fn path(&self, name: &RelPath) -> PathBuf {
+        name.beneath(&self.root)
+    }
+
+    /// Whether the layer is there: its index is.
+    pub fn exists(&self, layer: &LayerName) -> Result<bool, UfsError> {
+        let index = self.path(&layer.index());
+        index.try_exists().map_err(UfsError::io("look for", &index))
+    }
+
+    /// The name under which a layer is there; the chain comes first.
+    pub fn find_layer(
+        &self,
+        diff_id: DiffId,
+        chain_id: ChainId,
+    ) -> Result<Option<LayerName>, UfsError> {
+        for name in [LayerName::Chain(chain_id), LayerName::Layer(diff_id)] {
+            if self.exists(&name)? {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The header of a layer's index.
+    pub fn index_header(&self, layer: &LayerName) -> Result<Header, UfsError> {
+        let path = self.path(&layer.index());
+        let mut page: Page = [0; 4096];
+        File::open(&path)
+            .and_then(|mut file| file.read_exact(&mut page))
+            .map_err(UfsError::io("read", &path))?;
+        let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+        Header::parse(&page)
+            .map_err(invalid)
+            .map_err(UfsError::io("use", &path))
+    }
+
+    /// The bytes of a record, or `None` if there is none of this name.
+    pub fn read_record(&self, name: &RelPath) -> Result<Option<Vec<u8>>, UfsError> {
+        let path = self.path(name);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(UfsError::io("open", &path)(error)),
+        };
+        let mut bytes = Vec::new();
+        file.take(MAX_RECORD as u64 + 1)
+            .read_to_end(&mut bytes)
+            .map_err(UfsError::io("read", &path))?;
+        if bytes.len() > MAX_RECORD {
+            let bytes = bytes.len() as u64;
+            let source = RecordError::TooLarge { bytes };
+            return Err(UfsError::Record { path, source });
+        }
+        Ok(Some(bytes))
+    }
+
+    /// Starts a file. `what` ends its temporary name, for people who look.
+    pub fn create(&self, what: &str) -> Result<Publication, UfsError> {
+        let directory = self.root.join(TMP);
+        make_directory(&directory)?;
+        // The lock is held over the creation: remove_temporaries() then either
+        // sees the file or prevents it.
+        let mut open = self.lock();
+        if open.closed {
+            return Err(UfsError::Interrupted);
+        }
+        let path = directory.join(format!("{}.{}.{what}", self.owner, random()?));
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o644)
+            .open(&path)
+            .map_err(UfsError::io("create", &path))?;
+        open.paths.insert(path.clone());
+        drop(open);
+        Ok(Publication {
+            ufs: self.clone(),
+            file,
+            path,
+        })
+    }
+
+    /// Publishes a small file: a record, or an index.
+    pub fn publish(&self, name: &RelPath, bytes: &[u8]) -> Result<Outcome, UfsError> {
+        let what = name.as_str().rsplit('/').next().unwrap_or("record");
+        let publication = self.create(what)?;
+        let mut file = publication.file();
+        file.write_all(bytes).map_err(publication.error("write"))?;
+        publication.commit(name)
+    }
+
+    /// Publishes what `source` (canonical) points to now. Later records win, so
+    /// a clock that lags behind an older record is overruled.
+    pub fn publish_name(&self, source: &ImageSource, json: &[u8]) -> Result<(), UfsError> {
+        loop {
+            let last = self.latest_name(source)?;
+            let next = last.map_or(Nanoseconds(0), |last| Nanoseconds(last.0.saturating_add(1)));
+            let name = names::name_record(source, now().max(next));
+            // Taken in the same nanosecond: look again.
+            match self.publish(&name, json) {
+                Ok(Outcome::Published) => return Ok(()),
+                Ok(Outcome::AlreadyThere) | Err(UfsError::Differs { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// When the last name record of `source` (canonical) was made, if any.
+    pub fn latest_name(&self, source: &ImageSource) -> Result<Option<Nanoseconds>, UfsError> {
+        let files = self.list(&names::name_directory(source))?;
+        let times = files.iter().filter_map(|f| Nanoseconds::from_file_name(f));
+        Ok(times.max())
+    }
+
+    /// The names in a directory of UFS, in no order; none if it is not there.
+    /// Names that are not UTF-8 are not ours and are left out.
+    pub fn list(&self, directory: &RelPath) -> Result<Vec<String>, UfsError> {
+        self.list_path(&self.path(directory))
+    }
+
+    fn list_path(&self, path: &Path) -> Result<Vec<String>, UfsError> {
+        let entries = match fs::read_dir(path) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(UfsError::io("list", path)(error)),
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(UfsError::io("list", path))?;
+            names.extend(entry.file_name().into_string());
+        }
+        Ok(names)
+    }
+
+    /// Every unfinished file on UFS with what is known of its maker.
+    pub fn temporaries(&self) -> Result<Vec<Temporary>, UfsError> {
+        let directory = self.root.join(TMP);
+        let mut found = Vec::new();
+        for name in self.list_path(&directory)? {
+            let path = directory.join(&name);
+            let metadata = match fs::symlink_metadata(&path) {
+                Ok(metadata) => metadata,
+                // Finished between the listing and now.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(UfsError::io("look at", &path)(error)),
+            };
+            found.push(Temporary {
+                owner: Owner::of_file(&name),
+                size: metadata.len(),
+                modified: metadata.modified().ok(),
+                path,
+            });
+        }
+        found.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok(found)
+    }
+
+    /// Unlinks every temporary of this process and lets it make no more. For a
+    /// signal's sake: the process is to exit right after.
+    pub fn remove_temporaries(&self) {
+        let mut open = self.lock();
+        open.closed = true;
+        for path in open.paths.drain() {
+            if let Err(error) = fs::remove_file(&path) {
+                tracing::warn!(?path, %error, "cannot remove a temporary file");
+            }
+        }
+    }
+
+    /// Whether [`Ufs::remove_temporaries`] was called.
+    pub fn is_interrupted(&self) -> bool {
+        self.lock().closed
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Open> {
+        // The set stays usable whatever a thread that held it did.
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A file on its way to its final name. Dropped before [`Publication::commit`],
+/// it is gone.
+#[derive(Debug)]
+pub struct Publication {
+    ufs: Ufs,
+    file: File,
+    path: PathBuf,
+}
+
+impl Publication {
+    /// The file, open for reading and writing.
+    pub const fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Its temporary name.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Says what was being done to the file when an error happened; fit for
+    /// `map_err`.
+    pub fn error(&self, doing: &'static str) -> impl FnOnce(io::Error) -> UfsError {
+        UfsError::io(doing, &self.path)
+    }
+
+    /// Makes the file durable and gives it its final name.
+    pub fn commit(self, name: &RelPath) -> Result<Outcome, UfsError> {
+        self.file.sync_all().map_err(self.error("sync"))?;
+        let path = self.ufs.path(name);
+        let directory = path.parent().unwrap_or(&self.ufs.root);
+        make_directories(&self.ufs.root, directory)?;
+        // The lock is held so that a signal's clean-up comes before or after.
+        let open = self.ufs.lock();
+        if open.closed {
+            return Err(UfsError::Interrupted);
+        }
+        let linked = fs::hard_link(&self.path, &path);
+        drop(open);
+        let outcome = match linked {
+            Ok(()) => Outcome::Published,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => self.compare(&path)?,
+            Err(error) => return Err(UfsError::io("publish", &path)(error)),
+        };
+        // Also if another made the link: it may not have come to this yet, and
+        // what we publish next may rely on it.
+        sync_directory(directory)?;
+        tracing::debug!(%name, ?outcome, "published");
+        Ok(outcome)
+    }
+
+    /// What it means that `path` exists.
+    fn compare(&self, path: &Path) -> Result<Outcome, UfsError> {
+        let there = fs::metadata(path).map_err(UfsError::io("look at", path))?;
+        let here = self.file.metadata().map_err(self.error("look at"))?;
+        if (there.dev(), there.ino()) == (here.dev(), here.ino()) {
+            // NFS: the reply to our link was lost and the repetition found ours.
+            return Ok(Outcome::Published);
+        }
+        if there.len() != here.len() {
+            return Err(UfsError::Differs {
+                path: path.to_owned(),
+                there: there.len(),
+                here: here.len(),
+            });
+        }
+        Ok(Outcome::AlreadyThere)
+    }
+}
+
+impl Drop for Publication {
+    fn drop(&mut self) {
+        let mut open = self.ufs.lock();
+        if open.paths.remove(&self.path)
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            tracing::warn!(path = ?self.path, %error, "cannot remove a temporary file");
+        }
+    }
+}
+
+/// An unfinished file.
+#[derive(Debug, Clone)]
+pub struct Temporary {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Which process makes or made it; `None` if the name is not of our form.
+    pub owner: Option<Owner>,
+    /// How large it is so far, in bytes.
+    pub size: u64,
+    /// When it was written to last, by the clock of the file system.
+    pub modified: Option<SystemTime>,
+}
+
+/// Which process made a temporary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owner {
+    /// The host's name, with `-` for what is not a letter, a digit or `-`.
+    pub host: String,
+    /// The host's boot.
+    pub boot_id: String,
+    /// The process, in its own pid namespace.
+    pub pid: u32,
+}
+
+impl Owner {
+    /// This process.
+    pub fn this_process() -> Result<Self, UfsError> {
+        let read = |path: &str| {
+            let text = fs::read_to_string(path).map_err(UfsError::io("read", Path::new(path)))?;
+            let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
+            Ok(text.trim().chars().map(plain).collect::<String>())
+        };
+        Ok(Self {
+            host: read("/proc/sys/kernel/hostname")?,
+            boot_id: read("/proc/sys/kernel/random/boot_id")?,
+            pid: std::process::id(),
+        })
+    }
+
+    fn of_file(name: &str) -> Option<Self> {
+        let mut parts = name.splitn(5, '.');
+        let mut part = || parts.next().filter(|part| !part.is_empty());
+        let owner = Self {
+            host: part()?.to_owned(),
+            boot_id: part()?.to_owned(),
+            pid: part()?.parse().ok()?,
+        };
+        part()?;
+        part()?;
+        Some(owner)
+    }
+}
+
+impl std::fmt::Display for Owner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}.{}", self.host, self.boot_id, self.pid)
+    }
+}
+
+fn random() -> Result<String, UfsError> {
+    let path = Path::new("/dev/urandom");
+    let mut bytes = [0; 8];
+    File::open(path)
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .map_err(UfsError::io("read", path))?;
+    Ok(crate::hex::encode(&bytes))
+}
+
+fn now() -> Nanoseconds {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    Nanoseconds(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+}
+
+/// Makes `directory` and what is missing above it, up to `root`, durably.
+fn make_directories(root: &Path, directory: &Path) -> Result<(), UfsError> {
+    if directory == root || directory.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = directory.parent() {
+        make_directories(root, parent)?;
+    }
+    make_directory(directory)
+}
+
+fn make_directory(directory: &Path) -> Result<(), UfsError> {
+    match DirBuilder::new().create(directory) {
+        Ok(()) => directory.parent().map_or(Ok(()), sync_directory),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(UfsError::io("make the directory", directory)(error)),
+    }
+}
+
+fn sync_directory(directory: &Path) -> Result<(), UfsError> {
+    File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(UfsError::io("sync the directory", directory))
+}

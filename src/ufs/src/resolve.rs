@@ -1,0 +1,151 @@
+//! From what a user calls an image to its record.
+
+use crate::error::UfsError;
+use crate::names;
+use crate::publish::Ufs;
+use crate::record::{ImageRecord, NameRecord, RecordError};
+use accel_oci::{Digest, ImageSource, OciReference, SourceError};
+use std::io;
+use std::path::Path;
+use std::str::FromStr;
+
+/// What a user calls a converted image: the source it was converted from, or
+/// its manifest digest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ImageName {
+    /// The digest of its manifest.
+    Manifest(Digest),
+    /// Where it came from; the last conversion counts.
+    Source(ImageSource),
+}
+
+impl FromStr for ImageName {
+    type Err = SourceError;
+
+    fn from_str(text: &str) -> Result<Self, SourceError> {
+        match text.parse() {
+            Ok(digest) => Ok(Self::Manifest(digest)),
+            Err(_) => text.parse().map(Self::Source),
+        }
+    }
+}
+
+impl std::fmt::Display for ImageName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Manifest(digest) => digest.fmt(f),
+            Self::Source(source) => source.fmt(f),
+        }
+    }
+}
+
+/// The canonical form of a source, under which it is remembered: the directory
+/// of an OCI layout by its real path, so that it means the same from every
+/// working directory.
+///
+/// A directory that is gone keeps its absolute path: what was converted from it
+/// can still be named.
+pub fn canonical(source: &ImageSource) -> Result<ImageSource, UfsError> {
+    let ImageSource::Oci(OciReference { directory, tag }) = source else {
+        return Ok(source.clone());
+    };
+    let real = match directory.canonicalize() {
+        Ok(real) => real,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            std::path::absolute(directory).map_err(UfsError::io("find", directory))?
+        }
+        Err(error) => return Err(UfsError::io("find", directory)(error)),
+    };
+    check_directory(&real)?;
+    Ok(ImageSource::Oci(OciReference {
+        directory: real,
+        tag: tag.clone(),
+    }))
+}
+
+/// The path must survive being written as `oci:DIR` and read again.
+fn check_directory(path: &Path) -> Result<(), UfsError> {
+    let wrong = |why| {
+        let path = path.to_owned();
+        Err(UfsError::Directory { path, why })
+    };
+    match path.to_str() {
+        None => wrong("its path is not UTF-8"),
+        Some(text) if text.contains(':') => wrong("a colon in the path would begin the tag"),
+        Some(_) => Ok(()),
+    }
+}
+
+impl Ufs {
+    /// The record of the image that `name` means.
+    pub fn resolve(&self, name: &ImageName) -> Result<ImageRecord, UfsError> {
+        let manifest = match name {
+            ImageName::Manifest(digest) => *digest,
+            ImageName::Source(source) => self.manifest_of(&canonical(source)?)?,
+        };
+        self.image_record(&manifest)?
+            .ok_or_else(|| self.not_converted(name))
+    }
+
+    /// The record of the image with this manifest digest, if there is one.
+    pub fn image_record(&self, manifest: &Digest) -> Result<Option<ImageRecord>, UfsError> {
+        let name = names::image_record(manifest);
+        let Some(json) = self.read_record(&name)? else {
+            return Ok(None);
+        };
+        let wrong = |source| UfsError::Record {
+            path: self.path(&name),
+            source,
+        };
+        let record = ImageRecord::parse(&json).map_err(wrong)?;
+        if record.manifest != *manifest {
+            return Err(wrong(RecordError::Misplaced {
+                wanted: manifest.to_string(),
+                found: record.manifest.to_string(),
+            }));
+        }
+        Ok(Some(record))
+    }
+
+    /// The manifest digests of all images.
+    pub fn images(&self) -> Result<Vec<Digest>, UfsError> {
+        let Ok(directory) = format!("{}/sha256", names::IMAGES).parse() else {
+            return Ok(Vec::new());
+        };
+        let files = self.list(&directory)?;
+        let digest = |file: &String| {
+            let hex = file.strip_suffix(".json")?;
+            format!("sha256:{hex}").parse().ok()
+        };
+        let mut digests: Vec<_> = files.iter().filter_map(digest).collect();
+        digests.sort();
+        Ok(digests)
+    }
+
+    /// What `source` (canonical) pointed to when it was last converted.
+    fn manifest_of(&self, source: &ImageSource) -> Result<Digest, UfsError> {
+        let missing = || self.not_converted(&ImageName::Source(source.clone()));
+        let latest = self.latest_name(source)?.ok_or_else(missing)?;
+        let name = names::name_record(source, latest);
+        let json = self.read_record(&name)?.ok_or_else(missing)?;
+        let wrong = |error| UfsError::Record {
+            path: self.path(&name),
+            source: error,
+        };
+        let record = NameRecord::parse(&json).map_err(wrong)?;
+        if record.source != source.to_string() {
+            return Err(wrong(RecordError::Misplaced {
+                wanted: source.to_string(),
+                found: record.source,
+            }));
+        }
+        Ok(record.manifest)
+    }
+
+    fn not_converted(&self, name: &ImageName) -> UfsError {
+        UfsError::NotConverted {
+            image: name.to_string(),
+            ufs: self.root().to_owned(),
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! Publication and look-up on a real directory.
+
+use accel_oci::{ChainId, DiffId, Digest, ImageSource};
+use accel_ufs::UfsError;
+use accel_ufs::index::{ByteRange, ChunkNo, IndexBuilder};
+use accel_ufs::names::{self, LayerName, Nanoseconds, RelPath};
+use accel_ufs::publish::{Outcome, Owner, Ufs};
+use accel_ufs::record::{ImageRecord, NameRecord, Platform, Process};
+use accel_ufs::resolve::{ImageName, canonical};
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use tempfile::TempDir;
+
+fn ufs() -> (TempDir, Ufs) {
+    let directory = TempDir::new().unwrap();
+    let ufs = Ufs::open(directory.path()).unwrap();
+    (directory, ufs)
+}
+
+fn rel(text: &str) -> RelPath {
+    text.parse().unwrap()
+}
+
+fn temporaries(directory: &Path) -> usize {
+    fs::read_dir(directory.join("tmp")).map_or(0, Iterator::count)
+}
+
+fn layer(seed: &[u8]) -> (DiffId, ChainId, LayerName, LayerName) {
+    let diff_id = DiffId(Digest::of(seed));
+    let below = ChainId::new(None, DiffId(Digest::of(b"below")));
+    let chain_id = ChainId::new(Some(below), diff_id);
+    let (layer, chain) = (LayerName::Layer(diff_id), LayerName::Chain(chain_id));
+    (diff_id, chain_id, layer, chain)
+}
+
+fn record(manifest: Digest) -> ImageRecord {
+    ImageRecord {
+        layout: 1,
+        manifest,
+        config: manifest,
+        platform: Platform {
+            os: "linux".into(),
+            architecture: "amd64".into(),
+            variant: None,
+        },
+        source: String::new(),
+        process: Process::default(),
+        layers: Vec::new(),
+    }
+}
+
+#[test]
+fn a_published_file_is_whole_and_its_temporary_is_gone() {
+    let (directory, ufs) = ufs();
+    let name = rel("layers/sha256/ab/x.erofs");
+    let publication = ufs.create("x.erofs").unwrap();
+    publication.file().write_all(b"bytes").unwrap();
+    assert!(!ufs.path(&name).exists());
+    assert_eq!(temporaries(directory.path()), 1);
+    assert_eq!(publication.commit(&name).unwrap(), Outcome::Published);
+    assert_eq!(fs::read(ufs.path(&name)).unwrap(), b"bytes");
+    assert_eq!(temporaries(directory.path()), 0);
+}
+
+#[test]
+fn what_is_published_is_never_replaced() {
+    let (directory, ufs) = ufs();
+    let name = rel("images/x.json");
+    ufs.publish(&name, b"first").unwrap();
+    let again = ufs.publish(&name, b"fir5t").unwrap();
+    assert_eq!(again, Outcome::AlreadyThere);
+    let error = ufs.publish(&name, b"longer").unwrap_err();
+    assert!(matches!(
+        error,
+        UfsError::Differs {
+            there: 5,
+            here: 6,
+            ..
+        }
+    ));
+    assert_eq!(fs::read(ufs.path(&name)).unwrap(), b"first");
+    assert_eq!(temporaries(directory.path()), 0);
+}
+
+#[test]
+fn what_is_not_committed_is_gone() {
+    let (directory, ufs) = ufs();
+    drop(ufs.create("x").unwrap());
+    assert_eq!(temporaries(directory.path()), 0);
+    let open = ufs.create("x").unwrap();
+    ufs.remove_temporaries();
+    assert_eq!(temporaries(directory.path()), 0);
+    assert!(matches!(open.commit(&rel("x")), Err(UfsError::Interrupted)));
+    assert!(matches!(ufs.create("y"), Err(UfsError::Interrupted)));
+    assert!(!directory.path().join("x").exists());
+}
+
+#[test]
+fn a_temporary_names_the_process_that_makes_it() {
+    let (directory, ufs) = ufs();
+    let open = ufs.create("a.b.erofs").unwrap();
+    let stranger = directory.path().join("tmp/stranger");
+    fs::write(&stranger, b"").unwrap();
+    let found = ufs.temporaries().unwrap();
+    let ours = found.iter().find(|t| t.path == open.path()).unwrap();
+    assert_eq!(ours.owner, Some(Owner::this_process().unwrap()));
+    assert!(
+        found
+            .iter()
+            .any(|t| t.path == stranger && t.owner.is_none())
+    );
+}
+
+#[test]
+fn a_ufs_that_is_not_there_is_not_made() {
+    let directory = TempDir::new().unwrap();
+    let missing = directory.path().join("mnt");
+    let error = Ufs::open(&missing).unwrap_err();
+    assert!(matches!(error, UfsError::Missing { .. }));
+    assert!(error.to_string().contains("mount"), "{error}");
+    assert!(!missing.exists());
+    fs::write(&missing, b"").unwrap();
+    let error = Ufs::open(&missing).unwrap_err();
+    assert!(matches!(error, UfsError::NotADirectory { .. }));
+}
+
+#[test]
+fn errors_name_the_path_and_what_to_do() {
+    let (directory, ufs) = ufs();
+    fs::write(directory.path().join("layers"), b"").unwrap();
+    let error = ufs.publish(&rel("layers/x"), b"").unwrap_err().to_string();
+    let path = directory.path().join("layers");
+    assert!(error.contains(path.to_str().unwrap()), "{error}");
+
+    let full = std::io::Error::from_raw_os_error(28);
+    let error = UfsError::io("write", Path::new("/x/y"))(full).to_string();
+    assert!(
+        error.contains("\"/x/y\"") && error.contains("make room"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_layer_is_there_when_its_index_is_and_the_chain_comes_first() {
+    let (_directory, ufs) = ufs();
+    let (diff_id, chain_id, layer, chain) = layer(b"x");
+    let find = || ufs.find_layer(diff_id, chain_id).unwrap();
+    ufs.publish(&layer.image(), &[0; 4096]).unwrap();
+    assert_eq!(find(), None);
+    let mut builder = IndexBuilder::new();
+    builder.add(ChunkNo(0), &[0; 4096]).unwrap();
+    let (root, index) = builder.finish(4096, ByteRange::new(0, 0)).unwrap();
+    ufs.publish(&layer.index(), &index).unwrap();
+    assert_eq!(find(), Some(layer));
+    assert_eq!(ufs.index_header(&layer).unwrap().root(), root);
+    ufs.publish(&chain.index(), b"").unwrap();
+    assert_eq!(find(), Some(chain));
+    let error = ufs.index_header(&chain).unwrap_err().to_string();
+    assert!(error.contains(chain.index().as_str()), "{error}");
+}
+
+#[test]
+fn the_last_conversion_of_a_source_counts() {
+    let (_directory, ufs) = ufs();
+    let source: ImageSource = "docker://h/r".parse().unwrap();
+    let name = ImageName::Source(source.clone());
+    let error = ufs.resolve(&name).unwrap_err().to_string();
+    assert!(error.contains("convert docker://h/r:latest"), "{error}");
+
+    // A record from a machine whose clock is an hour ahead.
+    let ahead = Nanoseconds(u64::MAX / 2);
+    for (at, seed) in [(Some(ahead), b"1"), (None, b"2"), (None, b"3")] {
+        let manifest = Digest::of(seed);
+        let json = record(manifest).to_json();
+        ufs.publish(&names::image_record(&manifest), &json).unwrap();
+        let json = NameRecord {
+            layout: 1,
+            source: source.to_string(),
+            manifest,
+        }
+        .to_json();
+        match at {
+            Some(at) => drop(
+                ufs.publish(&names::name_record(&source, at), &json)
+                    .unwrap(),
+            ),
+            None => ufs.publish_name(&source, &json).unwrap(),
+        }
+        assert_eq!(ufs.resolve(&name).unwrap().manifest, manifest);
+        let digest = ImageName::Manifest(manifest);
+        assert_eq!(ufs.resolve(&digest).unwrap().manifest, manifest);
+    }
+    assert_eq!(ufs.images().unwrap().len(), 3);
+}
+
+#[test]
+fn a_record_under_a_wrong_name_is_refused() {
+    let (_directory, ufs) = ufs();
+    let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
+    ufs.publish(&names::image_record(&a), &record(b).to_json())
+        .unwrap();
+    let error = ufs.image_record(&a).unwrap_err().to_string();
+    assert!(error.contains(&b.to_string()), "{error}");
+    assert!(error.contains(&a.hex()), "{error}");
+}
+
+#[test]
+fn a_layout_directory_is_known_by_its_real_path() {
+    let directory = TempDir::new().unwrap();
+    let real = directory.path().canonicalize().unwrap().join("real");
+    fs::create_dir(&real).unwrap();
+    symlink(&real, real.with_file_name("link")).unwrap();
+    let canonical = |text: String| canonical(&text.parse().unwrap());
+    let wanted = format!("oci:{}:v1", real.display());
+    let dir = real.parent().unwrap().display();
+    for text in [
+        format!("oci:{dir}/real:v1"),
+        format!("oci:{dir}/link:v1"),
+        format!("oci:{dir}/link/../real/.:v1"),
+    ] {
+        assert_eq!(canonical(text).unwrap().to_string(), wanted);
+    }
+    fs::remove_dir(&real).unwrap();
+    let gone = canonical(format!("oci:{dir}/real:v1")).unwrap();
+    assert_eq!(gone.to_string(), wanted);
+    let relative = canonical("oci:gone".into()).unwrap().to_string();
+    assert!(relative.starts_with("oci:/"), "{relative}");
+
+    fs::create_dir(directory.path().join("a:b")).unwrap();
+    symlink("a:b", directory.path().join("plain")).unwrap();
+    let error = canonical(format!("oci:{dir}/plain")).unwrap_err();
+    assert!(matches!(error, UfsError::Directory { .. }), "{error}");
+}
