@@ -4,5 +4,6 @@
 //! it gets back to the kernel. It knows nothing of caches, sources or digests.
 
 mod request;
+pub mod ublk;
 
 pub use request::{ReadError, Reader, Request};

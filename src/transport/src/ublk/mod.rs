@@ -1,0 +1,537 @@
+//! Block devices through the kernel's ublk driver.
+//!
+//! ```text
+//!  add, remove, recover ──► control thread ──► /dev/ublk-control
+//!
+//!  /dev/ublkbN ◄─ driver ─► /dev/ublkcN ◄─► queue thread ──► Reader
+//!                              ▲                  ▲            │
+//!                              └── pwrite ────────┼── fill ────┤
+//!                                                 └── finish ──┘  from any thread
+//! ```
+//!
+//! Every device has one queue, is read-only, and outlives its daemon: whatever
+//! ends this process without [`UblkTransport::remove`] leaves the device to
+//! [`UblkTransport::recover`], and those who read it wait until then. Depth,
+//! request size and flags are fixed when a device is added, so `recover` takes
+//! them from the driver.
+//!
+//! Features asked for: `USER_COPY` (a cached byte is copied once, into the
+//! request's pages), `USER_RECOVERY` with `USER_RECOVERY_REISSUE` (reads that
+//! were under way when the daemon died are sent to the next one instead of
+//! failing), `CMD_IOCTL_ENCODE`, and `NO_AUTO_PART_SCAN` where there is one.
+
+mod abi;
+mod control;
+mod error;
+mod probe;
+mod queue;
+mod ring;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use std::{io, thread};
+
+use rustix::io::Errno;
+
+pub use abi::{DeviceInfo, DeviceState, Features};
+pub use error::{OpName, UblkError, Unavailable};
+pub use probe::probe;
+pub use queue::UblkRequest;
+
+use crate::request::Reader;
+use abi::{ControlOp, Geometry, NewDevice, Payload};
+use control::{Control, Pending};
+use queue::{Queue, Served};
+
+/// How a [`UblkTransport`] works.
+#[derive(Debug, Clone)]
+pub struct UblkOptions {
+    /// Threads that serve queues; each serves many devices.
+    pub queue_threads: usize,
+    /// How long a control command may take, and a device file to appear.
+    pub control_timeout: Duration,
+    /// How long [`remove`](UblkTransport::remove) waits for reads under way.
+    pub drain_timeout: Duration,
+    /// How long [`recover`](UblkTransport::recover) waits for the driver to let
+    /// go of the dead daemon.
+    pub recovery_timeout: Duration,
+}
+
+impl Default for UblkOptions {
+    fn default() -> Self {
+        UblkOptions {
+            queue_threads: 2,
+            control_timeout: Duration::from_secs(30),
+            drain_timeout: Duration::from_secs(30),
+            recovery_timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+/// A device to be added.
+#[derive(Debug, Clone)]
+pub struct UblkSpec {
+    /// `N` of `/dev/ublkbN`; the driver chooses if there is none.
+    pub id: Option<u32>,
+    /// Requests under way at once.
+    pub queue_depth: u16,
+    /// Largest request in bytes. The kernel's default of 128 segments limits a
+    /// request of scattered pages to 512 KiB anyway.
+    pub max_io_bytes: u32,
+}
+
+impl Default for UblkSpec {
+    fn default() -> Self {
+        UblkSpec {
+            id: None,
+            queue_depth: 64,
+            max_io_bytes: 512 << 10,
+        }
+    }
+}
+
+/// A device as it was added or recovered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UblkDevice {
+    /// `N` of `/dev/ublkbN`.
+    pub id: u32,
+    /// The block device.
+    pub path: PathBuf,
+    /// Size in bytes.
+    pub size: u64,
+    /// Flags, fixed for its life.
+    pub features: Features,
+    /// Requests under way at once, fixed for its life.
+    pub queue_depth: u16,
+    /// Largest request in bytes, fixed for its life.
+    pub max_io_bytes: u32,
+}
+
+impl UblkDevice {
+    fn new(info: &DeviceInfo, size: u64) -> Self {
+        UblkDevice {
+            id: info.id,
+            path: block_path(info.id),
+            size,
+            features: info.features,
+            queue_depth: info.queue_depth,
+            max_io_bytes: info.max_io_bytes,
+        }
+    }
+}
+
+/// When to remove a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Removal {
+    /// Only if nobody has it open or mounted.
+    IfUnused,
+    /// In any case; who still uses it gets I/O errors.
+    Always,
+}
+
+/// Serves ublk devices. Dropping it leaves its devices to be recovered.
+pub struct UblkTransport<R> {
+    // The queues end before the control thread, which is the order of fields.
+    queues: Vec<Queue<R>>,
+    devices: Mutex<HashMap<u32, Arc<Served>>>,
+    control: Control,
+    features: Features,
+    options: UblkOptions,
+}
+
+impl<R> fmt::Debug for UblkTransport<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UblkTransport")
+            .field("features", &self.features)
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
+
+fn block_path(id: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkb{id}"))
+}
+
+fn char_path(id: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkc{id}"))
+}
+
+impl<R: Reader> UblkTransport<R> {
+    /// Starts the threads, if the driver is there and good enough.
+    pub fn start(options: UblkOptions) -> Result<Self, UblkError> {
+        let control = Control::open()?;
+        let features = probe::usable(&control)?;
+        let queues = (0..options.queue_threads.max(1))
+            .map(Queue::start)
+            .collect::<Result<_, _>>()?;
+        Ok(UblkTransport {
+            queues,
+            devices: Mutex::default(),
+            control,
+            features,
+            options,
+        })
+    }
+
+    /// What the driver can do.
+    pub fn features(&self) -> Features {
+        self.features
+    }
+
+    /// Flags that a new device will be asked to have.
+    pub fn device_features(&self) -> Features {
+        Features::REQUIRED.union(self.features.intersection(Features::NO_AUTO_PART_SCAN))
+    }
+
+    /// Adds a device and waits until its file is there.
+    ///
+    /// `prepare` runs when the device has its id and parameters but is not yet
+    /// live: a journal can note it before anyone could depend on it. If
+    /// `prepare` fails the device is deleted again.
+    pub fn add(
+        &self,
+        spec: &UblkSpec,
+        reader: Arc<R>,
+        prepare: impl FnOnce(&UblkDevice) -> io::Result<()>,
+    ) -> Result<UblkDevice, UblkError> {
+        let bound = self.options.control_timeout;
+        let size = reader.size();
+        check(spec, size)?;
+        let info = self.control.add(
+            &NewDevice {
+                id: spec.id,
+                features: self.device_features(),
+                queue_depth: spec.queue_depth,
+                max_io_bytes: spec.max_io_bytes,
+            },
+            bound,
+        )?;
+        let id = info.id;
+        let mut served = None;
+        let started = (|| {
+            let geometry = Geometry {
+                size,
+                max_io_bytes: info.max_io_bytes,
+            };
+            self.control.set_geometry(id, &geometry, bound)?;
+            let device = UblkDevice::new(&info, size);
+            prepare(&device).map_err(|source| UblkError::Prepare { device: id, source })?;
+            let serving = served.insert(self.attach(&info, reader)?);
+            self.go_live(ControlOp::StartDev, serving)?;
+            Ok(device)
+        })();
+        match (started, served) {
+            (Ok(device), Some(served)) => {
+                self.devices().insert(id, served);
+                Ok(device)
+            }
+            (started, served) => {
+                if let Err(error) = self.stop_and_delete(id, served, ControlOp::StopDev) {
+                    tracing::warn!(device = id, %error, "cannot delete a ublk device that did not start");
+                }
+                started
+            }
+        }
+    }
+
+    /// Takes over a device whose daemon died, and lets its I/O go on.
+    ///
+    /// Waits for the driver to let go of the dead daemon. The reader must serve
+    /// the same bytes as before; at least its size is compared.
+    pub fn recover(&self, id: u32, reader: Arc<R>) -> Result<UblkDevice, UblkError> {
+        let bound = self.options.control_timeout;
+        if self.devices().contains_key(&id) {
+            return Err(unsuitable(id, "it is served by this process already"));
+        }
+        let info = self.begin_recovery(id)?;
+        let size = self.control.geometry(id, bound)?.size;
+        if size != reader.size() {
+            return Err(unsuitable(
+                id,
+                format!(
+                    "it has {size} bytes, the image to serve on it {}",
+                    reader.size()
+                ),
+            ));
+        }
+        let served = self.attach(&info, reader)?;
+        // From here on the tags are with the driver and come back only when
+        // the device stops: even after an error it counts as ours.
+        self.devices().insert(id, Arc::clone(&served));
+        self.go_live(ControlOp::EndUserRecovery, &served)?;
+        Ok(UblkDevice::new(&info, size))
+    }
+
+    /// Checks the device and sends START_USER_RECOVERY until it succeeds.
+    fn begin_recovery(&self, id: u32) -> Result<DeviceInfo, UblkError> {
+        let bound = self.options.control_timeout;
+        let since = Instant::now();
+        loop {
+            let Some(info) = self.control.info(id, bound)? else {
+                return Err(unsuitable(id, "there is no such device"));
+            };
+            if !info.features.contains(Features::REQUIRED) || info.queues != 1 {
+                return Err(unsuitable(
+                    id,
+                    format!(
+                        "it is not one of ours ({} queues, {})",
+                        info.queues, info.features
+                    ),
+                ));
+            }
+            let not_recoverable = || UblkError::NotRecoverable {
+                device: id,
+                state: info.state,
+                waited: since.elapsed(),
+            };
+            match info.state {
+                DeviceState::Live | DeviceState::Quiesced | DeviceState::FailingIo => {}
+                DeviceState::Stopped | DeviceState::Other(_) => return Err(not_recoverable()),
+            }
+            match self.control.plain(ControlOp::StartUserRecovery, id, bound) {
+                Ok(()) => return Ok(info),
+                Err(UblkError::Control {
+                    errno: Errno::BUSY, ..
+                }) if since.elapsed() < self.options.recovery_timeout => {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                Err(UblkError::Control {
+                    errno: Errno::BUSY, ..
+                }) => return Err(not_recoverable()),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Removes a device: one that is served here, or one that a dead daemon
+    /// left. Bounded in time; may be tried again after an error.
+    pub fn remove(&self, id: u32, when: Removal) -> Result<(), UblkError> {
+        let bound = self.options.control_timeout;
+        let served = self.devices().get(&id).map(Arc::clone);
+        let Some(info) = self.control.info(id, bound)? else {
+            self.devices().remove(&id);
+            return Err(unsuitable(id, "there is no such device"));
+        };
+        if served.is_none() && info.state == DeviceState::Live {
+            return Err(unsuitable(
+                id,
+                format!("process {} serves it", info.daemon),
+            ));
+        }
+        let mut stop = ControlOp::StopDev;
+        // Nobody may mount it between the test and the stop.
+        let mut _exclusive = None;
+        if when == Removal::IfUnused && info.state == DeviceState::Live {
+            if self.features.contains(Features::SAFE_STOP_DEV) {
+                stop = ControlOp::TryStopDev;
+            } else {
+                _exclusive = Some(open_exclusive(id)?);
+            }
+        }
+        self.stop(id, served.as_deref(), stop)?;
+        drop(_exclusive);
+        self.devices().remove(&id);
+        self.delete(id, served)
+    }
+
+    /// What the driver knows of a device; `None` if there is none of this id.
+    pub fn state(&self, id: u32) -> Result<Option<DeviceInfo>, UblkError> {
+        self.control.info(id, self.options.control_timeout)
+    }
+
+    fn devices(&self) -> MutexGuard<'_, HashMap<u32, Arc<Served>>> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Opens the character device and gives it to the least busy queue thread.
+    fn attach(&self, info: &DeviceInfo, reader: Arc<R>) -> Result<Arc<Served>, UblkError> {
+        let path = char_path(info.id);
+        let node = |action, source| UblkError::Node {
+            device: info.id,
+            action,
+            path: path.display().to_string(),
+            source,
+        };
+        let cdev = wait_for(self.options.control_timeout, || {
+            File::options().read(true).write(true).open(&path)
+        })
+        .map_err(|source| node("opening", source))?;
+        let queue = self
+            .queues
+            .iter()
+            .min_by_key(|queue| queue.devices())
+            .ok_or(UblkError::Ended {
+                what: "queue thread",
+            })?;
+        queue
+            .attach(info.id, OwnedFd::from(cdev), info.queue_depth, reader)
+            .map_err(|source| node("mapping the descriptors of", source))
+    }
+
+    /// Sends START_DEV or END_USER_RECOVERY, which wait until the driver has
+    /// all tags, and then waits for the block device's file.
+    fn go_live(&self, op: ControlOp, served: &Served) -> Result<(), UblkError> {
+        let id = served.id;
+        let since = Instant::now();
+        let daemon = u64::from(std::process::id());
+        let pending = self.control.start(op, id, daemon, Payload::None);
+        self.outlast(pending, served, self.options.control_timeout)?;
+        let path = block_path(id);
+        let left = self.options.control_timeout.saturating_sub(since.elapsed());
+        wait_for(left, || {
+            if fs::metadata(&path)?.file_type().is_block_device() {
+                Ok(())
+            } else {
+                Err(io::Error::from(io::ErrorKind::NotFound))
+            }
+        })
+        .map_err(|source| UblkError::Node {
+            device: id,
+            action: "waiting for",
+            path: path.display().to_string(),
+            source,
+        })
+    }
+
+    /// Waits for a command that depends on the queue thread.
+    fn outlast(
+        &self,
+        pending: Pending<'_>,
+        served: &Served,
+        bound: Duration,
+    ) -> Result<(), UblkError> {
+        let since = Instant::now();
+        loop {
+            if let Some(answer) = pending.poll(Duration::from_millis(50)) {
+                return answer.map(drop);
+            }
+            if let Some(error) = served.failure() {
+                let _ = pending.give_up();
+                return Err(error);
+            }
+            if since.elapsed() >= bound {
+                return pending.give_up().map(drop);
+            }
+        }
+    }
+
+    /// Stops a device and waits until its queue thread has forgotten it.
+    fn stop(&self, id: u32, served: Option<&Served>, op: ControlOp) -> Result<(), UblkError> {
+        match self.control.plain(op, id, self.options.drain_timeout) {
+            Ok(()) => {}
+            Err(UblkError::Control {
+                errno: Errno::BUSY, ..
+            }) => return Err(UblkError::InUse { device: id }),
+            Err(error) => return Err(error),
+        }
+        match served {
+            Some(served) => served
+                .wait_detached(self.options.drain_timeout)
+                .map_err(|held| UblkError::Held { device: id, held }),
+            None => Ok(()),
+        }
+    }
+
+    /// Deletes a stopped device. Its character device is closed with the last
+    /// `served`, which the driver waits for.
+    fn delete(&self, id: u32, served: Option<Arc<Served>>) -> Result<(), UblkError> {
+        drop(served);
+        self.control
+            .plain(ControlOp::DelDev, id, self.options.control_timeout)
+    }
+
+    fn stop_and_delete(
+        &self,
+        id: u32,
+        served: Option<Arc<Served>>,
+        op: ControlOp,
+    ) -> Result<(), UblkError> {
+        self.stop(id, served.as_deref(), op)?;
+        self.delete(id, served)
+    }
+}
+
+fn unsuitable(device: u32, problem: impl Into<String>) -> UblkError {
+    UblkError::Unsuitable {
+        device,
+        problem: problem.into(),
+    }
+}
+
+fn check(spec: &UblkSpec, size: u64) -> Result<(), UblkError> {
+    if size == 0 || !size.is_multiple_of(4096) {
+        return Err(UblkError::Spec(format!(
+            "an export has a multiple of 4096 bytes, not {size}"
+        )));
+    }
+    if spec.queue_depth == 0 || spec.queue_depth > 4096 {
+        return Err(UblkError::Spec(format!(
+            "queue depth {} is not between 1 and 4096",
+            spec.queue_depth
+        )));
+    }
+    if spec.max_io_bytes < 4096
+        || spec.max_io_bytes > 1 << 20
+        || !spec.max_io_bytes.is_multiple_of(4096)
+    {
+        return Err(UblkError::Spec(format!(
+            "a largest request of {} bytes is not a multiple of 4096 up to 1 MiB",
+            spec.max_io_bytes
+        )));
+    }
+    if spec.id.is_some_and(|id| id >= abi::MAX_DEVICE_ID) {
+        return Err(UblkError::Spec(format!(
+            "ids are below {}",
+            abi::MAX_DEVICE_ID
+        )));
+    }
+    Ok(())
+}
+
+/// Opens a block device so that nobody else can mount it.
+fn open_exclusive(id: u32) -> Result<File, UblkError> {
+    let path = block_path(id);
+    let flags = rustix::fs::OFlags::EXCL.bits().cast_signed();
+    let file = File::options().read(true).custom_flags(flags).open(&path);
+    file.map_err(|source| {
+        if source.raw_os_error() == Some(Errno::BUSY.raw_os_error()) {
+            UblkError::InUse { device: id }
+        } else {
+            UblkError::Node {
+                device: id,
+                action: "opening",
+                path: path.display().to_string(),
+                source,
+            }
+        }
+    })
+}
+
+/// Tries again while a file is not there yet, or udev has not set its mode.
+fn wait_for<T>(bound: Duration, mut action: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let until = Instant::now() + bound;
+    loop {
+        match action() {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied
+                ) && Instant::now() < until =>
+            {
+                thread::sleep(Duration::from_millis(2));
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Where the sysfs files of a device are, for those who tune or watch it.
+pub fn sysfs(id: u32) -> PathBuf {
+    Path::new("/sys/block").join(format!("ublkb{id}"))
+}

@@ -1,0 +1,533 @@
+//! Queue threads: from a tag that comes out of the driver to its commit.
+//!
+//! A thread serves the queues of many devices through one ring. (Kernels before
+//! 6.16 want all commands of a queue from one task, so a device stays with its
+//! thread.) One turn:
+//!
+//! 1. take what others left in the mailbox: results to commit, devices to attach;
+//! 2. queue a COMMIT_AND_FETCH for each result;
+//! 3. submit them all, and sleep if there was nothing to do;
+//! 4. for each tag that came out, call the reader.
+//!
+//! A reader that serves from memory finishes inside step 4; its result lies in
+//! the mailbox at the next step 1. A result from another thread wakes the queue
+//! thread only if it sleeps.
+//!
+//! # Invariant
+//!
+//! A tag is either with the driver (its command is under way), or with the
+//! reader (exactly one [`UblkRequest`] stands for it), or in the mailbox. So a
+//! device whose `depth` tags have all been taken back by the driver has no
+//! request left, and is forgotten.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use std::{io, mem, thread};
+
+use rustix::io::Errno;
+
+use super::abi::{self, Ask};
+use super::error::{Unavailable, UblkError};
+use super::ring::{Descriptors, QueueEvent, QueueRing, Wake};
+use crate::request::{ReadError, Reader, Request};
+
+/// A result on its way to the driver.
+#[derive(Debug)]
+struct Done {
+    slot: u32,
+    tag: u16,
+    result: i32,
+}
+
+#[derive(Debug, Default)]
+struct Mail {
+    done: Vec<Done>,
+    /// Orders wait in their channel.
+    orders: bool,
+    /// The queue thread has looked here and is going to sleep.
+    asleep: bool,
+}
+
+/// Where other threads leave work for a queue thread.
+#[derive(Debug)]
+struct Mailbox {
+    mail: Mutex<Mail>,
+    wake: Wake,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing that runs under these locks can leave half a change behind.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Mailbox {
+    fn leave(&self, put: impl FnOnce(&mut Mail)) {
+        let mut mail = lock(&self.mail);
+        put(&mut mail);
+        let wake = mem::take(&mut mail.asleep);
+        drop(mail);
+        if wake {
+            self.wake.wake();
+        }
+    }
+
+    /// Takes the results; says whether there are orders, and whether the thread
+    /// may sleep because there was nothing at all.
+    fn collect(&self, done: &mut Vec<Done>) -> (bool, bool) {
+        let mut mail = lock(&self.mail);
+        mem::swap(&mut mail.done, done);
+        let orders = mem::take(&mut mail.orders);
+        mail.asleep = done.is_empty() && !orders;
+        (orders, mail.asleep)
+    }
+
+    /// The thread has slept, for whatever reason it woke.
+    fn awake(&self) {
+        lock(&self.mail).asleep = false;
+    }
+}
+
+/// Where a device stands with its queue thread.
+#[derive(Debug, Default, Clone, Copy)]
+struct Progress {
+    /// Tags that the driver has not taken back.
+    tags: u16,
+    /// The driver's answer to a command that it refused.
+    refused: Option<Errno>,
+    /// The queue thread has forgotten the device.
+    detached: bool,
+}
+
+/// A device as its queue thread, its requests and the control side share it.
+#[derive(Debug)]
+pub(super) struct Served {
+    pub id: u32,
+    cdev: OwnedFd,
+    mailbox: Arc<Mailbox>,
+    progress: Mutex<Progress>,
+    changed: Condvar,
+}
+
+impl Served {
+    fn update(&self, change: impl FnOnce(&mut Progress)) {
+        change(&mut lock(&self.progress));
+        self.changed.notify_all();
+    }
+
+    /// Why the device cannot work, if so.
+    pub fn failure(&self) -> Option<UblkError> {
+        let progress = *lock(&self.progress);
+        match progress {
+            Progress {
+                refused: Some(errno),
+                ..
+            } => Some(UblkError::Queue {
+                device: self.id,
+                errno,
+            }),
+            Progress { detached: true, .. } => Some(UblkError::Ended {
+                what: "queue thread",
+            }),
+            _ => None,
+        }
+    }
+
+    /// Waits until the queue thread has forgotten the device; otherwise says
+    /// how many tags are out.
+    pub fn wait_detached(&self, bound: Duration) -> Result<(), u16> {
+        let until = Instant::now() + bound;
+        let mut progress = lock(&self.progress);
+        while !progress.detached {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(progress.tags);
+            }
+            progress = self
+                .changed
+                .wait_timeout(progress, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        Ok(())
+    }
+}
+
+/// A read that waits at a tag of a ublk device.
+#[derive(Debug)]
+pub struct UblkRequest {
+    device: Arc<Served>,
+    offset: u64,
+    len: u32,
+    slot: u32,
+    tag: u16,
+    finished: bool,
+}
+
+impl UblkRequest {
+    fn commit(&mut self, result: i32) {
+        self.finished = true;
+        self.device.mailbox.leave(|mail| {
+            mail.done.push(Done {
+                slot: self.slot,
+                tag: self.tag,
+                result,
+            });
+        });
+    }
+}
+
+impl Request for UblkRequest {
+    fn fill(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
+        let end = at.checked_add(bytes.len());
+        if end.is_none_or(|end| end > self.len as usize) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "{} bytes at {at} do not fit a request of {} bytes",
+                    bytes.len(),
+                    self.len
+                ),
+            ));
+        }
+        let mut offset = abi::data_offset(self.tag) + at as u64;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            match rustix::io::pwrite(&self.device.cdev, rest, offset) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    offset += written as u64;
+                    rest = &rest[written..];
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(mut self, result: Result<(), ReadError>) {
+        let result = match result {
+            // At most what `max_io_bytes`, an u32 far below i32::MAX, allows.
+            Ok(()) => self.len.cast_signed(),
+            Err(error) => {
+                tracing::warn!(
+                    device = self.device.id,
+                    offset = self.offset,
+                    len = self.len,
+                    %error,
+                    "read failed"
+                );
+                failure(Errno::IO)
+            }
+        };
+        self.commit(result);
+    }
+}
+
+impl Drop for UblkRequest {
+    fn drop(&mut self) {
+        if !self.finished {
+            tracing::warn!(
+                device = self.device.id,
+                offset = self.offset,
+                len = self.len,
+                "read was dropped by its reader"
+            );
+            self.commit(failure(Errno::IO));
+        }
+    }
+}
+
+fn failure(errno: Errno) -> i32 {
+    -errno.raw_os_error()
+}
+
+enum Order<R> {
+    Attach {
+        served: Arc<Served>,
+        descriptors: Descriptors,
+        depth: u16,
+        reader: Arc<R>,
+    },
+    Stop,
+}
+
+/// A queue thread, seen from the others.
+#[derive(Debug)]
+pub(super) struct Queue<R> {
+    mailbox: Arc<Mailbox>,
+    orders: Sender<Order<R>>,
+    devices: Arc<AtomicUsize>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl<R: Reader> Queue<R> {
+    pub fn start(index: usize) -> Result<Self, Unavailable> {
+        let ring_error = |source| Unavailable::Ring { source };
+        let mailbox = Arc::new(Mailbox {
+            mail: Mutex::default(),
+            wake: Wake::new().map_err(ring_error)?,
+        });
+        let devices = Arc::new(AtomicUsize::new(0));
+        let (orders, inbox) = mpsc::channel();
+        let (ready, started) = mpsc::sync_channel(1);
+        let (its_mailbox, its_devices) = (Arc::clone(&mailbox), Arc::clone(&devices));
+        let thread = thread::Builder::new()
+            .name(format!("ublk-queue-{index}"))
+            .spawn(move || match QueueRing::new(&its_mailbox.wake) {
+                Ok(ring) => {
+                    let _ = ready.send(Ok(()));
+                    let mut worker = Worker {
+                        mailbox: its_mailbox,
+                        ring,
+                        slots: Vec::new(),
+                        devices: its_devices,
+                    };
+                    if let Err(error) = worker.run(&inbox) {
+                        tracing::error!(%error, "a ublk queue thread cannot use its ring and ends");
+                    }
+                }
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                }
+            })
+            .map_err(ring_error)?;
+        match started.recv() {
+            Ok(Ok(())) => Ok(Queue {
+                mailbox,
+                orders,
+                devices,
+                thread: Some(thread),
+            }),
+            Ok(Err(source)) => Err(ring_error(source)),
+            Err(_) => Err(ring_error(io::Error::other("the queue thread ended"))),
+        }
+    }
+
+    /// Number of devices served.
+    pub fn devices(&self) -> usize {
+        self.devices.load(Ordering::Relaxed)
+    }
+
+    /// Hands all tags of a device to the driver and serves what comes out.
+    pub fn attach(
+        &self,
+        id: u32,
+        cdev: OwnedFd,
+        depth: u16,
+        reader: Arc<R>,
+    ) -> io::Result<Arc<Served>> {
+        let descriptors = Descriptors::map(cdev.as_fd(), depth)?;
+        let served = Arc::new(Served {
+            id,
+            cdev,
+            mailbox: Arc::clone(&self.mailbox),
+            progress: Mutex::new(Progress {
+                tags: depth,
+                ..Progress::default()
+            }),
+            changed: Condvar::new(),
+        });
+        let order = Order::Attach {
+            served: Arc::clone(&served),
+            descriptors,
+            depth,
+            reader,
+        };
+        self.devices.fetch_add(1, Ordering::Relaxed);
+        if self.orders.send(order).is_err() {
+            self.devices.fetch_sub(1, Ordering::Relaxed);
+            return Err(io::Error::other("the queue thread has ended"));
+        }
+        self.mailbox.leave(|mail| mail.orders = true);
+        Ok(served)
+    }
+}
+
+impl<R> Drop for Queue<R> {
+    fn drop(&mut self) {
+        let _ = self.orders.send(Order::Stop);
+        self.mailbox.leave(|mail| mail.orders = true);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Slot<R> {
+    served: Arc<Served>,
+    descriptors: Descriptors,
+    reader: Arc<R>,
+    size: u64,
+    /// Tags that the driver has not taken back.
+    tags: u16,
+}
+
+impl<R> Slot<R> {
+    fn cdev(&self) -> BorrowedFd<'_> {
+        self.served.cdev.as_fd()
+    }
+}
+
+/// The queue thread. The ring stands before the slots: dropped in this order,
+/// the driver's commands end before the devices' files are closed.
+struct Worker<R> {
+    ring: QueueRing,
+    slots: Vec<Option<Slot<R>>>,
+    mailbox: Arc<Mailbox>,
+    devices: Arc<AtomicUsize>,
+}
+
+impl<R> Drop for Worker<R> {
+    fn drop(&mut self) {
+        for slot in self.slots.iter().flatten() {
+            slot.served.update(|progress| progress.detached = true);
+        }
+    }
+}
+
+impl<R: Reader> Worker<R> {
+    fn run(&mut self, inbox: &Receiver<Order<R>>) -> io::Result<()> {
+        let mut done = Vec::new();
+        let mut events = Vec::new();
+        loop {
+            let (orders, sleep) = self.mailbox.collect(&mut done);
+            for Done { slot, tag, result } in done.drain(..) {
+                if let Some(Some(served)) = self.slots.get(slot as usize) {
+                    self.ring
+                        .hand_over(served.cdev(), slot, tag, Some(result))?;
+                }
+            }
+            if orders {
+                while let Ok(order) = inbox.try_recv() {
+                    match order {
+                        Order::Attach {
+                            served,
+                            descriptors,
+                            depth,
+                            reader,
+                        } => self.attach(served, descriptors, depth, reader)?,
+                        Order::Stop => return Ok(()),
+                    }
+                }
+            }
+            self.ring.turn(&self.mailbox.wake, sleep, &mut events)?;
+            if sleep {
+                self.mailbox.awake();
+            }
+            for event in events.drain(..) {
+                match event {
+                    QueueEvent::Woken => {}
+                    QueueEvent::Tag { slot, tag, result } => self.tag(slot, tag, result),
+                }
+            }
+        }
+    }
+
+    fn attach(
+        &mut self,
+        served: Arc<Served>,
+        descriptors: Descriptors,
+        depth: u16,
+        reader: Arc<R>,
+    ) -> io::Result<()> {
+        let free = self.slots.iter().position(Option::is_none);
+        let index = free.unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
+        });
+        let number = u32::try_from(index).map_err(io::Error::other)?;
+        let slot = self.slots[index].insert(Slot {
+            size: reader.size(),
+            served,
+            descriptors,
+            reader,
+            tags: depth,
+        });
+        for tag in 0..depth {
+            self.ring
+                .hand_over(slot.served.cdev.as_fd(), number, tag, None)?;
+        }
+        Ok(())
+    }
+
+    /// A tag came out of the driver.
+    fn tag(&mut self, number: u32, tag: u16, result: i32) {
+        let Some(entry) = self.slots.get_mut(number as usize) else {
+            return;
+        };
+        let Some(slot) = entry else { return };
+        if result >= 0 {
+            slot.request(number, tag);
+            return;
+        }
+        slot.tags -= 1;
+        let tags = slot.tags;
+        let refused = (result != abi::IO_RES_ABORT).then(|| Errno::from_raw_os_error(-result));
+        if let Some(errno) = refused {
+            tracing::error!(device = slot.served.id, tag, %errno, "the ublk driver refused an I/O command");
+        }
+        let served = Arc::clone(&slot.served);
+        if tags == 0 {
+            *entry = None;
+            self.devices.fetch_sub(1, Ordering::Relaxed);
+        }
+        served.update(|progress| {
+            progress.tags = tags;
+            progress.refused = progress.refused.or(refused);
+            progress.detached = tags == 0;
+        });
+    }
+}
+
+impl<R: Reader> Slot<R> {
+    fn request(&self, number: u32, tag: u16) {
+        let Some(ask) = self.descriptors.get(tag) else {
+            tracing::error!(device = self.served.id, tag, "the ublk driver named a tag that is not there");
+            return;
+        };
+        let answer = |result| {
+            self.served.mailbox.leave(|mail| {
+                mail.done.push(Done {
+                    slot: number,
+                    tag,
+                    result,
+                });
+            });
+        };
+        match ask {
+            Ask::Read { offset, len } => {
+                let within = offset.checked_add(len).is_some_and(|end| end <= self.size);
+                let Some(len) = u32::try_from(len).ok().filter(|_| within) else {
+                    tracing::warn!(device = self.served.id, offset, len, "read beyond the end");
+                    return answer(failure(Errno::IO));
+                };
+                let request = UblkRequest {
+                    device: Arc::clone(&self.served),
+                    offset,
+                    len,
+                    slot: number,
+                    tag,
+                    finished: false,
+                };
+                // Unwinding drops the request, which fails it: one read is
+                // lost, not all devices of this thread.
+                let read = || self.reader.read(offset, len as usize, request);
+                if catch_unwind(AssertUnwindSafe(read)).is_err() {
+                    tracing::error!(device = self.served.id, offset, len, "a reader panicked");
+                }
+            }
+            Ask::Flush => answer(0),
+            Ask::Write => answer(failure(Errno::PERM)),
+            Ask::Other(op) => {
+                tracing::debug!(device = self.served.id, op, "refused an operation");
+                answer(failure(Errno::OPNOTSUPP));
+            }
+        }
+    }
+}

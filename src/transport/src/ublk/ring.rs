@@ -1,0 +1,327 @@
+//! The two io_uring rings of the ublk transport, and the shared descriptors.
+//!
+//! The only unsafe code of the transport. What makes the wrappers safe to use:
+//!
+//! * [`ControlRing`] owns the buffer of each command from submission to
+//!   completion; it is given back with the completion and never before. A ring
+//!   that is dropped with commands under way leaks their buffers.
+//! * [`QueueRing`] submits only commands without buffers: with `USER_COPY` an
+//!   I/O command carries a tag and a result, and the wake-up is a poll.
+//! * [`Descriptors`] reads a mapping that it owns.
+
+#![allow(unsafe_code)]
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use rustix::event::EventfdFlags;
+use rustix::mm::{MapFlags, ProtFlags};
+
+use super::abi::{self, Ask, ControlOp, Payload, RawDescriptor};
+
+/// Wakes a thread that waits in its ring.
+#[derive(Debug)]
+pub(super) struct Wake(OwnedFd);
+
+impl Wake {
+    pub fn new() -> io::Result<Self> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        Ok(Wake(rustix::event::eventfd(0, flags)?))
+    }
+
+    /// The ring polls for edges and nobody reads the counter: it would overflow
+    /// (and then still be readable) only after 2^64 wakes.
+    pub fn wake(&self) {
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    fn poll<E: From<squeue::Entry>>(&self) -> E {
+        let poll_in = u32::try_from(rustix::event::PollFlags::IN.bits()).unwrap_or(1);
+        opcode::PollAdd::new(types::Fd(self.0.as_raw_fd()), poll_in)
+            .multi(true)
+            .build()
+            .user_data(WAKE)
+            .into()
+    }
+}
+
+/// `user_data` of the poll for wakes.
+const WAKE: u64 = u64::MAX;
+/// `user_data` of cancellations, whose own results matter to nobody.
+const CANCEL: u64 = u64::MAX - 1;
+
+/// What a ring reports.
+#[derive(Debug)]
+pub(super) enum ControlEvent {
+    /// Somebody called [`Wake::wake`].
+    Woken,
+    /// A command is done; its buffer is back.
+    Done {
+        token: u64,
+        result: i32,
+        payload: Payload,
+    },
+}
+
+/// A ring for control commands. They are always handed to a kernel thread, so
+/// that submitting never blocks, however long the command takes.
+pub(super) struct ControlRing {
+    ring: IoUring<squeue::Entry128, cqueue::Entry>,
+    in_flight: HashMap<u64, Payload>,
+    next: u64,
+}
+
+impl ControlRing {
+    pub fn new(wake: &Wake) -> io::Result<Self> {
+        let ring = IoUring::<squeue::Entry128>::builder().build(32)?;
+        let mut ring = ControlRing {
+            ring,
+            in_flight: HashMap::new(),
+            next: 0,
+        };
+        ring.push(&wake.poll())?;
+        Ok(ring)
+    }
+
+    fn push(&mut self, entry: &squeue::Entry128) -> io::Result<()> {
+        // SAFETY: the only buffer an entry refers to is a payload on the heap,
+        // which `in_flight` keeps until its completion and `drop` leaks.
+        if unsafe { self.ring.submission().push(entry) }.is_err() {
+            self.ring.submit()?;
+            // SAFETY: as above.
+            unsafe { self.ring.submission().push(entry) }
+                .map_err(|_| io::Error::other("the submission ring stays full"))?;
+        }
+        Ok(())
+    }
+
+    /// Queues a command; returns the token that its completion bears.
+    pub fn start(
+        &mut self,
+        control: BorrowedFd<'_>,
+        op: ControlOp,
+        device: u32,
+        data: u64,
+        mut payload: Payload,
+    ) -> io::Result<u64> {
+        let (number, body) = abi::control_command(op, device, data, &mut payload);
+        let token = self.next;
+        let entry = opcode::UringCmd80::new(types::Fd(control.as_raw_fd()), number)
+            .cmd(body)
+            .build()
+            .user_data(token)
+            .flags(squeue::Flags::ASYNC);
+        self.next += 1;
+        self.in_flight.insert(token, payload);
+        if let Err(error) = self.push(&entry) {
+            self.in_flight.remove(&token);
+            return Err(error);
+        }
+        Ok(token)
+    }
+
+    /// Asks the kernel to interrupt a command; whether it obeys shows in the
+    /// command's own completion.
+    pub fn cancel(&mut self, token: u64) -> io::Result<()> {
+        let entry = opcode::AsyncCancel::new(token).build().user_data(CANCEL);
+        self.push(&entry.into())
+    }
+
+    /// Waits for at least one event.
+    pub fn wait(&mut self, wake: &Wake, events: &mut Vec<ControlEvent>) -> io::Result<()> {
+        match self.ring.submit_and_wait(1) {
+            Ok(_) => {}
+            Err(error) if retry(&error) => {}
+            Err(error) => return Err(error),
+        }
+        let mut rearm = false;
+        for cqe in self.ring.completion() {
+            match cqe.user_data() {
+                WAKE => {
+                    rearm |= !cqueue::more(cqe.flags());
+                    events.push(ControlEvent::Woken);
+                }
+                CANCEL => {}
+                token => {
+                    if let Some(payload) = self.in_flight.remove(&token) {
+                        events.push(ControlEvent::Done {
+                            token,
+                            result: cqe.result(),
+                            payload,
+                        });
+                    }
+                }
+            }
+        }
+        if rearm {
+            self.push(&wake.poll())?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for ControlRing {
+    fn drop(&mut self) {
+        for (_, payload) in self.in_flight.drain() {
+            std::mem::forget(payload);
+        }
+    }
+}
+
+/// What a queue's ring reports.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum QueueEvent {
+    /// Somebody called [`Wake::wake`].
+    Woken,
+    /// The driver completed the command of a tag.
+    Tag { slot: u32, tag: u16, result: i32 },
+}
+
+/// A ring for I/O commands. It belongs to the thread that made it.
+pub(super) struct QueueRing {
+    ring: IoUring,
+}
+
+impl QueueRing {
+    pub fn new(wake: &Wake) -> io::Result<Self> {
+        let ring = IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_cqsize(4096)
+            .build(256)?;
+        let mut ring = QueueRing { ring };
+        ring.push(&wake.poll())?;
+        Ok(ring)
+    }
+
+    fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
+        // SAFETY: neither I/O commands nor polls refer to any memory.
+        if unsafe { self.ring.submission().push(entry) }.is_err() {
+            self.ring.submit()?;
+            // SAFETY: as above.
+            unsafe { self.ring.submission().push(entry) }
+                .map_err(|_| io::Error::other("the submission ring stays full"))?;
+        }
+        Ok(())
+    }
+
+    /// Queues the command that hands `tag` to the driver, after answering its
+    /// request when there is a result to `commit`.
+    pub fn hand_over(
+        &mut self,
+        cdev: BorrowedFd<'_>,
+        slot: u32,
+        tag: u16,
+        commit: Option<i32>,
+    ) -> io::Result<()> {
+        let (number, body) = abi::io_command(commit, tag);
+        let entry = opcode::UringCmd16::new(types::Fd(cdev.as_raw_fd()), number)
+            .cmd(body)
+            .build()
+            .user_data(u64::from(slot) << 16 | u64::from(tag));
+        self.push(&entry)
+    }
+
+    /// Submits what is queued, waits for at least one event if `sleep`, and
+    /// collects what has come.
+    pub fn turn(
+        &mut self,
+        wake: &Wake,
+        sleep: bool,
+        events: &mut Vec<QueueEvent>,
+    ) -> io::Result<()> {
+        match self.ring.submit_and_wait(usize::from(sleep)) {
+            Ok(_) => {}
+            Err(error) if retry(&error) => {}
+            Err(error) => return Err(error),
+        }
+        let mut rearm = false;
+        for cqe in self.ring.completion() {
+            let data = cqe.user_data();
+            if data == WAKE {
+                rearm |= !cqueue::more(cqe.flags());
+                events.push(QueueEvent::Woken);
+                continue;
+            }
+            let (Ok(slot), Ok(tag)) = (u32::try_from(data >> 16), u16::try_from(data & 0xffff))
+            else {
+                continue;
+            };
+            events.push(QueueEvent::Tag {
+                slot,
+                tag,
+                result: cqe.result(),
+            });
+        }
+        if rearm {
+            self.push(&wake.poll())?;
+        }
+        Ok(())
+    }
+}
+
+/// Interrupted, or the completion ring must be emptied first.
+fn retry(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    [Errno::INTR, Errno::BUSY, Errno::AGAIN]
+        .iter()
+        .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+}
+
+/// The descriptors of a device's queue, written by the driver.
+pub(super) struct Descriptors {
+    base: NonNull<RawDescriptor>,
+    bytes: usize,
+    depth: u16,
+}
+
+// SAFETY: a read-only mapping is as good in one thread as in another.
+unsafe impl Send for Descriptors {}
+
+impl Descriptors {
+    /// Maps the descriptors of queue 0.
+    pub fn map(cdev: BorrowedFd<'_>, depth: u16) -> io::Result<Self> {
+        let bytes = (usize::from(depth) * abi::DESCRIPTOR_SIZE)
+            .next_multiple_of(rustix::param::page_size());
+        // SAFETY: a new mapping at an address of the kernel's choice touches no
+        // memory of ours.
+        let base = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                ProtFlags::READ,
+                MapFlags::SHARED | MapFlags::POPULATE,
+                cdev,
+                0,
+            )?
+        };
+        let base = NonNull::new(base.cast())
+            .ok_or_else(|| io::Error::other("the descriptors were mapped at address zero"))?;
+        Ok(Descriptors { base, bytes, depth })
+    }
+
+    /// What the request at `tag` asks for; `None` if the queue has no such tag.
+    /// Meaningful between the completion of the tag's command and its commit.
+    pub fn get(&self, tag: u16) -> Option<Ask> {
+        if tag >= self.depth {
+            return None;
+        }
+        // SAFETY: `tag < depth`, and `depth` descriptors fit the mapping, which
+        // lives as long as `self`. Every bit pattern is a descriptor, and the
+        // driver, which alone writes here, does so before it completes the
+        // tag's command; reading the completion was an acquire.
+        let raw = unsafe { self.base.add(usize::from(tag)).read_volatile() };
+        Some(Ask::from_raw(raw))
+    }
+}
+
+impl Drop for Descriptors {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and no reference into it exists: `get`
+        // copies.
+        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.bytes) };
+    }
+}

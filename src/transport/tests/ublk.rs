@@ -1,0 +1,515 @@
+//! The ublk transport against the kernel's driver.
+//!
+//! On a kernel without the driver these tests say so and pass, unless
+//! `ACCEL_REQUIRE_UBLK=1`.
+
+mod common;
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::{Duration, Instant};
+use std::{env, fs, io, thread};
+
+use accel_transport::ublk::{
+    self, DeviceState, Features, Removal, UblkError, UblkOptions, UblkSpec, UblkTransport,
+};
+use common::{
+    Answers, CHUNK, PatternReader, Random, assert_pattern, buffered, check_random_reads, direct,
+    open_files, read_at,
+};
+
+/// One test at a time: some of them count what is on the machine.
+static MACHINE: Mutex<()> = Mutex::new(());
+
+type Transport = UblkTransport<PatternReader>;
+
+/// `None`, with the reason printed, where there is no ublk.
+fn machine() -> Option<MutexGuard<'static, ()>> {
+    let guard = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
+    match ublk::probe() {
+        Ok(_) => Some(guard),
+        Err(error) if env::var("ACCEL_REQUIRE_UBLK").as_deref() == Ok("1") => {
+            panic!("ublk is required: {error}")
+        }
+        Err(error) => {
+            println!("skipped: {error}");
+            None
+        }
+    }
+}
+
+fn start() -> Transport {
+    let options = UblkOptions {
+        drain_timeout: Duration::from_secs(60),
+        ..UblkOptions::default()
+    };
+    UblkTransport::start(options).unwrap()
+}
+
+fn add(transport: &Transport, reader: PatternReader) -> (ublk::UblkDevice, Arc<PatternReader>) {
+    let reader = Arc::new(reader);
+    let device = transport
+        .add(&UblkSpec::default(), Arc::clone(&reader), |_| Ok(()))
+        .unwrap();
+    (device, reader)
+}
+
+fn drop_caches() {
+    fs::write("/proc/sys/vm/drop_caches", "1").unwrap();
+}
+
+/// Files of ublk devices in /dev.
+fn nodes() -> Vec<String> {
+    let mut nodes: Vec<_> = fs::read_dir("/dev")
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.starts_with("ublkb") || name.starts_with("ublkc"))
+        .collect();
+    nodes.sort();
+    nodes
+}
+
+/// Removes it when udev has closed it.
+fn remove(transport: &Transport, id: u32) {
+    let since = Instant::now();
+    loop {
+        match transport.remove(id, Removal::IfUnused) {
+            Err(UblkError::InUse { .. }) if since.elapsed() < Duration::from_secs(60) => {
+                thread::sleep(Duration::from_millis(20));
+            }
+            result => return result.unwrap(),
+        }
+    }
+}
+
+#[test]
+fn the_first_bytes_are_right() {
+    let Some(_machine) = machine() else { return };
+    let transport = start();
+    let (device, reader) = add(&transport, PatternReader::new(1, 1 << 20, Answers::Inline));
+    let got = read_at(&buffered(&device.path), 0, 4096).unwrap();
+    assert_pattern(1, 0, &got);
+    assert!(reader.reads.load(Ordering::Relaxed) > 0);
+    remove(&transport, device.id);
+}
+
+#[test]
+fn a_device_has_the_geometry_that_was_asked_for() {
+    let Some(_machine) = machine() else { return };
+    let transport = start();
+    let size = 3 * CHUNK + 4096;
+    let spec = UblkSpec {
+        id: Some(4321),
+        queue_depth: 17,
+        max_io_bytes: 256 << 10,
+    };
+    let reader = Arc::new(PatternReader::new(2, size, Answers::Inline));
+    let mut prepared = None;
+    let device = transport
+        .add(&spec, reader, |device| {
+            prepared = Some(device.clone());
+            assert!(!device.path.exists());
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(prepared.as_ref(), Some(&device));
+    assert_eq!(device.id, 4321);
+    assert_eq!(device.path, Path::new("/dev/ublkb4321"));
+    let info = transport.state(device.id).unwrap().unwrap();
+    assert_eq!(info.state, DeviceState::Live);
+    assert_eq!(info.queue_depth, 17);
+    assert_eq!(info.max_io_bytes, 256 << 10);
+    assert_eq!(info.daemon.cast_unsigned(), std::process::id());
+    assert!(info.features.contains(Features::REQUIRED));
+    let sysfs = |name: &str| {
+        let text = fs::read_to_string(ublk::sysfs(device.id).join(name)).unwrap();
+        text.trim().parse::<u64>().unwrap()
+    };
+    assert_eq!(sysfs("size"), size / 512);
+    assert_eq!(sysfs("ro"), 1);
+    assert_eq!(sysfs("queue/logical_block_size"), 4096);
+    assert_eq!(sysfs("queue/physical_block_size"), 4096);
+    assert_eq!(sysfs("queue/optimal_io_size"), CHUNK);
+    assert_eq!(sysfs("queue/max_hw_sectors_kb"), 256);
+    let cache = fs::read_to_string(ublk::sysfs(device.id).join("queue/write_cache")).unwrap();
+    assert_eq!(cache.trim(), "write through");
+    remove(&transport, device.id);
+}
+
+#[test]
+fn reads_of_every_size_and_place_are_right() {
+    let Some(_machine) = machine() else { return };
+    let transport = start();
+    let mut random = Random(7);
+    let size = 8 * CHUNK + 3 * 4096;
+    for answers in [Answers::Inline, Answers::InlinePieces, Answers::Elsewhere] {
+        let seed = random.next();
+        let (device, _) = add(&transport, PatternReader::new(seed, size, answers));
+        let direct = direct(&device.path);
+        check_random_reads(&direct, seed, size, 4096, 300, &mut random);
+        let buffered = buffered(&device.path);
+        for _ in 0..4 {
+            drop_caches();
+            check_random_reads(&buffered, seed, size, 1, 50, &mut random);
+        }
+        drop((direct, buffered));
+        remove(&transport, device.id);
+    }
+}
+
+#[test]
+fn many_readers_at_once_get_the_right_bytes() {
+    let Some(_machine) = machine() else { return };
+    let transport = start();
+    let size = 64 * CHUNK;
+    for answers in [Answers::Inline, Answers::Elsewhere] {
+        let (device, _) = add(&transport, PatternReader::new(3, size, answers));
+        thread::scope(|scope| {
+            for reader in 0..16 {
+                let path = &device.path;
+                scope.spawn(move || {
+                    let file = direct(path);
+                    check_random_reads(&file, 3, size, 4096, 40, &mut Random(reader));
+                });
+            }
+        });
+        remove(&transport, device.id);
+    }
+}
+
+#[test]
+fn errors_hit_exactly_the_reads_that_touch_them() {
+    let Some(_machine) = machine() else { return };
+    let transport = start();
+    let size = 16 * CHUNK;
+    let bad = 5 * CHUNK..5 * CHUNK + 4096;
+    let reader = PatternReader::new(4, size, Answers::Inline).failing(&[bad.clone()]);
+    let (device, _) = add(&transport, reader);
+    let file = direct(&device.path);
+    let mut failed = 0;
+    for block in 0..size / 4096 {
+        let offset = block * 4096;
+        match read_at(&file, offset, 4096) {
+            Ok(got) => {
+                assert!(!bad.contains(&offset), "{offset} should have failed");
+                assert_pattern(4, offset, &got);
+            }
+            Err(error) => {
+                assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::IO.raw_os_error()));
+                assert!(bad.contains(&offset), "{offset} should not have failed");
+                failed += 1;
+            }
+        }
+    }
+    assert_eq!(failed, 1);
+    // A large read that only crosses it fails as well; the next one does not.
+    assert!(read_at(&file, 4 * CHUNK, 256 << 10).is_err());
+    assert_pattern(4, 6 * CHUNK, &read_at(&file, 6 * CHUNK, 256 << 10).unwrap());
+    drop(file);
+    remove(&transport, device.id);
+}
+
+#[test]
+fn writes_are_refused_and_dropped_requests_fail() {
+    let Some(_machine) = machine() else { return };
+    let transport = start();
+    let (held, was_held) = mpsc::channel();
+    let held = Mutex::new(held);
+    let reader = PatternReader::new(5, 4 * CHUNK, Answers::Inline)
+        .holding(2 * CHUNK..2 * CHUNK + 4096, move || held.lock().unwrap().send(()).unwrap());
+    let (device, reader) = add(&transport, reader);
+    let error = fs::File::options().write(true).open(&device.path).unwrap_err();
+    assert!(matches!(error.raw_os_error(), Some(1 | 13 | 30)), "{error}");
+    let path = device.path.clone();
+    let waiting = thread::spawn(move || read_at(&direct(&path), 2 * CHUNK, 4096));
+    was_held.recv().unwrap();
+    // The device goes on while one of its requests waits.
+    assert_pattern(5, 0, &read_at(&direct(&device.path), 0, 4096).unwrap());
+    assert!(!waiting.is_finished());
+    reader.drop_held();
+    assert!(waiting.join().unwrap().is_err());
+    remove(&transport, device.id);
+}
+
+#[test]
+fn twenty_devices_at_once_do_not_mix() {
+    let Some(_machine) = machine() else { return };
+    let transport = start();
+    let size = 4 * CHUNK + 4096;
+    let devices: Vec<_> = (0..20)
+        .map(|seed| {
+            let answers = if seed % 2 == 0 { Answers::Inline } else { Answers::Elsewhere };
+            (seed, add(&transport, PatternReader::new(seed, size, answers)).0)
+        })
+        .collect();
+    thread::scope(|scope| {
+        for (seed, device) in &devices {
+            scope.spawn(move || {
+                let file = direct(&device.path);
+                check_random_reads(&file, *seed, size, 4096, 20, &mut Random(*seed));
+            });
+        }
+    });
+    for (_, device) in devices {
+        remove(&transport, device.id);
+    }
+    assert_eq!(nodes(), Vec::<String>::new());
+}
+
+#[test]
+fn adding_and_removing_leaves_nothing() {
+    let Some(_machine) = machine() else { return };
+    let transport = start();
+    let cycle = |seed: u64| {
+        let (device, _) = add(&transport, PatternReader::new(seed, 2 * CHUNK, Answers::Inline));
+        let got = read_at(&direct(&device.path), CHUNK, 4096).unwrap();
+        assert_pattern(seed, CHUNK, &got);
+        remove(&transport, device.id);
+        assert_eq!(transport.state(device.id).unwrap(), None);
+    };
+    cycle(0);
+    let before = open_files();
+    for seed in 1..=50 {
+        cycle(seed);
+    }
+    assert_eq!(open_files(), before);
+    assert_eq!(nodes(), Vec::<String>::new());
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    assert!(!maps.contains("ublkc"), "{maps}");
+}
+
+#[test]
+fn a_device_whose_preparation_fails_is_gone() {
+    let Some(_machine) = machine() else { return };
+    let transport = start();
+    let reader = Arc::new(PatternReader::new(6, CHUNK, Answers::Inline));
+    let error = transport
+        .add(&UblkSpec::default(), Arc::clone(&reader), |_| {
+            Err(io::Error::other("the journal is full"))
+        })
+        .unwrap_err();
+    assert!(matches!(error, UblkError::Prepare { .. }), "{error}");
+    assert_eq!(nodes(), Vec::<String>::new());
+    // An id that is taken is said to be taken, and its owner stays.
+    let spec = UblkSpec { id: Some(99), ..UblkSpec::default() };
+    let device = transport.add(&spec, Arc::clone(&reader), |_| Ok(())).unwrap();
+    let error = transport.add(&spec, Arc::clone(&reader), |_| Ok(())).unwrap_err();
+    assert!(error.to_string().contains("id is taken"), "{error}");
+    assert_pattern(6, 0, &read_at(&direct(&device.path), 0, 4096).unwrap());
+    remove(&transport, 99);
+}
+
+#[test]
+fn a_device_in_use_is_not_removed_unless_forced() {
+    let Some(_machine) = machine() else { return };
+    let transport = start();
+    let (device, _) = add(&transport, PatternReader::new(8, 4 * CHUNK, Answers::Inline));
+    // Pre-7.0 kernels offer only the test by exclusive open, so use it as a mount does.
+    let flags = rustix::fs::OFlags::EXCL.bits().cast_signed();
+    let user = {
+        use std::os::unix::fs::OpenOptionsExt;
+        fs::File::options().read(true).custom_flags(flags).open(&device.path).unwrap()
+    };
+    let error = transport.remove(device.id, Removal::IfUnused).unwrap_err();
+    assert!(matches!(error, UblkError::InUse { .. }), "{error}");
+    assert_pattern(8, CHUNK, &read_at(&user, CHUNK, 4096).unwrap());
+    // DEL_DEV waits for whoever has it open.
+    let (ready, closing) = mpsc::channel::<()>();
+    let closer = thread::spawn(move || {
+        closing.recv().unwrap();
+        thread::sleep(Duration::from_millis(300));
+        drop(user);
+    });
+    ready.send(()).unwrap();
+    transport.remove(device.id, Removal::Always).unwrap();
+    closer.join().unwrap();
+    assert_eq!(transport.state(device.id).unwrap(), None);
+}
+
+#[test]
+fn removing_a_device_with_a_held_read_is_bounded_and_can_be_repeated() {
+    let Some(_machine) = machine() else { return };
+    let transport: Transport = UblkTransport::start(UblkOptions {
+        drain_timeout: Duration::from_millis(500),
+        ..UblkOptions::default()
+    })
+    .unwrap();
+    let (held, was_held) = mpsc::channel();
+    let held = Mutex::new(held);
+    let reader = PatternReader::new(9, 4 * CHUNK, Answers::Inline)
+        .holding(2 * CHUNK..2 * CHUNK + 4096, move || held.lock().unwrap().send(()).unwrap());
+    let (device, reader) = add(&transport, reader);
+    let path = device.path.clone();
+    let waiting = thread::spawn(move || read_at(&direct(&path), 2 * CHUNK, 4096));
+    was_held.recv().unwrap();
+    let error = transport.remove(device.id, Removal::Always).unwrap_err();
+    assert!(matches!(error, UblkError::Timeout { .. }), "{error}");
+    reader.drop_held();
+    assert!(waiting.join().unwrap().is_err());
+    let since = Instant::now();
+    loop {
+        match transport.remove(device.id, Removal::Always) {
+            Ok(()) => break,
+            Err(error) => assert!(since.elapsed() < Duration::from_secs(60), "{error}"),
+        }
+    }
+    assert_eq!(nodes(), Vec::<String>::new());
+}
+
+// --- a daemon that is killed ---------------------------------------------------------------------
+
+const DAEMON: &str = "ACCEL_TEST_UBLK_DAEMON";
+const HELD: std::ops::Range<u64> = 3 * CHUNK..3 * CHUNK + 4096;
+const SEED: u64 = 77;
+const SIZE: u64 = 8 * CHUNK;
+
+/// Not a test: the other tests run it in a process of its own, to be killed.
+#[test]
+fn daemon_process() {
+    let Ok(devices) = env::var(DAEMON) else { return };
+    let transport = start();
+    for id in 0..devices.parse::<u32>().unwrap() {
+        let spec = UblkSpec { id: Some(200 + id), queue_depth: 32, ..UblkSpec::default() };
+        let reader = PatternReader::new(SEED + u64::from(id), SIZE, Answers::Inline)
+            .holding(HELD, || println!("\nheld"));
+        transport.add(&spec, Arc::new(reader), |_| Ok(())).unwrap();
+    }
+    println!("\nready");
+    loop {
+        thread::park();
+    }
+}
+
+struct Daemon {
+    child: Child,
+    lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
+}
+
+impl Daemon {
+    fn spawn(devices: u32) -> Daemon {
+        let mut child = Command::new(env::current_exe().unwrap())
+            .args(["--exact", "daemon_process", "--nocapture"])
+            .env(DAEMON, devices.to_string())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut daemon = Daemon { child, lines };
+        daemon.wait_for("ready");
+        daemon
+    }
+
+    fn wait_for(&mut self, word: &str) {
+        for line in self.lines.by_ref() {
+            if line.unwrap() == word {
+                return;
+            }
+        }
+        panic!("the daemon ended before it said {word:?}");
+    }
+
+    fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+#[test]
+fn a_killed_daemon_is_succeeded_and_its_readers_go_on() {
+    let Some(_machine) = machine() else { return };
+    let mut daemon = Daemon::spawn(3);
+    let paths: Vec<_> = (200..203).map(|id| format!("/dev/ublkb{id}")).collect();
+    assert_pattern(SEED, 0, &read_at(&direct(paths[0].as_ref()), 0, 4096).unwrap());
+    // One reader of each device waits in the daemon, one more comes after its death.
+    let read = |offset| {
+        let paths = paths.clone();
+        (0..3).map(move |index: usize| {
+            let path = paths[index].clone();
+            thread::spawn(move || read_at(&direct(path.as_ref()), offset, 64 << 10))
+        })
+    };
+    let mut waiting: Vec<_> = read(HELD.start - 8192).collect();
+    for _ in 0..3 {
+        daemon.wait_for("held");
+    }
+    daemon.kill();
+    waiting.extend(read(CHUNK));
+
+    let transport = start();
+    for id in 200..203 {
+        // A successor that would serve something else is refused.
+        let other = PatternReader::new(0, SIZE + 4096, Answers::Inline);
+        let error = transport.recover(id, Arc::new(other)).unwrap_err();
+        assert!(matches!(error, UblkError::Unsuitable { .. }), "{error}");
+        assert_eq!(
+            transport.state(id).unwrap().unwrap().state,
+            DeviceState::Quiesced
+        );
+        let reader = PatternReader::new(SEED + u64::from(id) - 200, SIZE, Answers::Inline);
+        let device = transport.recover(id, Arc::new(reader)).unwrap();
+        assert_eq!(device.queue_depth, 32);
+        assert_eq!(transport.state(id).unwrap().unwrap().state, DeviceState::Live);
+    }
+    for (index, reader) in waiting.into_iter().enumerate() {
+        let got = reader.join().unwrap().unwrap();
+        let offset = if index < 3 { HELD.start - 8192 } else { CHUNK };
+        assert_pattern(SEED + index as u64 % 3, offset, &got);
+    }
+    for id in 200..203 {
+        let mut random = Random(u64::from(id));
+        let file = direct(format!("/dev/ublkb{id}").as_ref());
+        check_random_reads(&file, SEED + u64::from(id) - 200, SIZE, 4096, 50, &mut random);
+        drop(file);
+        remove(&transport, id);
+    }
+    assert_eq!(nodes(), Vec::<String>::new());
+}
+
+#[test]
+fn dropping_the_transport_leaves_the_device_to_the_next_one() {
+    let Some(_machine) = machine() else { return };
+    let transport = start();
+    let (device, _) = add(&transport, PatternReader::new(10, 4 * CHUNK, Answers::Inline));
+    let file = direct(&device.path);
+    assert_pattern(10, 0, &read_at(&file, 0, 4096).unwrap());
+    drop(transport);
+    let transport = start();
+    let reader = PatternReader::new(10, 4 * CHUNK, Answers::Elsewhere);
+    let again = transport.recover(device.id, Arc::new(reader)).unwrap();
+    assert_eq!(again, device);
+    assert_pattern(10, CHUNK, &read_at(&file, CHUNK, 4096).unwrap());
+    drop(file);
+    remove(&transport, device.id);
+}
+
+#[test]
+fn what_a_dead_daemon_left_can_be_removed_without_recovery() {
+    let Some(_machine) = machine() else { return };
+    let mut daemon = Daemon::spawn(1);
+    let reader = thread::spawn(|| read_at(&direct("/dev/ublkb200".as_ref()), HELD.start, 4096));
+    daemon.wait_for("held");
+    let transport = start();
+    // Not while it lives.
+    let error = transport.remove(200, Removal::Always).unwrap_err();
+    assert!(matches!(error, UblkError::Unsuitable { .. }), "{error}");
+    daemon.kill();
+    let since = Instant::now();
+    loop {
+        match transport.remove(200, Removal::Always) {
+            Ok(()) => break,
+            Err(error) => {
+                assert!(since.elapsed() < Duration::from_secs(60), "{error}");
+                thread::sleep(Duration::from_millis(20));
+            }
+        }
+    }
+    assert!(reader.join().unwrap().is_err());
+    assert_eq!(nodes(), Vec::<String>::new());
+    let error = transport
+        .recover(200, Arc::new(PatternReader::new(0, SIZE, Answers::Inline)))
+        .unwrap_err();
+    assert!(matches!(error, UblkError::Unsuitable { .. }), "{error}");
+}
