@@ -1,1 +1,47 @@
 //! The border to a storage source, and the worker process behind it.
+//!
+//! The daemon never opens a file on UFS: a process with a thread stuck in an
+//! uninterruptible read cannot finish dying, and the kernel lets no successor
+//! recover its devices before it has. So every source has a worker process
+//! ([`worker`]) that reads through io_uring into memory which both share
+//! ([`Arena`]), and the daemon holds only a [`WorkerSource`].
+//!
+//! ```text
+//!  Source::submit(Request { slot, .. }, done)
+//!        │  id, path, offset, place in the arena         SOCK_SEQPACKET
+//!        ▼                                                     │
+//!  WorkerSource ── deadlines, retries, restarts ───────────────┼──► worker process
+//!        ▲                                                     │    openat2 + io_uring
+//!        └── done(Filled { slot, len }) ◄── id, length or errno┘         │
+//!                         └────────── Arena (memfd) ◄────────────────────┘
+//! ```
+//!
+//! **Invariant**: a [`Slot`] that the daemon holds is written by nobody. A read
+//! in flight owns its slot; one whose attempt ran out of time keeps it until the
+//! worker has answered or is gone, and then leaves the old pages behind.
+//!
+//! What a source delivers is *not* trusted here: digests are checked by whoever
+//! asked. [`Faulty`] decorates any source with faults, for tests.
+
+// The arena maps memory that another process writes, and the worker hands
+// addresses to the kernel.
+#![allow(unsafe_code)]
+
+mod arena;
+mod blocking;
+mod faulty;
+mod handle;
+mod request;
+mod supervise;
+mod wire;
+pub mod worker;
+
+pub use arena::{Arena, ArenaError, Pool, Slot};
+pub use blocking::{list, read_file};
+pub use faulty::{Fault, Faulty};
+pub use handle::{Counters, StartError, WorkerCommand, WorkerSource};
+pub use request::{Done, FileName, Filled, Operation, Patience, Request, Source, SourceError};
+
+/// Reads start and end on multiples of this in file and memory, so that
+/// O_DIRECT is possible.
+pub const ALIGNMENT: usize = 4096;

@@ -1,0 +1,175 @@
+//! What is asked of a source, and what comes back.
+
+use crate::Slot;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A file of a source: a relative path, with `/` between its components.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct FileName(Arc<str>);
+
+impl FileName {
+    /// Wraps `path`. Workers open it beneath the source's directory and follow
+    /// no symlink, so a strange path is an error there, never a way out.
+    pub fn new(path: &str) -> Self {
+        Self(path.into())
+    }
+
+    /// The path.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for FileName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What to do with the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    /// Read up to `len` bytes (at most the slot) from `offset`. Fewer arrive
+    /// only where the file ends. `offset` is a multiple of
+    /// [`ALIGNMENT`](crate::ALIGNMENT).
+    Read {
+        /// From where, in bytes.
+        offset: u64,
+        /// How many bytes.
+        len: usize,
+        /// Open the file again and drop what this machine has cached of it:
+        /// what it gave before was wrong.
+        fresh: bool,
+    },
+    /// Write the names in a directory into the slot, greatest first, each
+    /// followed by a newline, as many as fit.
+    List,
+}
+
+/// How long to try.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Patience {
+    /// One attempt.
+    pub attempt: Duration,
+    /// The whole request, all attempts; `None` for ever.
+    pub whole: Option<Duration>,
+    /// Whether a file that does not exist may still appear. If not, `ENOENT`
+    /// is an answer.
+    pub await_file: bool,
+}
+
+impl Patience {
+    /// For the data of a mounted image: 5 s an attempt, 10 min in all, and a
+    /// missing file may come back.
+    pub const DATA: Self = Self {
+        attempt: Duration::from_secs(5),
+        whole: Some(Duration::from_secs(600)),
+        await_file: true,
+    };
+
+    /// For an operator who waits for an answer.
+    pub const LOOKUP: Self = Self {
+        attempt: Duration::from_secs(5),
+        whole: Some(Duration::from_secs(20)),
+        await_file: false,
+    };
+}
+
+/// One request to a source.
+#[derive(Debug)]
+pub struct Request {
+    /// Which file, or directory.
+    pub file: FileName,
+    /// What to do.
+    pub operation: Operation,
+    /// Where the bytes go. Another slot of the same pool may come back.
+    pub slot: Slot,
+    /// How long to try.
+    pub patience: Patience,
+}
+
+/// Bytes from a source, unverified.
+#[derive(Debug)]
+pub struct Filled {
+    /// Holds them, from its start.
+    pub slot: Slot,
+    /// How many bytes are valid.
+    pub len: usize,
+}
+
+/// Why a source gave nothing.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum SourceError {
+    /// The source answered, and this is final.
+    #[error("{file} in {origin}: {error}")]
+    Failed {
+        /// Which file.
+        file: FileName,
+        /// Name of the source.
+        origin: Arc<str>,
+        /// What the source said.
+        error: Errno,
+    },
+    /// Nothing good came before the request's deadline.
+    #[error("{file} in {origin}: gave up after {attempts} attempts in {seconds} s; last: {last}")]
+    GaveUp {
+        /// Which file.
+        file: FileName,
+        /// Name of the source.
+        origin: Arc<str>,
+        /// Attempts made.
+        attempts: u32,
+        /// Time spent.
+        seconds: u64,
+        /// What the last attempt met.
+        last: String,
+    },
+    /// The source was shut down.
+    #[error("{origin} was shut down")]
+    Closed {
+        /// Name of the source.
+        origin: Arc<str>,
+    },
+}
+
+impl SourceError {
+    /// Whether the source said that the file does not exist.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Failed { error, .. } if error.0 == rustix::io::Errno::NOENT)
+    }
+}
+
+/// An error number that prints as the system's text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Errno(pub rustix::io::Errno);
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        io::Error::from(self.0).fmt(f)
+    }
+}
+
+/// Called once with the outcome, from a thread of the source: it must not block.
+pub type Done = Box<dyn FnOnce(Result<Filled, SourceError>) + Send>;
+
+/// Where bytes come from.
+pub trait Source: Send + Sync + 'static {
+    /// Starts `request`; never blocks. `done` is called exactly once.
+    fn submit(&self, request: Request, done: Done);
+
+    /// What to call this source in messages.
+    fn name(&self) -> &str;
+}
+
+impl<S: Source + ?Sized> Source for Arc<S> {
+    fn submit(&self, request: Request, done: Done) {
+        (**self).submit(request, done);
+    }
+
+    fn name(&self) -> &str {
+        (**self).name()
+    }
+}

@@ -1,0 +1,300 @@
+//! The thread that keeps one worker running for a source.
+//!
+//! It starts workers (a child's death signal follows the *thread* that forked
+//! it, so this one lives as long as the source), hears their answers, lets time
+//! pass, replaces a worker that stopped answering, and buries the dead: slots
+//! that a worker may have been writing stay out of use until it is reaped.
+
+use crate::Slot;
+use crate::handle::{Ending, Shared};
+use crate::wire::{HELLO, MAX_REPLY, WireReply};
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+/// Dead or dying workers that may hold slots; no further one is started beyond.
+const GRAVES: usize = 4;
+/// Pause before a worker is started again; doubles up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How often dying workers are looked at.
+const BURIAL: Duration = Duration::from_millis(10);
+
+/// A worker process.
+pub(crate) struct Worker {
+    child: Child,
+    pub socket: Arc<OwnedFd>,
+    /// It has said hello.
+    pub ready: bool,
+    /// When it last said anything.
+    pub heard: Instant,
+}
+
+impl Worker {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn spawn(shared: &Shared) -> io::Result<Self> {
+        let (ours, theirs) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        let memory = rustix::io::fcntl_dupfd_cloexec(shared.arena.fd(), 3)?;
+        let child = Command::new(&shared.command.program)
+            .args(&shared.command.arguments)
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::from(memory))
+            .spawn()?;
+        shared.counters.workers.fetch_add(1, Relaxed);
+        Ok(Self {
+            child,
+            socket: Arc::new(ours),
+            ready: false,
+            heard: Instant::now(),
+        })
+    }
+}
+
+/// A worker that was given up, and the slots it may still write.
+struct Grave {
+    child: Child,
+    slots: Vec<Slot>,
+}
+
+/// When to start the next worker.
+struct Restart {
+    at: Instant,
+    pause: Duration,
+}
+
+pub(crate) fn run(shared: &Shared) {
+    let mut graves: Vec<Grave> = Vec::new();
+    let mut restart = Restart {
+        at: Instant::now(),
+        pause: FIRST_PAUSE,
+    };
+    loop {
+        let now = Instant::now();
+        bury(shared, &mut graves);
+        if shared.lock().closed {
+            break;
+        }
+        start_if_due(shared, &graves, &mut restart, now);
+        if shared.lock().is_stuck(now) {
+            give_up(shared, &mut graves, &mut restart, "it stopped answering");
+            continue;
+        }
+        let endings = {
+            let mut state = shared.lock();
+            let endings = state.tick(now, shared);
+            state.send_queued();
+            endings
+        };
+        finish(endings);
+        match wait(shared, &graves, &restart) {
+            Ok(false) => {}
+            Ok(true) => {
+                if let Err(reason) = hear(shared, &mut restart) {
+                    give_up(shared, &mut graves, &mut restart, &reason);
+                }
+            }
+            Err(error) => {
+                tracing::error!(source = %shared.name, %error, "cannot wait for the worker");
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
+    let (endings, worker) = {
+        let mut state = shared.lock();
+        (state.end_all(shared), state.worker.take())
+    };
+    finish(endings);
+    if let Some(mut worker) = worker {
+        // A worker stuck in the kernel ends when it can; nobody waits for it.
+        let _ = worker.child.kill();
+        for _ in 0..100 {
+            if !matches!(worker.child.try_wait(), Ok(None)) {
+                break;
+            }
+            std::thread::sleep(BURIAL);
+        }
+    }
+}
+
+fn finish(endings: Vec<Ending>) {
+    for (done, outcome) in endings {
+        done(outcome);
+    }
+}
+
+fn start_if_due(shared: &Shared, graves: &[Grave], restart: &mut Restart, now: Instant) {
+    if shared.lock().worker.is_some() || now < restart.at || graves.len() >= GRAVES {
+        return;
+    }
+    let worker = Worker::spawn(shared);
+    let mut state = shared.lock();
+    match worker {
+        Ok(worker) => state.worker = Some(worker),
+        Err(error) => {
+            tracing::error!(source = %shared.name, %error, "cannot start a worker");
+            state.trouble = Some(error.to_string());
+            restart.delay(now);
+            shared.changed.notify_all();
+        }
+    }
+}
+
+impl Restart {
+    fn delay(&mut self, now: Instant) {
+        self.at = now + self.pause;
+        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Kills the worker, if there is one, and has its attempts sent again.
+fn give_up(shared: &Shared, graves: &mut Vec<Grave>, restart: &mut Restart, reason: &str) {
+    let mut state = shared.lock();
+    let Some(mut worker) = state.worker.take() else {
+        return;
+    };
+    let slots = state.abandon_worker();
+    if !state.closed {
+        tracing::warn!(
+            source = %shared.name, pid = worker.pid(), unanswered = slots.len(), reason,
+            "replacing the source's worker"
+        );
+    }
+    state.trouble.get_or_insert_with(|| reason.to_owned());
+    drop(state);
+    shared.changed.notify_all();
+    let _ = worker.child.kill();
+    graves.push(Grave {
+        child: worker.child,
+        slots,
+    });
+    restart.delay(Instant::now());
+}
+
+/// Reaps workers that have ended and puts their slots back into use.
+fn bury(shared: &Shared, graves: &mut Vec<Grave>) {
+    let mut at = 0;
+    while at < graves.len() {
+        if matches!(graves[at].child.try_wait(), Ok(None)) {
+            at += 1;
+            continue;
+        }
+        for mut slot in graves.swap_remove(at).slots {
+            if let Err(error) = slot.renew() {
+                // Without new pages a late write could land in a slot that is
+                // in use: it is given up for good.
+                tracing::error!(source = %shared.name, %error, "a piece of the cache is lost");
+                std::mem::forget(slot);
+                continue;
+            }
+            shared.lock().give(slot);
+        }
+    }
+}
+
+/// Sleeps until something happens; true if the worker said something.
+fn wait(shared: &Shared, graves: &[Grave], restart: &Restart) -> io::Result<bool> {
+    let (deadline, socket, blocked) = {
+        let state = shared.lock();
+        let socket = state
+            .worker
+            .as_ref()
+            .map(|worker| Arc::clone(&worker.socket));
+        let mut deadline = state.next_tick();
+        let mut until = |at: Instant| deadline = Some(deadline.map_or(at, |d| d.min(at)));
+        if !graves.is_empty() {
+            until(Instant::now() + BURIAL);
+        }
+        if state.worker.is_none() {
+            until(restart.at.max(Instant::now() + BURIAL));
+        }
+        if !state.operations.is_empty() {
+            // Requests that came while this thread slept have deadlines too.
+            until(Instant::now() + Duration::from_millis(250));
+        }
+        (deadline, socket, state.blocked)
+    };
+    let timeout = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+    let timeout = timeout.and_then(|time| rustix::event::Timespec::try_from(time).ok());
+    let mut polled = vec![PollFd::new(&shared.wake, PollFlags::IN)];
+    if let Some(socket) = &socket {
+        let room = if blocked {
+            PollFlags::OUT
+        } else {
+            PollFlags::empty()
+        };
+        polled.push(PollFd::new(socket, PollFlags::IN | room));
+    }
+    match rustix::event::poll(&mut polled, timeout.as_ref()) {
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    if !polled[0].revents().is_empty() {
+        let _ = rustix::io::read(&shared.wake, &mut [0; 8]);
+    }
+    Ok(polled.get(1).is_some_and(|fd| !fd.revents().is_empty()))
+}
+
+/// Takes in everything the worker has said. An error means that it is gone.
+fn hear(shared: &Shared, restart: &mut Restart) -> Result<(), String> {
+    let mut buffer = [0; MAX_REPLY];
+    loop {
+        let mut state = shared.lock();
+        state.blocked = false;
+        let Some(worker) = &mut state.worker else {
+            return Ok(());
+        };
+        let received =
+            rustix::net::recv(worker.socket.as_fd(), &mut buffer[..], RecvFlags::DONTWAIT);
+        let len = match received {
+            Ok((0, _)) => return Err("it ended".to_owned()),
+            Ok((len, _)) => len,
+            Err(Errno::AGAIN) => {
+                state.send_queued();
+                return Ok(());
+            }
+            Err(Errno::INTR) => continue,
+            Err(error) => return Err(format!("it cannot be heard: {error}")),
+        };
+        worker.heard = Instant::now();
+        let reply = WireReply::decode(&buffer[..len]).ok_or("it talks nonsense")?;
+        if reply.id == HELLO {
+            match reply.result {
+                Ok(_) => {
+                    worker.ready = true;
+                    state.trouble = None;
+                    restart.pause = FIRST_PAUSE;
+                    state.send_queued();
+                }
+                Err((errno, text)) => {
+                    let text = if text.is_empty() {
+                        errno.to_string()
+                    } else {
+                        text
+                    };
+                    state.trouble = Some(text.clone());
+                    return Err(text);
+                }
+            }
+            shared.changed.notify_all();
+            continue;
+        }
+        let ending = state.answered(&reply, shared);
+        state.send_queued();
+        drop(state);
+        finish(ending.into_iter().collect());
+    }
+}
