@@ -1,0 +1,111 @@
+//! The checks, each a function that says what is wrong.
+//!
+//! | module | what has to hold |
+//! |---|---|
+//! | [`trees`] | a mounted image is the ordinary unpack; its program runs and prints the same |
+//! | [`reads`] | an exported device has the bytes of the published file, however it is read |
+//! | [`damage`] | bytes that changed on UFS are I/O errors, and nothing else is |
+//! | [`lifecycle`] | unmounting and stopping leave nothing behind |
+//! | [`usage`] | wrong usage is answered with what is wrong |
+
+use anyhow::Result;
+use libtest_mimic::Trial;
+
+use crate::{Setting, fixture};
+
+pub mod damage;
+pub mod lifecycle;
+pub mod reads;
+pub mod trees;
+pub mod usage;
+
+type Check = fn(&Setting) -> Result<()>;
+
+/// All checks for these fixtures, in the order in which they are useful to read.
+///
+/// # Errors
+/// When the fixtures are incomplete.
+pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
+    let mut trials = Vec::new();
+    for image in fixture::images(setting)? {
+        type OfImage = fn(&Setting, &fixture::Image) -> Result<()>;
+        let of_image: [(&str, OfImage); 3] = [
+            (
+                "tree_is_the_ordinary_unpack",
+                trees::tree_is_the_ordinary_unpack,
+            ),
+            (
+                "program_runs_and_prints_the_same",
+                trees::program_runs_and_prints_the_same,
+            ),
+            (
+                "device_has_the_published_bytes",
+                reads::device_has_the_published_bytes,
+            ),
+        ];
+        for (name, check) in of_image {
+            let (setting, image) = (setting.clone(), image.clone());
+            trials.push(trial(
+                &format!("{}::{name}", image.name.clone()),
+                move || check(&setting, &image),
+            ));
+        }
+    }
+    let others: [(&str, Check); 14] = [
+        (
+            "mount::by_manifest_digest",
+            trees::mounts_by_manifest_digest,
+        ),
+        (
+            "mount::writes_go_to_the_upper_directory",
+            trees::writes_go_to_the_upper_directory,
+        ),
+        (
+            "damage::flipped_byte_fails_the_reads_that_touch_it",
+            damage::flipped_byte,
+        ),
+        (
+            "damage::truncation_fails_the_reads_beyond",
+            damage::truncation,
+        ),
+        (
+            "damage::damaged_index_never_gives_wrong_bytes",
+            damage::damaged_index,
+        ),
+        (
+            "damage::without_verification_the_check_fails",
+            damage::without_verification_the_check_fails,
+        ),
+        (
+            "lifecycle::unmount_leaves_nothing",
+            lifecycle::unmount_leaves_nothing,
+        ),
+        (
+            "lifecycle::images_share_layers",
+            lifecycle::images_share_layers,
+        ),
+        (
+            "lifecycle::stop_leaves_nothing",
+            lifecycle::stop_leaves_nothing,
+        ),
+        ("usage::missing_ufs", usage::missing_ufs),
+        ("usage::image_not_converted", usage::image_not_converted),
+        ("usage::mount_point_missing", usage::mount_point_missing),
+        ("usage::second_daemon", usage::second_daemon),
+        ("usage::no_daemon", usage::no_daemon),
+    ];
+    for (name, check) in others {
+        let setting = setting.clone();
+        trials.push(trial(name, move || check(&setting)));
+    }
+    Ok(trials)
+}
+
+fn trial(name: &str, check: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
+    Trial::test(name, move || {
+        let started = std::time::Instant::now();
+        let result = check().map_err(|error| format!("{error:#}").into());
+        eprintln!("  {:.1} s", started.elapsed().as_secs_f64());
+        result
+    })
+}

@@ -1,0 +1,300 @@
+//! A daemon of one check's own: started on a socket of its own, asked by its own
+//! client, stopped when it goes out of scope, whatever happened.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::Setting;
+use crate::fixture::Layer;
+
+/// Only a bound for a daemon that hangs. Emulation makes everything slow.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A running `ublk-server serve`.
+#[derive(Debug)]
+pub struct Daemon {
+    program: PathBuf,
+    child: Child,
+    directory: tempfile::TempDir,
+}
+
+impl Daemon {
+    /// Starts the daemon on `ufs` and waits until it answers.
+    ///
+    /// # Errors
+    /// When it ends or does not answer; its log is in the error.
+    pub fn start(setting: &Setting, ufs: &Path) -> Result<Self> {
+        Self::start_program(setting, &setting.ublk_server(), ufs)
+    }
+
+    /// The same with another build of it.
+    ///
+    /// # Errors
+    /// As [`Daemon::start`].
+    pub fn start_program(setting: &Setting, program: &Path, ufs: &Path) -> Result<Self> {
+        let directory = setting.scratch_dir()?;
+        let log = File::create(directory.path().join("log"))?;
+        let child = Command::new(program)
+            .arg("serve")
+            .arg("--ufs")
+            .arg(ufs)
+            .arg("--socket")
+            .arg(directory.path().join("socket"))
+            .args(["--cache-size", "256M", "--transport", &setting.transport])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("starting {}", program.display()))?;
+        let mut daemon = Self {
+            program: program.to_owned(),
+            child,
+            directory,
+        };
+        let started = Instant::now();
+        loop {
+            if let Some(status) = daemon.child.try_wait()? {
+                bail!("the daemon ended at once: {status}\n{}", daemon.log());
+            }
+            if daemon.client(["list"])?.status.success() {
+                return Ok(daemon);
+            }
+            ensure!(
+                started.elapsed() < PATIENCE,
+                "the daemon does not answer\n{}",
+                daemon.log()
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Its admin socket.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.path().join("socket")
+    }
+
+    /// The end of what it logged.
+    pub fn log(&self) -> String {
+        let text = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        let shown = &lines[lines.len().saturating_sub(40)..];
+        format!("--- the daemon's log ---\n{}\n---", shown.join("\n"))
+    }
+
+    /// Runs a client command against it: the subcommand first, then its arguments.
+    ///
+    /// # Errors
+    /// When it cannot be run at all.
+    pub fn client<S: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = S>) -> Result<Output> {
+        let mut words = words.into_iter();
+        let mut command = Command::new(&self.program);
+        command
+            .args(words.next())
+            .arg("--socket")
+            .arg(self.socket())
+            .args(words)
+            .stdin(Stdio::null());
+        command
+            .output()
+            .with_context(|| format!("running {command:?}"))
+    }
+
+    /// The same for a command that has to succeed; its standard output.
+    ///
+    /// # Errors
+    /// When it fails; with what it said and the daemon's log.
+    pub fn ask<S: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = S>) -> Result<String> {
+        let words: Vec<S> = words.into_iter().collect();
+        let output = self.client(words.iter().map(AsRef::as_ref))?;
+        ensure!(
+            output.status.success(),
+            "ublk-server {} failed ({}): {}\n{}",
+            words
+                .iter()
+                .map(|word| word.as_ref().to_string_lossy())
+                .collect::<Vec<_>>()
+                .join(" "),
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim_end(),
+            self.log()
+        );
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// Exports one layer; the device or file that it is.
+    ///
+    /// # Errors
+    /// When that fails, or says nothing that exists.
+    pub fn attach(&self, layer: &Layer) -> Result<PathBuf> {
+        let said = self.ask(["attach", &layer.diff_id])?;
+        let path = PathBuf::from(said.lines().next().unwrap_or_default());
+        ensure!(path.exists(), "attach printed {said:?}, which is no path");
+        Ok(path)
+    }
+
+    /// Takes the export away again.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub fn detach(&self, layer: &Layer) -> Result<()> {
+        self.ask(["detach", &layer.diff_id]).map(drop)
+    }
+
+    /// Mounts an image on a new directory.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub fn mount(&self, image: &str) -> Result<Mounted<'_>> {
+        self.mount_with(image, &[])
+    }
+
+    /// Mounts an image with further arguments, e.g. `--rw UPPER`.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub fn mount_with(&self, image: &str, further: &[&OsStr]) -> Result<Mounted<'_>> {
+        let directory = tempfile::Builder::new()
+            .prefix("mnt.")
+            .tempdir_in(self.directory.path())?;
+        let mut words = vec![
+            OsStr::new("mount"),
+            OsStr::new(image),
+            directory.path().as_os_str(),
+        ];
+        words.extend(further);
+        self.ask(words)?;
+        Ok(Mounted {
+            daemon: self,
+            directory: Some(directory),
+        })
+    }
+
+    /// Asks it to end and waits.
+    ///
+    /// # Errors
+    /// When it does not, or not with success.
+    pub fn stop(mut self) -> Result<()> {
+        let status = self.terminate()?;
+        ensure!(
+            status.success(),
+            "the daemon ended with {status}\n{}",
+            self.log()
+        );
+        Ok(())
+    }
+
+    fn terminate(&mut self) -> Result<std::process::ExitStatus> {
+        if let Some(status) = self.child.try_wait()? {
+            return Ok(status);
+        }
+        kill_process(Pid::from_child(&self.child), Signal::TERM)?;
+        let started = Instant::now();
+        while started.elapsed() < PATIENCE {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        self.child.kill()?;
+        bail!(
+            "the daemon did not end in {PATIENCE:?} and was killed\n{}",
+            self.log()
+        )
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if let Err(error) = self.terminate() {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+/// A mounted image.
+#[derive(Debug)]
+pub struct Mounted<'a> {
+    daemon: &'a Daemon,
+    /// Taken when it has been unmounted.
+    directory: Option<tempfile::TempDir>,
+}
+
+impl Mounted<'_> {
+    /// Where.
+    pub fn path(&self) -> &Path {
+        self.directory
+            .as_ref()
+            .map_or(Path::new("/nowhere"), tempfile::TempDir::path)
+    }
+
+    /// Runs a command for `/bin/sh` in it and gives its standard output.
+    ///
+    /// # Errors
+    /// When the command fails.
+    pub fn run(&self, program: &str) -> Result<String> {
+        run_in(self.path(), program).with_context(|| self.daemon.log())
+    }
+
+    /// Unmounts it.
+    ///
+    /// # Errors
+    /// When that fails, or leaves something in the directory.
+    pub fn unmount(mut self) -> Result<()> {
+        let Some(directory) = self.directory.take() else {
+            return Ok(());
+        };
+        let result = self
+            .daemon
+            .ask([OsStr::new("unmount"), directory.path().as_os_str()]);
+        if result.is_err() {
+            // Leave the mount point alone: what is mounted there is not ours to remove.
+            let _ = directory.keep();
+        } else {
+            fs::remove_dir(directory.keep())
+                .context("removing the mount point after unmounting")?;
+        }
+        result.map(drop)
+    }
+}
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        let Some(directory) = self.directory.take() else {
+            return;
+        };
+        let path = directory.keep();
+        if let Err(error) = self.daemon.ask([OsStr::new("unmount"), path.as_os_str()]) {
+            eprintln!("{error:#}");
+        }
+        // Fails while something is mounted there, and then it has to stay.
+        let _ = fs::remove_dir(path);
+    }
+}
+
+/// Runs a command for `/bin/sh` with `root` as its root and gives its standard output.
+///
+/// # Errors
+/// When it fails; with what it said.
+pub fn run_in(root: &Path, program: &str) -> Result<String> {
+    let output = Command::new("chroot")
+        .arg(root)
+        .args(["/bin/sh", "-c", program])
+        .env_clear()
+        .env("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin")
+        .stdin(Stdio::null())
+        .output()
+        .context("running chroot")?;
+    ensure!(
+        output.status.success(),
+        "{program} ended with {}: {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim_end()
+    );
+    Ok(String::from_utf8(output.stdout)?)
+}
