@@ -30,7 +30,7 @@ TIMED_OUT = 124
 GUEST_FAILED = 125
 BOOT_SECONDS = 240
 KEPT_LOGS = 20
-TAIL_LINES = 40
+TAIL_LINES = 60
 
 EPILOG = """\
 exit status: COMMAND's own (128 + N when signal N ended it, 127 when it does not exist, 126 when it
@@ -40,8 +40,15 @@ on standard error, with the place of the whole log.
 """
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        # Not argparse's 2, which a command may return.
+        self.print_usage(sys.stderr)
+        self.exit(GUEST_FAILED, f"guest: {message}\n")
+
+
 def parse_arguments():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="run", usage="run [options] -- COMMAND [ARGS...]", epilog=EPILOG,
         description="Runs COMMAND as root in a guest with a stock Debian kernel, emulated by QEMU.",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -58,7 +65,6 @@ def parse_arguments():
     add("--kernel-module-param", action="append", default=[], metavar="MODULE.NAME=VALUE", help="parameter for when MODULE is loaded, e.g. ublk_drv.ublks_max=256")
     add("--kernel-arg", action="append", default=[], metavar="ARG", help="further word for the kernel's command line")
     add("--serial-log", metavar="FILE", help="keep the serial log here, whatever happens")
-    add("--accel", choices=("tcg", "kvm"), default="tcg", help="emulation (default) or KVM, where it can boot a stock kernel")
     add("--verbose", action="store_true", help="say how long the boot took and what was started")
     add("--native", action="store_true", help="no guest: run COMMAND on this machine, whose kernel must have ublk")
     add("command", nargs="+", metavar="COMMAND", help=argparse.SUPPRESS)
@@ -126,11 +132,18 @@ def die_with_parent():
 
 
 def locate(kernel):
-    """Paths of everything that set-up makes; makes it when something is missing."""
-    result = subprocess.run([SETUP, "--kernel", kernel, "--print"], stdout=subprocess.PIPE, text=True)
-    if result.returncode != 0:
-        raise GuestError("set-up failed")
-    return dict(line.split("=", 1) for line in result.stdout.splitlines())
+    """Makes what is missing; returns the paths of all, and a lock that keeps them from removal."""
+    while True:
+        result = subprocess.run([SETUP, "--kernel", kernel, "--print"], stdout=subprocess.PIPE, text=True)
+        if result.returncode != 0:
+            raise GuestError("set-up failed")
+        paths = dict(line.split("=", 1) for line in result.stdout.splitlines())
+        lock = open(os.path.join(paths["cache"], "use.lock"), "ab")
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        # A refresh may have come between the two steps.
+        if all(os.path.exists(path) for path in paths.values()):
+            return paths, lock
+        lock.close()
 
 
 class Guest:
@@ -172,8 +185,7 @@ class Guest:
             # Shared, because virtiofsd reads and writes the guest's memory.
             "-object", f"memory-backend-memfd,id=memory,size={arguments.memory},share=on",
             "-m", arguments.memory, "-smp", str(arguments.cpus),
-            "-accel", "kvm" if arguments.accel == "kvm" else "tcg,thread=multi",
-            "-cpu", "host" if arguments.accel == "kvm" else "max",
+            "-accel", "tcg,thread=multi", "-cpu", "max",
             "-kernel", f"{paths['kernel']}/vmlinuz",
             "-initrd", f"/proc/self/fd/{job}",
             "-append", " ".join(self.kernel_command_line()),
@@ -219,7 +231,8 @@ class Guest:
             return channel
 
     def kernel_command_line(self):
-        # An oops ends the guest: a test must not pass on a kernel that is already broken.
+        # An oops ends the guest: a test must not pass on a kernel that is already broken. Hardware
+        # weaknesses and a random load address only cost time under emulation.
         words = ["console=ttyS0", "panic=-1", "oops=panic", "random.trust_cpu=on", "mitigations=off", "nokaslr"]
         return words + self.arguments.kernel_module_param + self.arguments.kernel_arg
 
@@ -375,7 +388,6 @@ def alarmed(_number, _frame):
 
 
 def main():
-    started = time.monotonic()
     arguments = parse_arguments()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupted)
@@ -383,14 +395,13 @@ def main():
     if arguments.native:
         return run_native(arguments, note)
     try:
-        paths = locate(arguments.kernel)
+        paths, lock = locate(arguments.kernel)
     except GuestError as error:
         note(str(error))
         return GUEST_FAILED
     # Fetching what was missing is no part of the guest's time.
     started = time.monotonic()
-    with open(os.path.join(paths["cache"], "use.lock"), "ab") as lock, open_log(arguments, paths) as log:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    with lock, open_log(arguments, paths) as log:
         guest = Guest(arguments, paths)
         keep_log = bool(arguments.serial_log)
         try:
