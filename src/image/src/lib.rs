@@ -1,1 +1,26 @@
-//! Where images come from: OCI layouts and registries.
+//! Where images come from: OCI layout directories and registries.
+//!
+//! [`open`] goes from an [`ImageSource`](accel_oci::ImageSource) to an
+//! [`Image`]: the manifest for one platform, its config, and the descriptors of
+//! its layers, whose blobs [`Image::open_layer`] streams.
+//!
+//! Manifests and configs are small; they are read whole, within limits, and
+//! verified against the digest that led to them. Only what a tag points to has
+//! nothing to be verified against. A layer's blob is *not* verified here but by
+//! whoever reads it to its end (`accel-layer`), which hashes it anyway.
+//!
+//! OCI and Docker's schema 2 are read, indexes and manifest lists included.
+//! Attestations in an index are passed over. Media types that are no plain image
+//! (encrypted or foreign layers, artifacts, Docker's schema 1) are refused by
+//! name.
+
+mod config;
+mod error;
+mod image;
+mod layout_directory;
+mod manifest;
+mod registry;
+
+pub use config::ProcessConfig;
+pub use error::ImageError;
+pub use image::{Image, Layer, OpenOptions, open};

@@ -1,4 +1,4 @@
-//! Names of the OCI world: digests, diffIDs, chain IDs and image sources.
+//! Names of the OCI world: digests, diffIDs, chain IDs, platforms and image sources.
 //!
 //! Everything here is a value: parsing and printing, no I/O. Specified in the
 //! [image specification](https://github.com/opencontainers/image-spec)
@@ -6,7 +6,9 @@
 //! (image sources).
 
 mod digest;
+mod platform;
 mod source;
 
 pub use digest::{ChainId, DiffId, Digest, DigestError};
+pub use platform::{Platform, PlatformError};
 pub use source::{ImageSource, OciReference, RegistryReference, SourceError, Version};

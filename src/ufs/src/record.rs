@@ -7,7 +7,7 @@
 
 use crate::index::{ImageSize, Layout, Root};
 use crate::names::{LayerName, RelPath, Uuid};
-use accel_oci::{ChainId, DiffId, Digest};
+use accel_oci::{ChainId, DiffId, Digest, Platform};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// The number that every layout-1 record carries.
@@ -63,28 +63,6 @@ pub enum RecordError {
         /// What it says.
         found: String,
     },
-}
-
-/// For which machines an image is.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Platform {
-    /// `linux`
-    pub os: String,
-    /// As in Go: `amd64`, `arm64`, …
-    pub architecture: String,
-    /// Such as `v8`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub variant: Option<String>,
-}
-
-impl std::fmt::Display for Platform {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}", self.os, self.architecture)?;
-        match &self.variant {
-            Some(variant) => write!(f, "/{variant}"),
-            None => Ok(()),
-        }
-    }
 }
 
 /// What the image's config says about the process to run.

@@ -1,11 +1,11 @@
 //! Publication and look-up on a real directory.
 
-use accel_oci::{ChainId, DiffId, Digest, ImageSource};
+use accel_oci::{ChainId, DiffId, Digest, ImageSource, Platform};
 use accel_ufs::UfsError;
 use accel_ufs::index::{ByteRange, ChunkNo, IndexBuilder};
 use accel_ufs::names::{self, LayerName, Nanoseconds, RelPath};
 use accel_ufs::publish::{Outcome, Owner, Ufs};
-use accel_ufs::record::{ImageRecord, NameRecord, Platform, Process};
+use accel_ufs::record::{ImageRecord, NameRecord, Process};
 use accel_ufs::resolve::{ImageName, canonical};
 use std::fs;
 use std::io::Write;

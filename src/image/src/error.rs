@@ -1,0 +1,157 @@
+//! Why an image cannot be had.
+
+use accel_oci::{Digest, Platform};
+use std::path::PathBuf;
+use std::{fmt, io};
+
+/// Why an image cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImageError {
+    /// A directory that is no OCI layout.
+    #[error("{directory:?} is not an OCI layout: {why}")]
+    Layout {
+        /// What was given.
+        directory: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A layout without the tag.
+    #[error("the OCI layout {directory:?} has no image tagged {tag:?}; it has {}", Names(.known))]
+    NoTag {
+        /// The layout.
+        directory: PathBuf,
+        /// What was asked for.
+        tag: String,
+        /// What there is.
+        known: Vec<String>,
+    },
+    /// No tag given, and more than one image.
+    #[error(
+        "the OCI layout {directory:?} holds {images} images: say which (oci:DIR:TAG); it has {}",
+        Names(.known)
+    )]
+    Ambiguous {
+        /// The layout.
+        directory: PathBuf,
+        /// How many there are.
+        images: usize,
+        /// Their tags.
+        known: Vec<String>,
+    },
+    /// A file of a layout.
+    #[error("cannot read {path:?}: {source}")]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The program itself could not be set up to talk to registries.
+    #[error("cannot set up the connection to registries: {0}")]
+    Setup(String),
+    /// What a registry answered, or that it did not.
+    #[error("cannot get {what} from {registry}: {why}")]
+    Registry {
+        /// The registry.
+        registry: String,
+        /// What was wanted.
+        what: String,
+        /// Why it was not had, and what to do.
+        why: String,
+    },
+    /// Bytes that are not those the digest promises.
+    #[error("{what} is damaged: its digest is {found}, expected {expected}")]
+    Digest {
+        /// What was read.
+        what: String,
+        /// What led to it.
+        expected: Digest,
+        /// What came.
+        found: Digest,
+    },
+    /// A blob of another size than its descriptor says.
+    #[error("{what} is damaged: it has {found} bytes, its descriptor says {expected}")]
+    Size {
+        /// What was read.
+        what: String,
+        /// What its descriptor says.
+        expected: u64,
+        /// What there is.
+        found: u64,
+    },
+    /// A manifest or config that is too large to be one.
+    #[error("{what} has {size} bytes, more than the {limit} that are read of one")]
+    TooLarge {
+        /// What was to be read.
+        what: String,
+        /// Its size.
+        size: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// A manifest or config that is not what it should be.
+    #[error("{what} cannot be used: {why}")]
+    Malformed {
+        /// What was read.
+        what: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A kind of thing that is no image we can convert.
+    #[error("{what} has the media type {media_type:?}: {why}")]
+    MediaType {
+        /// What was read.
+        what: String,
+        /// What it says it is.
+        media_type: String,
+        /// Why it is not taken.
+        why: &'static str,
+    },
+    /// The image is not for the wanted platform.
+    #[error("{what} is not for {wanted} but for {}: choose with --platform", Names(.offered))]
+    Platform {
+        /// What was read.
+        what: String,
+        /// What was asked for.
+        wanted: Platform,
+        /// What there is.
+        offered: Vec<String>,
+    },
+    /// Manifest and config disagree.
+    #[error(
+        "the manifest {manifest} has {layers} layers, but its config {diff_ids} diffIDs: the image is broken"
+    )]
+    LayerCount {
+        /// Which manifest.
+        manifest: Digest,
+        /// Layers in it.
+        layers: usize,
+        /// diffIDs in the config.
+        diff_ids: usize,
+    },
+    /// An image of nothing.
+    #[error("the manifest {manifest} has no layers: there is nothing to mount")]
+    NoLayers {
+        /// Which manifest.
+        manifest: Digest,
+    },
+}
+
+/// Some names in a message: the first few of them.
+struct Names<'a>(&'a [String]);
+
+impl fmt::Display for Names<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN: usize = 20;
+        if self.0.is_empty() {
+            return f.write_str("none");
+        }
+        let shown = &self.0[..self.0.len().min(SHOWN)];
+        f.write_str(&shown.join(", "))?;
+        match self.0.len() - shown.len() {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
+    }
+}
