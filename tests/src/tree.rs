@@ -13,8 +13,9 @@
 //! one; the extended attributes, sorted.
 //!
 //! Left out are: access and change times, link counts, sizes of directories and inode
-//! numbers, which an ordinary unpack does not keep; the root's modification time, which
-//! containerd's unpack does not either; overlayfs' own `trusted.overlay.*`.
+//! numbers, which an ordinary unpack does not keep; overlayfs' own `trusted.overlay.*`.
+//! A directory that an unpack made on its own account, because only a path implied it,
+//! has the time of that unpack: see [`Options::own_since`].
 //!
 //! Bytes outside of printable ASCII, spaces, `=` and `\` are written `\xHH`, so a
 //! manifest is a text and a field never has a space in it.
@@ -32,13 +33,24 @@ use anyhow::{Context as _, Result};
 /// Values of extended attributes longer than this are given by their BLAKE3.
 const LONG_VALUE: usize = 64;
 
+const ANY_TIME: &str = "-";
+
+/// How a manifest is written.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options {
+    /// Directories modified at this second (since 1970) or later have `-` for their
+    /// time, which [`difference`] takes for any time.
+    pub own_since: Option<i64>,
+}
+
 /// Writes the manifest of everything below `root`, mounts on it included.
 ///
 /// # Errors
 /// When an entry cannot be read; the error names it.
-pub fn write_manifest(root: &Path, out: &mut dyn Write) -> Result<()> {
+pub fn write_manifest(root: &Path, options: Options, out: &mut dyn Write) -> Result<()> {
     Walk {
         root,
+        options,
         first_names: HashMap::new(),
     }
     .entry(Path::new("."), out)
@@ -50,8 +62,21 @@ pub fn write_manifest(root: &Path, out: &mut dyn Write) -> Result<()> {
 /// As [`write_manifest`].
 pub fn manifest(root: &Path) -> Result<Vec<String>> {
     let mut text = Vec::new();
-    write_manifest(root, &mut text)?;
+    write_manifest(root, Options::default(), &mut text)?;
     Ok(String::from_utf8(text)?.lines().map(String::from).collect())
+}
+
+/// Is the found line what the wanted one says?
+fn same(wanted: &str, found: &str) -> bool {
+    const TIME: usize = 4;
+    let (wanted, found) = (wanted.split(' '), found.split(' '));
+    wanted.clone().count() == found.clone().count()
+        && wanted
+            .zip(found)
+            .enumerate()
+            .all(|(field, (wanted, found))| {
+                wanted == found || (field == TIME && wanted == ANY_TIME)
+            })
 }
 
 /// What differs between two manifests, as text for a person; `None` when nothing does.
@@ -71,7 +96,7 @@ pub fn difference(wanted: &[String], found: &[String]) -> Option<String> {
     for line in wanted {
         match in_found.get(path(line)) {
             None => report.push(format!("missing:  {line}")),
-            Some(other) if other != line => {
+            Some(other) if !same(line, other) => {
                 report.push(format!("expected: {line}\n   found: {other}"));
             }
             Some(_) => {}
@@ -83,7 +108,7 @@ pub fn difference(wanted: &[String], found: &[String]) -> Option<String> {
         }
     }
     if report.is_empty() {
-        return (wanted != found).then(|| "the same entries in another order".to_owned());
+        return None;
     }
     let total = report.len();
     report.truncate(SHOWN);
@@ -95,6 +120,7 @@ pub fn difference(wanted: &[String], found: &[String]) -> Option<String> {
 
 struct Walk<'a> {
     root: &'a Path,
+    options: Options,
     /// (device, inode) of files with several names, and the first of them.
     first_names: HashMap<(u64, u64), String>,
 }
@@ -125,8 +151,12 @@ impl Walk<'_> {
         let meta = full.symlink_metadata()?;
         let kind = meta.file_type();
         let name = escape(path.as_os_str().as_bytes());
-        let time = if path == Path::new(".") {
-            "-".to_owned()
+        let own = self
+            .options
+            .own_since
+            .is_some_and(|since| meta.mtime() >= since);
+        let time = if kind.is_dir() && own {
+            ANY_TIME.to_owned()
         } else {
             format!("{}.{:09}", meta.mtime(), meta.mtime_nsec())
         };
@@ -286,6 +316,28 @@ mod tests {
             "{}",
             lines[5]
         );
+    }
+
+    #[test]
+    fn directories_of_the_unpack_itself_have_any_time() {
+        let dir = sample();
+        let mut text = Vec::new();
+        let options = Options { own_since: Some(1) };
+        write_manifest(dir.path(), options, &mut text).unwrap();
+        let wanted: Vec<String> = String::from_utf8(text)
+            .unwrap()
+            .lines()
+            .map(String::from)
+            .collect();
+        let times: Vec<_> = wanted
+            .iter()
+            .map(|line| line.split(' ').nth(4).unwrap())
+            .collect();
+        assert_eq!((times[0], times[1]), ("-", "-"));
+        assert_eq!(times[2], "0.000000000");
+        assert_eq!(difference(&wanted, &manifest(dir.path()).unwrap()), None);
+        fs::set_permissions(dir.path().join("d"), PermissionsExt::from_mode(0o700)).unwrap();
+        assert!(difference(&wanted, &manifest(dir.path()).unwrap()).is_some());
     }
 
     #[test]
