@@ -40,12 +40,12 @@ pub enum ImageError {
         known: Vec<String>,
     },
     /// A file of a layout.
-    #[error("cannot read {path:?}: {source}")]
+    #[error("cannot read {path:?}: {error}")]
     Io {
         /// Which file.
         path: PathBuf,
-        /// Why.
-        source: io::Error,
+        /// Why; part of the message, hence not its source.
+        error: io::Error,
     },
     /// The program itself could not be set up to talk to registries.
     #[error("cannot set up the connection to registries: {0}")]

@@ -29,7 +29,7 @@ impl LayoutDirectory {
         let read = |name: &str| {
             let path = directory.join(name);
             read_file(&path, MAX_MANIFEST).map_err(|error| match error {
-                ImageError::Io { source, .. } => wrong(format!("{name}: {source}")),
+                ImageError::Io { error, .. } => wrong(format!("{name}: {error}")),
                 other => other,
             })
         };
@@ -109,9 +109,9 @@ impl Origin for LayoutDirectory {
 }
 
 fn open_file(path: &Path) -> Result<(File, u64), ImageError> {
-    let error = |source| ImageError::Io {
+    let error = |error| ImageError::Io {
         path: path.to_owned(),
-        source,
+        error,
     };
     // Look before opening: a FIFO would block.
     let metadata = std::fs::metadata(path).map_err(error)?;
@@ -128,9 +128,9 @@ fn read_file(path: &Path, most: u64) -> Result<Vec<u8>, ImageError> {
     let mut bytes = Vec::new();
     file.take(most)
         .read_to_end(&mut bytes)
-        .map_err(|source| ImageError::Io {
+        .map_err(|error| ImageError::Io {
             path: path.to_owned(),
-            source,
+            error,
         })?;
     Ok(bytes)
 }

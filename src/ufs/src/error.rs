@@ -24,14 +24,14 @@ pub enum UfsError {
         path: PathBuf,
     },
     /// An operation on a file failed.
-    #[error("cannot {doing} {path:?}: {source}{}", hint(.source))]
+    #[error("cannot {doing} {path:?}: {error}{}", hint(.error))]
     Io {
         /// What was being done, as a verb.
         doing: &'static str,
         /// To what.
         path: PathBuf,
-        /// Why it failed.
-        source: io::Error,
+        /// Why it failed; part of the message, hence not its source.
+        error: io::Error,
     },
     /// Something else already has the name.
     #[error(
@@ -46,12 +46,12 @@ pub enum UfsError {
         here: u64,
     },
     /// A record that cannot be used.
-    #[error("{path:?}: {source}")]
+    #[error("{path:?}: {error}")]
     Record {
         /// Which file.
         path: PathBuf,
         /// What is wrong with it.
-        source: RecordError,
+        error: RecordError,
     },
     /// A directory whose path cannot be part of a source's canonical text.
     #[error("the directory {path:?} cannot be named as an image source: {why}")]
@@ -82,11 +82,7 @@ impl UfsError {
     /// `map_err`.
     pub fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
-        move |source| Self::Io {
-            doing,
-            path,
-            source,
-        }
+        move |error| Self::Io { doing, path, error }
     }
 }
 

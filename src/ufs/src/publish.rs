@@ -129,8 +129,8 @@ impl Ufs {
             .map_err(UfsError::io("read", &path))?;
         if bytes.len() > MAX_RECORD {
             let bytes = bytes.len() as u64;
-            let source = RecordError::TooLarge { bytes };
-            return Err(UfsError::Record { path, source });
+            let error = RecordError::TooLarge { bytes };
+            return Err(UfsError::Record { path, error });
         }
         Ok(Some(bytes))
     }

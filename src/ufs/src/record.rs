@@ -28,12 +28,12 @@ pub enum RecordError {
         bytes: u64,
     },
     /// It is not the JSON that it should be.
-    #[error("this is not {what}: {source}")]
+    #[error("this is not {what}: {error}")]
     Json {
         /// What was expected.
         what: &'static str,
         /// What the parser says.
-        source: serde_json::Error,
+        error: serde_json::Error,
     },
     /// A layout that this program does not know.
     #[error("the record has layout {layout}, this program reads layout {LAYOUT}: use a newer one")]
@@ -244,13 +244,13 @@ fn parse<T: DeserializeOwned>(json: &[u8], what: &'static str) -> Result<T, Reco
             bytes: json.len() as u64,
         });
     }
-    let error = |source| RecordError::Json { what, source };
+    let wrong = |error| RecordError::Json { what, error };
     // The layout first: the fields of another one may differ.
-    let Probe { layout } = serde_json::from_slice(json).map_err(error)?;
+    let Probe { layout } = serde_json::from_slice(json).map_err(wrong)?;
     if layout != u64::from(LAYOUT) {
         return Err(RecordError::Layout { layout });
     }
-    serde_json::from_slice(json).map_err(error)
+    serde_json::from_slice(json).map_err(wrong)
 }
 
 fn to_json(record: &impl Serialize) -> Vec<u8> {

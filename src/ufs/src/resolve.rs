@@ -93,9 +93,9 @@ impl Ufs {
         let Some(json) = self.read_record(&name)? else {
             return Ok(None);
         };
-        let wrong = |source| UfsError::Record {
+        let wrong = |error| UfsError::Record {
             path: self.path(&name),
-            source,
+            error,
         };
         let record = ImageRecord::parse(&json).map_err(wrong)?;
         if record.manifest != *manifest {
@@ -130,7 +130,7 @@ impl Ufs {
         let json = self.read_record(&name)?.ok_or_else(missing)?;
         let wrong = |error| UfsError::Record {
             path: self.path(&name),
-            source: error,
+            error,
         };
         let record = NameRecord::parse(&json).map_err(wrong)?;
         if record.source != source.to_string() {

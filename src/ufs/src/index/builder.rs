@@ -2,7 +2,7 @@
 
 use super::header::Header;
 use super::verify::{hash_chunk, page_value_of};
-use super::{ByteRange, CHUNK_SIZE, ChunkNo, ChunkValue, ImageSize, Layout, MAX_IMAGE_SIZE};
+use super::{ByteRange, CHUNK_SIZE, ChunkNo, ImageSize, Layout, MAX_IMAGE_SIZE};
 use super::{CHUNK, HeaderError, Root, SizeError, VALUES_PER_PAGE, is_zero};
 use blake3::hazmat::HasherExt;
 
@@ -87,6 +87,11 @@ impl HashedChunk {
             zero: is_zero(bytes),
         })
     }
+
+    /// Whether the chunk is all zeros, so that a hole in the file serves.
+    pub const fn is_zero(&self) -> bool {
+        self.zero
+    }
 }
 
 /// Collects chunks, in any order and each once, and makes the index of them.
@@ -147,11 +152,6 @@ impl IndexBuilder {
         self.values[at] = hashed.value;
         self.root_if_only = self.root_if_only.or(hashed.root_if_only);
         Ok(())
-    }
-
-    /// The values of the chunks in order, for whoever wants to look at them.
-    pub fn values(&self) -> impl Iterator<Item = ChunkValue> {
-        self.values.iter().copied().map(ChunkValue)
     }
 
     /// The root and the bytes of the index file of an image of `size` bytes
