@@ -29,6 +29,7 @@ _run_undo() {
     local status=$? i
     trap '' INT TERM HUP
     set +e
+    [ -z "$_child" ] || stop_process "$_child"
     for ((i = ${#_undo[@]} - 1; i >= 0; i--)); do
         eval "${_undo[i]}" || say "cleaning up: failed: ${_undo[i]}"
     done
@@ -41,9 +42,23 @@ undo_on_exit() {
     trap 'exit 143' TERM HUP
 }
 
-# stop_process PID: ask, wait up to 10 s, then insist. PID is our own child.
+# interruptible CMD…: runs a command that takes long. A signal to this script ends
+# it at once; bash would otherwise wait for the command first.
+_child=
+interruptible() {
+    local status=0
+    "$@" &
+    _child=$!
+    wait "$_child" || status=$?
+    _child=
+    return "$status"
+}
+
+# stop_process PID: ask, wait up to 10 s, then insist. Only for children of this
+# shell; one that is gone is fine, also when its number has another owner now.
 stop_process() {
     local pid=$1 i
+    grep -qsx "PPid:[[:space:]]*$$" "/proc/$pid/status" || return 0
     kill "$pid" 2>/dev/null || return 0
     for ((i = 0; i < 100; i++)); do
         kill -0 "$pid" 2>/dev/null || break
@@ -53,12 +68,8 @@ stop_process() {
     wait "$pid" 2>/dev/null || true
 }
 
-# Monotonic time in milliseconds.
-now_ms() {
-    local up
-    read -r up _ </proc/uptime
-    echo "$((10#${up/./} * 10))"
-}
+# Milliseconds since some moment.
+now_ms() { echo "$((${EPOCHREALTIME/[.,]/} / 1000))"; }
 
 # locked NAME CMD…: one at a time on this machine, for filling the cache.
 locked() {

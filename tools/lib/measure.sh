@@ -1,0 +1,95 @@
+# Measures how long an image takes from "start" to its program's first output, the
+# lazy way and the ordinary way, on the machine that this runs on. The demo uses it
+# here and in the test guest. Needs common.sh; undo_on_exit must be on.
+#
+# In:  bin        directory of ublk-server
+#      ufs        UFS directory with the image
+#      image      the image's name there
+#      layout     OCI layout with the same image, tag `sample`
+#      program    command for /bin/sh in the image
+#      transport  auto, ublk or fuse
+#      scratch    directory for everything temporary, on a local disk
+# Out: NAME=VALUE lines on standard output, times in milliseconds, sizes in bytes.
+
+drop_caches() {
+    sync
+    echo 3 >/proc/sys/vm/drop_caches
+}
+
+# first_output DIR START: runs the program with DIR as its root, in PID and mount
+# namespaces of its own; prints the milliseconds from START to its first line, and the
+# line.
+first_output() {
+    local line status=0
+    coproc container {
+        exec unshare --mount --pid --fork --kill-child env -i PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin \
+            chroot "$1" /bin/sh -c "$program" </dev/null
+    }
+    local pid=$container_PID
+    IFS= read -r line <&"${container[0]}" || line=
+    local ms=$(($(now_ms) - $2))
+    wait "$pid" || status=$?
+    [ "$status" = 0 ] && [ -n "$line" ] || die "the program in $1 failed (status $status)"
+    printf '%s %s\n' "$ms" "$line"
+}
+
+# Waits until the daemon answers on $socket.
+await_daemon() {
+    local i
+    for ((i = 0; i < 600; i++)); do
+        "$bin/ublk-server" list --socket "$socket" >/dev/null 2>&1 && return
+        kill -0 "$1" 2>/dev/null || break
+        sleep 0.1
+    done
+    cat "$scratch/ublk-server.log" >&2
+    die "ublk-server does not answer"
+}
+
+# start_daemon: sets $daemon and $socket.
+start_daemon() {
+    socket=$scratch/ublk-server.socket
+    "$bin/ublk-server" serve --ufs "$ufs" --socket "$socket" --transport "$transport" \
+        </dev/null >"$scratch/ublk-server.log" 2>&1 &
+    daemon=$!
+    at_exit stop_process "$daemon"
+    await_daemon "$daemon"
+}
+
+unmount_image() { ! mountpoint -q "$1" || "$bin/ublk-server" unmount --socket "$socket" "$1"; }
+
+measure_lazy() {
+    local root=$scratch/root start result
+    mkdir -p "$root"
+    start_daemon
+    at_exit unmount_image "$root"
+    drop_caches
+    start=$(now_ms)
+    "$bin/ublk-server" mount --socket "$socket" "$image" "$root" >/dev/null ||
+        { cat "$scratch/ublk-server.log" >&2; die "could not mount $image"; }
+    echo "mounted=$(($(now_ms) - start))"
+    result=$(first_output "$root" "$start")
+    echo "lazy_output=${result%% *}"
+    echo "lazy_line=${result#* }"
+    "$bin/ublk-server" status --socket "$socket" --json >"$scratch/status"
+    /usr/bin/python3 - "$scratch/status" <<'PY'
+import json, sys
+status = json.load(open(sys.argv[1]))
+print(f"transport={status['transport']}")
+print(f"fetched={status['fetched_bytes']}")
+PY
+    unmount_image "$root"
+    stop_process "$daemon"
+}
+
+measure_ordinary() {
+    local bundle=$scratch/bundle start result
+    drop_caches
+    start=$(now_ms)
+    interruptible umoci unpack --image "$layout:sample" "$bundle" >"$scratch/umoci.log" 2>&1 ||
+        { cat "$scratch/umoci.log" >&2; die "umoci could not unpack $layout"; }
+    echo "unpacked=$(($(now_ms) - start))"
+    result=$(first_output "$bundle/rootfs" "$start")
+    echo "ordinary_output=${result%% *}"
+    echo "ordinary_line=${result#* }"
+    rm -rf "$bundle"
+}
