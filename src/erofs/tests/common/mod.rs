@@ -11,6 +11,14 @@ use std::{collections::BTreeMap, convert::Infallible};
 
 pub const UUID: Uuid = Uuid(*b"0123456789\x8bcdef\x81");
 
+/// `u::rwx,g::r-x,o::r-x` as an attribute's value: version 2, then tag,
+/// permissions and no id for owner, group and others.
+pub const MINIMAL_ACL: [u8; 28] = *b"\x02\0\0\0\x01\0\x07\0\xff\xff\xff\xff\
+    \x04\0\x05\0\xff\xff\xff\xff\x20\0\x05\0\xff\xff\xff\xff";
+
+/// `cap_net_raw=ep` as an attribute's value, version 2.
+pub const CAP_NET_RAW: [u8; 20] = *b"\x01\0\0\x02\0\x20\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+
 /// Takes an image into memory and checks what [`Output`] promises.
 #[derive(Debug, Default)]
 pub struct Memory {
@@ -36,10 +44,12 @@ impl Memory {
     /// The image, once it is complete.
     pub fn image(self) -> Vec<u8> {
         assert_eq!(self.order.last(), Some(&0), "chunk 0 is not the last");
-        // Whoever waits for the chunks in order has to hold few of them: those
-        // after a missing one are complete, so only the missing ones count.
-        let late = self.order.windows(2).filter(|pair| pair[1] < pair[0]).count();
-        assert!(late <= self.order.len());
+        // Besides chunk 0, at most one chunk at a time is late.
+        for (position, index) in self.order.iter().enumerate() {
+            let later = self.order[position..].iter();
+            let late = later.filter(|other| **other != 0 && *other < index);
+            assert!(late.count() <= 1, "more than one chunk is late");
+        }
         let count = self.chunks.len() as u64;
         let mut image = Vec::new();
         for (expected, (index, bytes)) in (0..).zip(self.chunks) {
@@ -136,9 +146,20 @@ fn xattr_lists() -> impl Strategy<Value = Vec<(String, Vec<u8>)>> {
         1 => vec(any::<u8>(), 0..=300usize),
         1 => (0usize..=9000).prop_map(|size| vec![7; size]),
     ];
+    // The kernel wants an ACL and capabilities to be what they say.
+    let list = vec((name, value), 1..=6usize).prop_map(|mut list| {
+        for (name, value) in &mut list {
+            if name.starts_with("system.") {
+                *value = MINIMAL_ACL.to_vec();
+            } else if name == "security.capability" {
+                *value = CAP_NET_RAW.to_vec();
+            }
+        }
+        list
+    });
     prop_oneof![
         3 => Just(vec![]),
-        2 => vec((name, value), 1..=6usize),
+        2 => list,
     ]
 }
 
