@@ -1,0 +1,263 @@
+//! A layer that is served: its geometry, its zero map, its counters.
+
+use super::Engine;
+use super::pending::{KernelRequest, Piece};
+use accel_source::{FileName, Patience, SourceError, read_file};
+use accel_transport::{Reader, Request};
+use accel_ufs::index::{
+    ByteRange, CHUNK_SIZE, ChunkNo, Header, HeaderError, ImageSize, Layout, PAGE_SIZE, Page, Root,
+};
+use accel_ufs::names::LayerName;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
+
+/// Largest zero map that is kept: of an image of 128 GiB. Chunks beyond are read
+/// like any other.
+const ZERO_MAP: usize = 128 << 10;
+
+/// Why a layer cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Its index cannot be read.
+    #[error("cannot read the index of {layer}: {source}")]
+    Source {
+        /// Which layer.
+        layer: LayerName,
+        /// Why.
+        source: SourceError,
+    },
+    /// Its index is no index.
+    #[error("{layer}: {file}: {source}")]
+    Header {
+        /// Which layer.
+        layer: LayerName,
+        /// Which file.
+        file: FileName,
+        /// What is wrong.
+        source: HeaderError,
+    },
+    /// The index is of another image than the record.
+    #[error("{layer}: {file} is the index of another image: {what} differs from the image record")]
+    Differs {
+        /// Which layer.
+        layer: LayerName,
+        /// Which file.
+        file: FileName,
+        /// What differs.
+        what: &'static str,
+    },
+}
+
+/// What an export has done so far.
+#[derive(Debug, Default)]
+pub struct ExportCounters {
+    /// Pieces of requests served from memory.
+    pub hits: AtomicU64,
+    /// Pieces that had to wait for a read.
+    pub misses: AtomicU64,
+    /// Bytes given to the kernel.
+    pub served_bytes: AtomicU64,
+    /// Bytes read from the source, index included.
+    pub source_bytes: AtomicU64,
+    /// Pieces that failed.
+    pub errors: AtomicU64,
+}
+
+/// A layer that is served.
+pub struct Export {
+    /// Which layer.
+    pub name: LayerName,
+    /// Its image.
+    pub(super) image: FileName,
+    /// Its index.
+    pub(super) index: FileName,
+    pub(super) layout: Layout,
+    /// What every byte is checked against.
+    pub root: Root,
+    /// Where the image's metadata lies: a hint.
+    pub metadata: ByteRange,
+    pub(super) zeros: Zeros,
+    /// What it has done.
+    pub counters: ExportCounters,
+}
+
+impl fmt::Debug for Export {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Export({}, {})", self.name, self.root)
+    }
+}
+
+impl Export {
+    /// Opens the layer `name` whose image has this root and size: reads the
+    /// index's header and zero map, both of which are only hints. Waits for the
+    /// source.
+    pub fn open(
+        engine: &Engine,
+        name: LayerName,
+        root: Root,
+        size: ImageSize,
+        patience: Patience,
+    ) -> Result<Self, OpenError> {
+        let index = FileName::new(name.index().as_str());
+        let layout = Layout::new(size);
+        let map = usize::try_from(layout.zero_map().length).unwrap_or(ZERO_MAP);
+        let limit = PAGE_SIZE + map.min(ZERO_MAP);
+        let (source, pool) = (engine.source(), engine.arena().chunks());
+        let bytes = read_file(source, pool, &index, limit, patience).map_err(|source| {
+            OpenError::Source {
+                layer: name,
+                source,
+            }
+        })?;
+        let wrong = |source| OpenError::Header {
+            layer: name,
+            file: index.clone(),
+            source,
+        };
+        let page = bytes
+            .get(..PAGE_SIZE)
+            .and_then(|b| <&Page>::try_from(b).ok());
+        let header =
+            Header::parse(page.ok_or_else(|| wrong(HeaderError::Magic))?).map_err(wrong)?;
+        for (what, same) in [
+            ("its root", header.root() == root),
+            ("its size", header.image_size() == size),
+        ] {
+            if !same {
+                let (layer, file) = (name, index.clone());
+                return Err(OpenError::Differs { layer, file, what });
+            }
+        }
+        let counters = ExportCounters::default();
+        counters.source_bytes.store(bytes.len() as u64, Relaxed);
+        Ok(Self {
+            name,
+            image: FileName::new(name.image().as_str()),
+            index: index.clone(),
+            layout,
+            root,
+            metadata: header.metadata(),
+            zeros: Zeros::new(&bytes[PAGE_SIZE..]),
+            counters,
+        })
+    }
+
+    /// A layer that was opened by an earlier daemon. Nothing is read: its zeros
+    /// are read like other bytes, and its metadata is not fetched ahead.
+    pub fn recovered(name: LayerName, root: Root, size: ImageSize) -> Self {
+        Self {
+            name,
+            image: FileName::new(name.image().as_str()),
+            index: FileName::new(name.index().as_str()),
+            layout: Layout::new(size),
+            root,
+            metadata: ByteRange::default(),
+            zeros: Zeros::new(&[]),
+            counters: ExportCounters::default(),
+        }
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.layout.image_size().bytes()
+    }
+}
+
+/// Chunks of zeros: what the index says, and what was verified.
+pub(super) struct Zeros {
+    /// The index's bits; a bit is cleared when it turns out wrong.
+    said: Box<[AtomicU8]>,
+    verified: Box<[AtomicU8]>,
+}
+
+impl Zeros {
+    fn new(map: &[u8]) -> Self {
+        Self {
+            said: map.iter().copied().map(AtomicU8::new).collect(),
+            verified: map.iter().map(|_| AtomicU8::new(0)).collect(),
+        }
+    }
+
+    fn place(chunk: ChunkNo) -> (usize, u8) {
+        let byte = usize::try_from(chunk.0 / 8).unwrap_or(usize::MAX);
+        (byte, 1 << (chunk.0 % 8))
+    }
+
+    /// Whether the index says that the chunk is all zeros, and is not known to be
+    /// wrong.
+    pub(super) fn says(&self, chunk: ChunkNo) -> bool {
+        let (byte, bit) = Self::place(chunk);
+        let said = self.said.get(byte);
+        said.is_some_and(|said| said.load(Relaxed) & bit != 0)
+    }
+
+    /// Whether a verifier has found that it is.
+    pub(super) fn is_verified(&self, chunk: ChunkNo) -> bool {
+        let (byte, bit) = Self::place(chunk);
+        let verified = self.verified.get(byte);
+        verified.is_some_and(|verified| verified.load(Relaxed) & bit != 0)
+    }
+
+    pub(super) fn verified(&self, chunk: ChunkNo) {
+        let (byte, bit) = Self::place(chunk);
+        if let Some(verified) = self.verified.get(byte) {
+            verified.fetch_or(bit, Relaxed);
+        }
+    }
+
+    pub(super) fn refuted(&self, chunk: ChunkNo) {
+        let (byte, bit) = Self::place(chunk);
+        if let Some(said) = self.said.get(byte) {
+            said.fetch_and(!bit, Relaxed);
+        }
+    }
+}
+
+/// What a transport reads an export through.
+#[derive(Debug)]
+pub struct ExportReader {
+    engine: Arc<Engine>,
+    export: Arc<Export>,
+}
+
+impl ExportReader {
+    /// Serves `export` with `engine`.
+    pub fn new(engine: &Arc<Engine>, export: &Arc<Export>) -> Self {
+        Self {
+            engine: Arc::clone(engine),
+            export: Arc::clone(export),
+        }
+    }
+
+    /// The export.
+    pub fn export(&self) -> &Arc<Export> {
+        &self.export
+    }
+}
+
+impl Reader for ExportReader {
+    fn size(&self) -> u64 {
+        self.export.size()
+    }
+
+    fn read<R: Request>(&self, offset: u64, len: usize, request: R) {
+        let pending = Arc::new(KernelRequest::new(request, len, &self.engine));
+        let mut at = 0;
+        while at < len {
+            let position = offset + at as u64;
+            // Less than a chunk.
+            let start = usize::try_from(position % CHUNK_SIZE as u64).unwrap_or(0);
+            let piece = Piece {
+                pending: pending.clone(),
+                export: Arc::clone(&self.export),
+                chunk: ChunkNo::containing(position),
+                start,
+                len: (CHUNK_SIZE - start).min(len - at),
+                at,
+            };
+            at += piece.len();
+            self.engine.serve(&piece);
+        }
+    }
+}

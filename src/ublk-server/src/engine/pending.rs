@@ -1,0 +1,112 @@
+//! Requests on their way: split into pieces, answered when the last is gone.
+
+use super::{Engine, Export};
+use accel_transport::{ReadError, Request};
+use accel_ufs::index::ChunkNo;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+/// What the pieces of one request share.
+pub(super) trait Pending: Send + Sync {
+    /// Copies `bytes` to offset `at` of the request.
+    fn fill(&self, at: usize, bytes: &[u8]);
+    /// The request cannot succeed any more.
+    fn fail(&self, reason: &str);
+}
+
+/// A kernel request. It is answered when it is dropped, that is, when its last
+/// piece is: well only if every byte was filled.
+pub(super) struct KernelRequest<R: Request> {
+    request: Option<R>,
+    len: usize,
+    filled: AtomicUsize,
+    failure: OnceLock<ReadError>,
+    engine: Arc<Engine>,
+}
+
+impl<R: Request> KernelRequest<R> {
+    pub(super) fn new(request: R, len: usize, engine: &Arc<Engine>) -> Self {
+        engine.unanswered.fetch_add(1, Ordering::Relaxed);
+        Self {
+            request: Some(request),
+            len,
+            filled: AtomicUsize::new(0),
+            failure: OnceLock::new(),
+            engine: Arc::clone(engine),
+        }
+    }
+}
+
+impl<R: Request> Pending for KernelRequest<R> {
+    fn fill(&self, at: usize, bytes: &[u8]) {
+        let Some(request) = &self.request else {
+            return;
+        };
+        match request.fill(at, bytes) {
+            Ok(()) => {
+                self.filled.fetch_add(bytes.len(), Ordering::Relaxed);
+            }
+            Err(error) => self.fail(&format!("cannot hand bytes to the kernel: {error}")),
+        }
+    }
+
+    fn fail(&self, reason: &str) {
+        // The first reason is the one that is told.
+        let _ = self.failure.set(ReadError {
+            reason: reason.to_owned(),
+        });
+    }
+}
+
+impl<R: Request> Drop for KernelRequest<R> {
+    fn drop(&mut self) {
+        let Some(request) = self.request.take() else {
+            return;
+        };
+        // Dropping the last `Arc` of this orders every fill before.
+        let result = match self.failure.take() {
+            Some(error) => Err(error),
+            None if *self.filled.get_mut() == self.len => Ok(()),
+            None => Err(ReadError {
+                reason: "the daemon gave the request up".to_owned(),
+            }),
+        };
+        request.finish(result);
+        self.engine.unanswered.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The part of a request that lies in one chunk.
+#[derive(Clone)]
+pub(crate) struct Piece {
+    pub(super) pending: Arc<dyn Pending>,
+    pub(super) export: Arc<Export>,
+    pub(super) chunk: ChunkNo,
+    /// Where the part starts in the chunk, bytes.
+    pub(super) start: usize,
+    pub(super) len: usize,
+    /// Where the part starts in the request, bytes.
+    pub(super) at: usize,
+}
+
+impl Piece {
+    /// Fills the piece from the chunk's bytes.
+    pub(super) fn fill(&self, chunk: &[u8]) {
+        match chunk.get(self.start..self.start + self.len) {
+            Some(bytes) => {
+                self.pending.fill(self.at, bytes);
+                let served = &self.export.counters.served_bytes;
+                served.fetch_add(self.len as u64, Ordering::Relaxed);
+            }
+            None => self.fail("the chunk is shorter than the request"),
+        }
+    }
+
+    pub(super) fn fail(&self, reason: &str) {
+        self.pending.fail(reason);
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+}

@@ -1,0 +1,226 @@
+//! What a successor needs to know, on local disk before it is relied on.
+//!
+//! One JSON file per ublk device under `RUN_DIR/journal/`, named after the
+//! layer's root. Its `state` is `intent` (the device has its id, nobody can use
+//! it yet), then `live`, then `deleting`. Files are written whole: temporary
+//! file, fsync, rename, fsync of the directory. Ids mean nothing after a reboot,
+//! so every file carries the boot's id.
+//!
+//! FUSE exports are not journalled: they end with the daemon.
+
+use accel_oci::{ChainId, DiffId, Digest};
+use accel_ufs::index::{ImageSize, Root};
+use accel_ufs::names::LayerName;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+/// Number of the format.
+const LAYOUT: u32 = 1;
+
+/// How far a device has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Added, not started.
+    Intent,
+    /// In use, or about to be.
+    Live,
+    /// To be removed.
+    Deleting,
+}
+
+/// Who holds a device's image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HolderEntry {
+    /// The holder.
+    pub holder: String,
+    /// The image as it was asked for.
+    pub image: String,
+    /// Its manifest.
+    pub manifest: Digest,
+    /// All of its layers, lowest first.
+    pub layers: Vec<Root>,
+}
+
+/// One device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Always [`LAYOUT`].
+    pub layout: u32,
+    /// Of this boot only.
+    pub boot_id: String,
+    /// How far it has come.
+    pub state: State,
+    /// `N` of `/dev/ublkbN`.
+    pub device: u32,
+    /// ublk flags it was made with; for people.
+    pub features: u64,
+    /// Its queue's depth; for people.
+    pub queue_depth: u16,
+    /// The UFS directory it is served from.
+    pub ufs: PathBuf,
+    /// `layer` or `chain`.
+    pub kind: String,
+    /// diffID or chain ID.
+    pub digest: Digest,
+    /// The layer's BLAKE3.
+    pub root: Root,
+    /// Its size.
+    pub size: ImageSize,
+    /// Who needs it.
+    pub holders: Vec<HolderEntry>,
+}
+
+impl Entry {
+    /// An entry of this boot and format.
+    pub fn new(journal: &Journal, name: LayerName, root: Root, size: ImageSize) -> Self {
+        let (kind, digest) = match name {
+            LayerName::Layer(DiffId(digest)) => ("layer", digest),
+            LayerName::Chain(ChainId(digest)) => ("chain", digest),
+        };
+        Self {
+            layout: LAYOUT,
+            boot_id: journal.boot_id.clone(),
+            state: State::Intent,
+            device: 0,
+            features: 0,
+            queue_depth: 0,
+            ufs: journal.ufs.clone(),
+            kind: kind.to_owned(),
+            digest,
+            root,
+            size,
+            holders: Vec::new(),
+        }
+    }
+
+    /// What the layer is called on UFS.
+    pub fn name(&self) -> LayerName {
+        match self.kind.as_str() {
+            "chain" => LayerName::Chain(ChainId(self.digest)),
+            _ => LayerName::Layer(DiffId(self.digest)),
+        }
+    }
+}
+
+/// The directory of entries.
+#[derive(Debug)]
+pub struct Journal {
+    directory: PathBuf,
+    boot_id: String,
+    ufs: PathBuf,
+}
+
+impl Journal {
+    /// Opens the journal beneath `run_dir`, making its directory.
+    pub fn open(run_dir: &Path, ufs: &Path) -> io::Result<Self> {
+        let directory = run_dir.join("journal");
+        fs::create_dir_all(&directory)?;
+        let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+        Ok(Self {
+            directory,
+            boot_id: boot_id.trim().to_owned(),
+            ufs: ufs.to_owned(),
+        })
+    }
+
+    fn path(&self, root: Root) -> PathBuf {
+        self.directory.join(format!("{root}.json"))
+    }
+
+    /// Writes an entry; when this returns it is on disk.
+    pub fn write(&self, entry: &Entry) -> io::Result<()> {
+        let temporary = self.directory.join(format!(".{}.tmp", entry.root));
+        let mut json = serde_json::to_vec_pretty(entry)?;
+        json.push(b'\n');
+        let mut file = File::create(&temporary)?;
+        file.write_all(&json)?;
+        file.sync_all()?;
+        fs::rename(&temporary, self.path(entry.root))?;
+        File::open(&self.directory)?.sync_all()
+    }
+
+    /// Removes an entry.
+    pub fn remove(&self, root: Root) -> io::Result<()> {
+        match fs::remove_file(self.path(root)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result,
+        }
+    }
+
+    /// The entries of this boot. Those of another are removed: their devices are
+    /// gone. One that cannot be read is left alone, and told.
+    pub fn load(&self) -> io::Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        for file in fs::read_dir(&self.directory)? {
+            let path = file?.path();
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            match serde_json::from_slice::<Entry>(&fs::read(&path)?) {
+                Ok(entry) if entry.layout != LAYOUT => {
+                    tracing::error!(path = %path.display(), layout = entry.layout,
+                        "a journal entry of another version is left alone");
+                }
+                Ok(entry) if entry.boot_id != self.boot_id => {
+                    tracing::info!(path = %path.display(), "dropping a device of an earlier boot");
+                    fs::remove_file(&path)?;
+                }
+                Ok(entry) => entries.push(entry),
+                Err(error) => {
+                    tracing::error!(path = %path.display(), %error,
+                        "a journal entry cannot be read and is left alone");
+                }
+            }
+        }
+        Ok(entries)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(journal: &Journal) -> Entry {
+        let name = LayerName::Chain(ChainId(Digest::of(b"x")));
+        let mut entry = Entry::new(journal, name, Root([7; 32]), ImageSize::new(4096).unwrap());
+        entry.holders.push(HolderEntry {
+            holder: "/mnt".to_owned(),
+            image: "oci:/x".to_owned(),
+            manifest: Digest::of(b"m"),
+            layers: vec![Root([7; 32])],
+        });
+        entry
+    }
+
+    #[test]
+    fn entries_read_back_and_the_last_state_counts() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(directory.path(), Path::new("/ufs")).unwrap();
+        let mut entry = entry(&journal);
+        journal.write(&entry).unwrap();
+        entry.state = State::Live;
+        journal.write(&entry).unwrap();
+        assert_eq!(journal.load().unwrap(), [entry.clone()]);
+        assert_eq!(entry.name(), LayerName::Chain(ChainId(Digest::of(b"x"))));
+        journal.remove(entry.root).unwrap();
+        journal.remove(entry.root).unwrap();
+        assert_eq!(journal.load().unwrap(), []);
+    }
+
+    #[test]
+    fn an_earlier_boot_is_dropped_and_nonsense_is_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(directory.path(), Path::new("/ufs")).unwrap();
+        let mut entry = entry(&journal);
+        entry.boot_id = "another".to_owned();
+        journal.write(&entry).unwrap();
+        let nonsense = directory.path().join("journal/x.json");
+        fs::write(&nonsense, "{").unwrap();
+        assert_eq!(journal.load().unwrap(), []);
+        assert!(!journal.path(entry.root).exists());
+        assert!(nonsense.exists());
+    }
+}

@@ -1,0 +1,228 @@
+//! What client and daemon say to each other over the admin socket.
+//!
+//! One request per connection: a line of JSON from the client, possibly with one
+//! file descriptor, and a line of JSON back: `{"ok": …}` or `{"error": "…"}`.
+//! Client and daemon are the same version; fields a peer does not know are ignored.
+
+use accel_oci::Digest;
+use accel_ufs::index::{ImageSize, Root};
+use accel_ufs::names::Uuid;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// The longest line.
+pub const MAX_LINE: usize = 4 << 20;
+
+/// What a client asks.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+pub enum Command {
+    /// Export the layers of an image.
+    Attach {
+        /// Canonical source, or manifest digest.
+        image: String,
+        /// Who needs it: a mount's directory; none for an operator's `attach`.
+        holder: Option<String>,
+    },
+    /// Note that a holder no longer needs its image, and end exports that nobody
+    /// needs.
+    Detach {
+        /// The holder.
+        holder: Holder,
+    },
+    /// Serve a layer on a FUSE file system just mounted; its `/dev/fuse` comes
+    /// with the request.
+    Serve {
+        /// The layer.
+        root: Root,
+    },
+    /// A holder's mount is in place: its metadata may be fetched ahead.
+    Mounted {
+        /// The holder.
+        holder: String,
+    },
+    /// Everything there is to say.
+    Status,
+}
+
+/// Who holds an image.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Holder {
+    /// The mount at this directory.
+    Mount(String),
+    /// An operator's `attach` of this image (source or manifest digest).
+    Operator(String),
+}
+
+/// The daemon's answer.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply<T> {
+    /// It went well.
+    Ok(T),
+    /// It did not.
+    Error(String),
+}
+
+/// How a layer can be reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "transport", rename_all = "snake_case")]
+pub enum DeviceView {
+    /// A block device.
+    Ublk {
+        /// `/dev/ublkbN`.
+        path: PathBuf,
+    },
+    /// A file on FUSE, which the client mounts.
+    Fuse {
+        /// Whether it is served already.
+        served: bool,
+        /// Why it failed, if it did.
+        #[serde(default)]
+        failure: Option<String>,
+    },
+}
+
+/// A layer of an attached image.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AttachedLayer {
+    /// What it is called on UFS.
+    pub name: String,
+    /// Its BLAKE3.
+    pub root: Root,
+    /// Its size.
+    pub size: ImageSize,
+    /// The UUID its superblock must have.
+    pub uuid: Uuid,
+    /// Where it is.
+    pub device: DeviceView,
+}
+
+/// Answer to [`Command::Attach`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Attached {
+    /// Digest of the manifest.
+    pub manifest: Digest,
+    /// Lowest first.
+    pub layers: Vec<AttachedLayer>,
+}
+
+/// An export that nobody needs any more.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Ended {
+    /// The layer.
+    pub root: Root,
+    /// How it was exported; a FUSE file is the client's to unmount.
+    pub device: DeviceView,
+}
+
+/// Answer to [`Command::Detach`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Detached {
+    /// Whether the holder was known.
+    pub known: bool,
+    /// What ended.
+    pub ended: Vec<Ended>,
+}
+
+/// Answer to [`Command::Status`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Status {
+    /// The daemon's process id.
+    pub pid: u32,
+    /// Its version.
+    pub version: String,
+    /// The UFS directory.
+    pub ufs: PathBuf,
+    /// `ublk` or `fuse`.
+    pub transport: String,
+    /// Why this one.
+    pub transport_reason: String,
+    /// False only in builds for one test.
+    pub verifies: bool,
+    /// The memory cache.
+    pub cache: CacheStatus,
+    /// The source.
+    pub source: SourceStatus,
+    /// What is exported.
+    pub exports: Vec<ExportStatus>,
+    /// Who needs it.
+    pub holders: Vec<HolderStatus>,
+}
+
+/// The memory cache, in bytes and pieces of requests.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CacheStatus {
+    /// Bytes it may hold.
+    pub size: u64,
+    /// Bytes of chunks it holds.
+    pub used: u64,
+    /// Look-ups served from it.
+    pub hits: u64,
+    /// Look-ups that read.
+    pub misses: u64,
+    /// Look-ups that waited for another's read.
+    pub joined: u64,
+    /// Chunks evicted.
+    pub evicted: u64,
+}
+
+/// The source.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SourceStatus {
+    /// Its name.
+    pub name: String,
+    /// Process id of its worker.
+    pub worker: Option<u32>,
+    /// Workers started so far.
+    pub workers: u64,
+    /// Bytes read, of everything.
+    pub bytes: u64,
+    /// Reads that went well.
+    pub reads: u64,
+    /// Attempts that failed or ran out of time.
+    pub failed_attempts: u64,
+    /// Reads that failed.
+    pub failed: u64,
+}
+
+/// One export.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ExportStatus {
+    /// What it is called on UFS.
+    pub name: String,
+    /// Its BLAKE3.
+    pub root: Root,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Where it is.
+    pub device: DeviceView,
+    /// What vouches for the root: `ufs`.
+    pub trust: String,
+    /// Who needs it.
+    pub holders: Vec<String>,
+    /// Pieces of requests served from memory.
+    pub hits: u64,
+    /// Pieces that waited for a read.
+    pub misses: u64,
+    /// Bytes given to the kernel.
+    pub served_bytes: u64,
+    /// Bytes read from the source for it.
+    pub source_bytes: u64,
+    /// Pieces that failed.
+    pub errors: u64,
+}
+
+/// One holder.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct HolderStatus {
+    /// A mount's directory, or `attach` and the manifest's digest.
+    pub holder: String,
+    /// The image as it was asked for.
+    pub image: String,
+    /// Its manifest.
+    pub manifest: Digest,
+    /// Its layers, lowest first.
+    pub layers: Vec<Root>,
+}

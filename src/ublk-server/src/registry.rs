@@ -1,0 +1,492 @@
+//! What is exported, and who needs it.
+//!
+//! Exports are shared by root: a layer that ten images have is one device. Each
+//! *holder* (a mount, or an operator's `attach`) holds all layers of one image;
+//! an export ends with its last holder.
+//!
+//! Two locks: `operations` orders attach and detach, which may wait for UFS and
+//! the kernel; `state` is held for moments only, so that `status` always answers.
+//! `operations` is taken first.
+
+use crate::catalog::Catalog;
+use crate::devices::{Device, Devices};
+use crate::engine::{Engine, Export, ExportReader, Warmer};
+use crate::journal::{Entry, HolderEntry, Journal, State as JournalState};
+use crate::protocol::{
+    Attached, AttachedLayer, Detached, Ended, ExportStatus, Holder, HolderStatus,
+};
+use accel_oci::Digest;
+use accel_source::Patience;
+use accel_transport::ublk::{DeviceState, Removal};
+use accel_ufs::index::Root;
+use accel_ufs::record::{ImageRecord, LayerRecord};
+use accel_ufs::resolve::ImageName;
+use anyhow::{Context, Result, anyhow, bail};
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Every export of the daemon.
+#[derive(Debug)]
+pub struct Registry {
+    engine: Arc<Engine>,
+    devices: Devices,
+    journal: Journal,
+    warmer: Warmer,
+    ufs: PathBuf,
+    operations: Mutex<()>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    exports: HashMap<Root, Served>,
+    holders: BTreeMap<String, Holding>,
+}
+
+#[derive(Debug, Clone)]
+struct Served {
+    export: Arc<Export>,
+    device: Device,
+    entry: Option<Entry>,
+}
+
+#[derive(Debug, Clone)]
+struct Holding {
+    image: String,
+    manifest: Digest,
+    layers: Vec<Root>,
+}
+
+/// Name of an operator's holder.
+fn operator(manifest: &Digest) -> String {
+    format!("attach {manifest}")
+}
+
+impl Registry {
+    /// A registry without exports.
+    pub fn new(
+        engine: Arc<Engine>,
+        devices: Devices,
+        journal: Journal,
+        ufs: PathBuf,
+    ) -> Result<Self> {
+        let warmer = Warmer::start(&engine).context("cannot start a thread")?;
+        Ok(Self {
+            engine,
+            devices,
+            journal,
+            warmer,
+            ufs,
+            operations: Mutex::default(),
+            state: Mutex::default(),
+        })
+    }
+
+    /// The transport.
+    pub fn devices(&self) -> &Devices {
+        &self.devices
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn operate(&self) -> MutexGuard<'_, ()> {
+        self.operations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Exports the layers of `image` for `holder`.
+    pub fn attach(&self, image: &str, holder: Option<String>) -> Result<Attached> {
+        let name: ImageName = image.parse()?;
+        let _one = self.operate();
+        let catalog = Catalog {
+            source: &**self.engine.source(),
+            pool: self.engine.arena().chunks(),
+            ufs: &self.ufs,
+        };
+        let record = catalog.find(&name)?;
+        let holder = holder.unwrap_or_else(|| operator(&record.manifest));
+        if let Some(other) = self.state().holders.get(&holder)
+            && other.manifest != record.manifest
+        {
+            bail!(
+                "{holder} already holds {} ({})",
+                other.image,
+                other.manifest
+            );
+        }
+        let mut added = Vec::new();
+        let layers = self.attach_layers(&record, &mut added).and_then(|layers| {
+            let holding = Holding {
+                image: image.to_owned(),
+                manifest: record.manifest,
+                layers: layers.iter().map(|layer| layer.root).collect(),
+            };
+            self.hold(&holder, holding)?;
+            Ok(layers)
+        });
+        match layers {
+            Ok(layers) => {
+                tracing::info!(image, holder, layers = layers.len(), "attached");
+                let manifest = record.manifest;
+                Ok(Attached { manifest, layers })
+            }
+            Err(error) => {
+                self.state().holders.remove(&holder);
+                for root in added {
+                    if let Err(error) = self.end(root) {
+                        tracing::error!(%root, error = format!("{error:#}"), "cannot undo an export");
+                    }
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn attach_layers(
+        &self,
+        record: &ImageRecord,
+        added: &mut Vec<Root>,
+    ) -> Result<Vec<AttachedLayer>> {
+        let mut layers = Vec::with_capacity(record.layers.len());
+        for layer in &record.layers {
+            let erofs = &layer.erofs;
+            let known = self.state().exports.get(&erofs.root).cloned();
+            let served = match known {
+                Some(served) => served,
+                None => {
+                    let served = self.export(layer)?;
+                    added.push(erofs.root);
+                    self.state().exports.insert(erofs.root, served.clone());
+                    served
+                }
+            };
+            layers.push(AttachedLayer {
+                name: served.export.name.to_string(),
+                root: erofs.root,
+                size: erofs.size,
+                uuid: erofs.uuid,
+                device: self.devices.view(erofs.root, &served.device),
+            });
+        }
+        Ok(layers)
+    }
+
+    /// Makes a device for a layer.
+    fn export(&self, layer: &LayerRecord) -> Result<Served> {
+        let name = layer.name().context("the layer's path is not its name")?;
+        let (root, size) = (layer.erofs.root, layer.erofs.size);
+        let export = Export::open(&self.engine, name, root, size, Patience::LOOKUP)?;
+        let export = Arc::new(export);
+        let reader = Arc::new(ExportReader::new(&self.engine, &export));
+        let mut entry = Entry::new(&self.journal, name, root, size);
+        let mut noted = false;
+        let device = self.devices.add(&reader, |device| {
+            entry.device = device.id;
+            entry.features = device.features.bits();
+            entry.queue_depth = device.queue_depth;
+            noted = true;
+            self.journal.write(&entry)
+        });
+        let device = match device {
+            Ok(device) => device,
+            Err(error) => {
+                if noted {
+                    self.journal
+                        .remove(root)
+                        .context("cannot undo the journal")?;
+                }
+                return Err(error).with_context(|| format!("cannot export {name}"));
+            }
+        };
+        let entry = noted.then_some(entry);
+        Ok(Served {
+            export,
+            device,
+            entry,
+        })
+    }
+
+    /// Notes a holder, in the journal of all its layers first.
+    fn hold(&self, holder: &str, holding: Holding) -> Result<()> {
+        let mut state = self.state();
+        let layers = holding.layers.clone();
+        state.holders.insert(holder.to_owned(), holding);
+        self.note_holders(&mut state, &layers)
+    }
+
+    /// Rewrites the journal entries of `layers` with the holders of now.
+    fn note_holders(&self, state: &mut State, layers: &[Root]) -> Result<()> {
+        for root in layers {
+            let holders = state.holders.iter();
+            let holders = holders.filter(|(_, holding)| holding.layers.contains(root));
+            let holders: Vec<_> = holders
+                .map(|(holder, holding)| HolderEntry {
+                    holder: holder.clone(),
+                    image: holding.image.clone(),
+                    manifest: holding.manifest,
+                    layers: holding.layers.clone(),
+                })
+                .collect();
+            let Some(served) = state.exports.get_mut(root) else {
+                continue;
+            };
+            if let Some(entry) = &mut served.entry
+                && (entry.state != JournalState::Live || entry.holders != holders)
+            {
+                entry.state = JournalState::Live;
+                entry.holders = holders;
+                self.journal
+                    .write(entry)
+                    .context("cannot write the journal")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a holder's image from it; exports that nobody needs end.
+    pub fn detach(&self, who: &Holder) -> Result<Detached> {
+        let _one = self.operate();
+        let Some(holder) = self.find_holder(who)? else {
+            return Ok(Detached {
+                known: false,
+                ended: Vec::new(),
+            });
+        };
+        let Some(holding) = self.state().holders.remove(&holder) else {
+            bail!("{holder} holds nothing");
+        };
+        let mut ended: Vec<Ended> = Vec::new();
+        for &root in &holding.layers {
+            let view = {
+                let state = self.state();
+                let needed = state.holders.values().any(|h| h.layers.contains(&root));
+                let served = state.exports.get(&root).filter(|_| !needed);
+                served.map(|served| self.devices.view(root, &served.device))
+            };
+            let Some(device) = view else {
+                continue;
+            };
+            if let Err(error) = self.end(root) {
+                // What is left can be tried again.
+                self.hold(&holder, holding)?;
+                return Err(error);
+            }
+            ended.push(Ended { root, device });
+        }
+        self.note_holders(&mut self.state(), &holding.layers)?;
+        tracing::info!(holder, exports = ended.len(), "detached");
+        Ok(Detached { known: true, ended })
+    }
+
+    fn find_holder(&self, who: &Holder) -> Result<Option<String>> {
+        let state = self.state();
+        let image = match who {
+            Holder::Mount(directory) => {
+                let known = state.holders.contains_key(directory);
+                return Ok(known.then(|| directory.clone()));
+            }
+            Holder::Operator(image) => image,
+        };
+        let mut held = state.holders.iter().filter(|(holder, holding)| {
+            **holder == operator(&holding.manifest)
+                && (holding.image == *image || holding.manifest.to_string() == *image)
+        });
+        if let Some((holder, _)) = held.next() {
+            return Ok(Some(holder.clone()));
+        }
+        let same = |h: &&Holding| h.image == *image || h.manifest.to_string() == *image;
+        if state.holders.values().any(|holding| same(&holding)) {
+            let mounts: Vec<_> = state.holders.iter().filter(|(_, h)| same(h)).collect();
+            let mounts: Vec<_> = mounts.iter().map(|(holder, _)| holder.as_str()).collect();
+            bail!(
+                "{image} was not attached, but is mounted at {}: use `ublk-server unmount`",
+                mounts.join(", ")
+            );
+        }
+        Ok(None)
+    }
+
+    /// Ends an export.
+    fn end(&self, root: Root) -> Result<()> {
+        let served = self.state().exports.get(&root).cloned();
+        let served = served.ok_or_else(|| anyhow!("{root} is not exported"))?;
+        if let Some(mut entry) = served.entry.clone() {
+            entry.state = JournalState::Deleting;
+            self.journal
+                .write(&entry)
+                .context("cannot write the journal")?;
+        }
+        if let Err(error) = self.devices.remove(root, &served.device) {
+            if let Some(entry) = &served.entry {
+                self.journal
+                    .write(entry)
+                    .context("cannot write the journal")?;
+            }
+            return Err(error).with_context(|| format!("cannot end {}", served.export.name));
+        }
+        self.journal
+            .remove(root)
+            .context("cannot remove a journal entry")?;
+        self.state().exports.remove(&root);
+        Ok(())
+    }
+
+    /// Serves a layer on a FUSE file system that a client has mounted.
+    pub fn serve_fuse(&self, root: Root, fd: OwnedFd) -> Result<()> {
+        let export = self
+            .state()
+            .exports
+            .get(&root)
+            .map(|s| Arc::clone(&s.export));
+        let export = export.with_context(|| format!("{root} is not attached"))?;
+        let reader = Arc::new(ExportReader::new(&self.engine, &export));
+        self.devices.serve_fuse(root, fd, &reader)
+    }
+
+    /// Has the metadata of a holder's layers fetched.
+    pub fn warm(&self, holder: &str) {
+        let state = self.state();
+        let Some(holding) = state.holders.get(holder) else {
+            return;
+        };
+        // The top layer is looked at first.
+        for root in holding.layers.iter().rev() {
+            if let Some(served) = state.exports.get(root) {
+                self.warmer.push(&served.export);
+            }
+        }
+    }
+
+    /// Takes over the devices that an earlier daemon left. One that cannot be
+    /// recovered is told and left; the others go on.
+    pub fn recover(&self) -> Result<()> {
+        let entries = self.journal.load().context("cannot read the journal")?;
+        let Some(ublk) = self.devices.ublk() else {
+            for entry in entries {
+                tracing::error!(device = entry.device, layer = %entry.name(),
+                    "a block device of an earlier daemon waits; start with --transport ublk");
+            }
+            return Ok(());
+        };
+        let _one = self.operate();
+        for entry in entries {
+            let (id, name) = (entry.device, entry.name());
+            let info = match ublk.state(id) {
+                Ok(info) => info,
+                Err(error) => {
+                    tracing::error!(device = id, layer = %name, %error, "cannot look at a device");
+                    continue;
+                }
+            };
+            let Some(info) = info else {
+                tracing::info!(device = id, layer = %name, "a device is gone; dropping its entry");
+                self.journal.remove(entry.root)?;
+                continue;
+            };
+            if entry.state != JournalState::Live || info.state == DeviceState::Stopped {
+                match ublk.remove(id, Removal::Always) {
+                    Ok(()) => {
+                        tracing::info!(device = id, layer = %name, "removed an unfinished device");
+                        self.journal.remove(entry.root)?;
+                    }
+                    Err(error) => {
+                        tracing::error!(device = id, layer = %name, %error, "cannot remove a device");
+                    }
+                }
+                continue;
+            }
+            if let Err(error) = self.recover_one(entry) {
+                tracing::error!(device = id, layer = %name, error = format!("{error:#}"),
+                    "cannot recover a device; who reads it waits");
+            }
+        }
+        Ok(())
+    }
+
+    fn recover_one(&self, entry: Entry) -> Result<()> {
+        let Some(ublk) = self.devices.ublk() else {
+            bail!("no ublk");
+        };
+        let export = Export::recovered(entry.name(), entry.root, entry.size);
+        let export = Arc::new(export);
+        let reader = Arc::new(ExportReader::new(&self.engine, &export));
+        let device = ublk.recover(entry.device, reader)?;
+        tracing::info!(device = entry.device, layer = %export.name, "recovered");
+        let mut state = self.state();
+        for holder in &entry.holders {
+            let holding = Holding {
+                image: holder.image.clone(),
+                manifest: holder.manifest,
+                layers: holder.layers.clone(),
+            };
+            state.holders.insert(holder.holder.clone(), holding);
+        }
+        let served = Served {
+            export,
+            device: Device::Ublk(device),
+            entry: Some(entry),
+        };
+        state.exports.insert(served.export.root, served);
+        Ok(())
+    }
+
+    /// Ends what can be ended before the daemon does. Block devices in use stay
+    /// for the next daemon; their number is returned.
+    pub fn shut_down(&self) -> usize {
+        let _one = self.operate();
+        let roots: Vec<_> = self.state().exports.keys().copied().collect();
+        let mut left = 0;
+        for root in roots {
+            let held = {
+                let state = self.state();
+                let mut holders = state.holders.values();
+                holders.any(|holding| holding.layers.contains(&root))
+            };
+            if held || self.end(root).is_err() {
+                left += 1;
+            }
+        }
+        left
+    }
+
+    /// Everything about exports and holders.
+    pub fn status(&self) -> (Vec<ExportStatus>, Vec<HolderStatus>) {
+        let state = self.state();
+        let mut exports: Vec<_> = state
+            .exports
+            .iter()
+            .map(|(root, served)| {
+                let counters = &served.export.counters;
+                let holders = state.holders.iter();
+                let holders = holders.filter(|(_, holding)| holding.layers.contains(root));
+                ExportStatus {
+                    name: served.export.name.to_string(),
+                    root: *root,
+                    size: served.export.size(),
+                    device: self.devices.view(*root, &served.device),
+                    trust: "ufs".to_owned(),
+                    holders: holders.map(|(holder, _)| holder.clone()).collect(),
+                    hits: counters.hits.load(Relaxed),
+                    misses: counters.misses.load(Relaxed),
+                    served_bytes: counters.served_bytes.load(Relaxed),
+                    source_bytes: counters.source_bytes.load(Relaxed),
+                    errors: counters.errors.load(Relaxed),
+                }
+            })
+            .collect();
+        exports.sort_by(|a, b| a.name.cmp(&b.name));
+        let holders = state.holders.iter().map(|(holder, holding)| HolderStatus {
+            holder: holder.clone(),
+            image: holding.image.clone(),
+            manifest: holding.manifest,
+            layers: holding.layers.clone(),
+        });
+        (exports, holders.collect())
+    }
+}
