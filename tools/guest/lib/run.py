@@ -131,13 +131,30 @@ def die_with_parent():
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def set_up(kernel):
+    """Runs set-up, which does nothing when all is there; returns what it prints."""
+    # In a session of its own, so that an interruption reaches all of its processes, once, and it
+    # has the time to remove what is half-finished.
+    process = subprocess.Popen([SETUP, "--kernel", kernel, "--print"], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        output = process.communicate()[0]
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        raise
+    if process.returncode != 0:
+        raise GuestError("set-up failed")
+    return output
+
+
 def locate(kernel):
     """Makes what is missing; returns the paths of all, and a lock that keeps them from removal."""
     while True:
-        result = subprocess.run([SETUP, "--kernel", kernel, "--print"], stdout=subprocess.PIPE, text=True)
-        if result.returncode != 0:
-            raise GuestError("set-up failed")
-        paths = dict(line.split("=", 1) for line in result.stdout.splitlines())
+        paths = dict(line.split("=", 1) for line in set_up(kernel).splitlines())
         lock = open(os.path.join(paths["cache"], "use.lock"), "ab")
         fcntl.flock(lock, fcntl.LOCK_SH)
         # A refresh may have come between the two steps.
