@@ -16,6 +16,11 @@ pub const BLOCK_BITS: u8 = 12;
 /// Bytes of a chunk: the unit in which images are written and verified.
 pub const CHUNK_SIZE: u64 = 128 * 1024;
 
+/// [`BLOCK_SIZE`], [`CHUNK_SIZE`] and [`XATTR_UNIT`] as lengths in memory.
+pub const BLOCK_LEN: usize = 4096;
+pub const CHUNK_LEN: usize = 128 * 1024;
+pub const XATTR_UNIT_LEN: usize = 4;
+
 /// Where the superblock lies in the image.
 pub const SUPERBLOCK_OFFSET: usize = 1024;
 /// The superblock's magic.
@@ -125,6 +130,8 @@ pub struct XattrEntry {
 }
 
 const _: () = {
+    assert!(BLOCK_LEN as u64 == BLOCK_SIZE && BLOCK_SIZE == 1 << BLOCK_BITS);
+    assert!(CHUNK_LEN as u64 == CHUNK_SIZE && XATTR_UNIT_LEN as u64 == XATTR_UNIT);
     assert!(size_of::<Superblock>() == 128);
     assert!(size_of::<ExtendedInode>() as u64 == INODE_SIZE);
     assert!(size_of::<Dirent>() as u64 == DIRENT_SIZE);

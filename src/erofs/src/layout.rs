@@ -306,18 +306,17 @@ impl<'tree> SharedXattrs<'tree> {
                 uses.insert(attribute, repeated);
             }
         }
+        let repeated = uses.into_iter().filter(|(_, repeated)| *repeated);
+        let mut entries: Vec<_> = repeated.map(|(attribute, _)| attribute).collect();
+        entries.sort_unstable();
         let mut shared = Self::default();
-        shared.entries = uses
-            .into_iter()
-            .filter_map(|(attribute, repeated)| repeated.then_some(attribute))
-            .collect();
-        shared.entries.sort_unstable();
-        for &(name, value) in &shared.entries {
+        for &(name, value) in &entries {
             let number =
                 u32::try_from(shared.size / XATTR_UNIT).map_err(|_| LayoutError::SharedXattrs)?;
             shared.numbers.insert((name, value), number);
             shared.size += xattr::entry_size(name, value);
         }
+        shared.entries = entries;
         Ok(shared)
     }
 

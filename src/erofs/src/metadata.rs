@@ -3,9 +3,9 @@
 use crate::{
     crc32c,
     format::{
-        BLOCK_BITS, BLOCK_SIZE, COMPAT_CHECKSUM, COMPAT_MTIME, Dirent, ExtendedInode,
-        FORMAT_EXTENDED, INODE_SLOT, LAYOUT_INLINE, LAYOUT_PLAIN, MAGIC, SUPERBLOCK_OFFSET,
-        Superblock, XATTR_UNIT, XattrEntry, XattrHeader,
+        BLOCK_BITS, BLOCK_LEN, BLOCK_SIZE, COMPAT_CHECKSUM, COMPAT_MTIME, Dirent, ExtendedInode,
+        FORMAT_EXTENDED, LAYOUT_INLINE, LAYOUT_PLAIN, MAGIC, SUPERBLOCK_OFFSET, Superblock,
+        XATTR_UNIT, XattrEntry, XattrHeader,
     },
     layout::{DirectoryShape, Entry, Placed, Plan, ROOT_NID, XattrBody, merge_dots},
     place::{Placer, Tail},
@@ -83,7 +83,7 @@ fn superblock(plan: &Plan<'_>, uuid: Uuid, size: u64) -> Superblock {
     superblock.xattr_block = block(plan.start + plan.shared_at);
     superblock.uuid = uuid.0;
     // Over the rest of the block, the checksum itself as zero.
-    let rest = [0; BLOCK_SIZE as usize - SUPERBLOCK_OFFSET - size_of::<Superblock>()];
+    let rest = [0; BLOCK_LEN - SUPERBLOCK_OFFSET - size_of::<Superblock>()];
     let register = crc32c::update(!0, superblock.as_bytes());
     superblock.checksum = crc32c::update(register, &rest).into();
     superblock
@@ -185,7 +185,7 @@ fn blocks<O: Output>(
             let mut result = Ok(());
             directory_blocks(tree, plan, placed, directory, |mut block| {
                 if left > 0 && result.is_ok() {
-                    block.resize(BLOCK_SIZE as usize, 0);
+                    block.resize(BLOCK_LEN, 0);
                     result = tail.write(&block);
                     left -= 1;
                 }
@@ -232,5 +232,3 @@ fn directory_blocks(
         take(block);
     }
 }
-
-const _: () = assert!(INODE_SLOT == 32 && XATTR_UNIT == 4);

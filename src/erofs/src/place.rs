@@ -11,7 +11,7 @@
 //! of the open gap, and the one at the cursor.
 
 use crate::{
-    format::{BLOCK_SIZE, CHUNK_SIZE},
+    format::{BLOCK_LEN, BLOCK_SIZE, CHUNK_LEN, CHUNK_SIZE},
     write::{Output, WriteError},
 };
 use std::ops::Range;
@@ -155,7 +155,7 @@ impl<O: Output> Placer<O> {
         let position = position.unwrap_or_else(|| {
             let mut bytes = self.spare.pop().unwrap_or_default();
             bytes.clear();
-            bytes.resize(CHUNK_SIZE as usize, 0);
+            bytes.resize(CHUNK_LEN, 0);
             self.open.push(OpenChunk { index, bytes });
             self.open.len() - 1
         });
@@ -227,7 +227,7 @@ impl<O: Output> Tail<O> {
 
     /// Leaves zeros up to `position`, which is less than a chunk away.
     pub fn pad_to(&mut self, position: u64) -> Result<(), WriteError<O::Error>> {
-        const ZEROS: [u8; BLOCK_SIZE as usize] = [0; BLOCK_SIZE as usize];
+        const ZEROS: [u8; BLOCK_LEN] = [0; BLOCK_LEN];
         while self.position < position {
             let len = (position - self.position).min(BLOCK_SIZE);
             self.write(&ZEROS[..usize::try_from(len).unwrap_or(0)])?;

@@ -8,9 +8,9 @@
 use crate::{
     crc32c,
     format::{
-        BLOCK_BITS, BLOCK_SIZE, COMPAT_CHECKSUM, Dirent, ExtendedInode, FORMAT_EXTENDED,
+        BLOCK_BITS, BLOCK_LEN, BLOCK_SIZE, COMPAT_CHECKSUM, Dirent, ExtendedInode, FORMAT_EXTENDED,
         INODE_SIZE, INODE_SLOT, LAYOUT_INLINE, LAYOUT_PLAIN, MAGIC, SUPERBLOCK_OFFSET, Superblock,
-        XATTR_HEADER_SIZE, XATTR_UNIT, XattrEntry, XattrHeader,
+        XATTR_HEADER_SIZE, XATTR_UNIT, XATTR_UNIT_LEN, XattrEntry, XattrHeader,
     },
     tree::Attributes,
     values::{FileKind, Permissions, SymlinkTarget, Timestamp, Uuid},
@@ -103,7 +103,7 @@ impl<I: Input> Reader<I> {
             superblock: Superblock::new_zeroed(),
         };
         let offset = SUPERBLOCK_OFFSET as u64;
-        let mut block = [0; BLOCK_SIZE as usize - SUPERBLOCK_OFFSET];
+        let mut block = [0; BLOCK_LEN - SUPERBLOCK_OFFSET];
         reader.read(offset, &mut block)?;
         let (superblock, rest) = Superblock::read_from_prefix(&block)
             .map_err(|_| reader.superblock_error("a short superblock"))?;
@@ -281,14 +281,14 @@ impl<I: Input> Reader<I> {
         self.read(inode.offset + INODE_SIZE, &mut body)?;
         let short = || inode.format("extended attributes that end early");
         let (header, rest) = XattrHeader::read_from_prefix(&body).map_err(|_| short())?;
-        let shared_len = usize::from(header.shared_count) * XATTR_UNIT as usize;
+        let shared_len = usize::from(header.shared_count) * XATTR_UNIT_LEN;
         let (numbers, mut inline) = rest.split_at_checked(shared_len).ok_or_else(short)?;
 
         let start = u64::from(self.superblock.xattr_block.get()) * BLOCK_SIZE;
-        for number in numbers.chunks_exact(XATTR_UNIT as usize) {
+        for number in numbers.chunks_exact(XATTR_UNIT_LEN) {
             let number = u32::from_le_bytes(number.try_into().map_err(|_| short())?);
             let offset = start + u64::from(number) * XATTR_UNIT;
-            let mut entry = [0; XATTR_UNIT as usize];
+            let mut entry = [0; XATTR_UNIT_LEN];
             self.read(offset, &mut entry)?;
             let entry = XattrEntry::read_from_bytes(&entry).map_err(|_| short())?;
             let mut text = vec![0; entry_text(&entry)];

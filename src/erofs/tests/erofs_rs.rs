@@ -1,4 +1,5 @@
 //! erofs-rs, which is not ours, reads back what was written.
+#![allow(clippy::cast_possible_truncation)] // sizes here are small
 
 mod common;
 
@@ -171,7 +172,10 @@ fn attributes_of_several_files_are_stored_once() {
         node.attributes.xattrs = vec![("user.shared".into(), value.clone())];
         wanted.push(node);
     }
-    wanted[0].attributes.xattrs.push(("user.own".into(), b"1".to_vec()));
+    wanted[0]
+        .attributes
+        .xattrs
+        .push(("user.own".into(), b"1".to_vec()));
     let built = check(&wanted);
     assert_eq!(built.summary.counts.shared_xattrs, 1);
     let found = built.image.windows(1000).filter(|window| *window == value);

@@ -1,4 +1,5 @@
 //! The kernel mounts what was written, and fsck.erofs finds nothing wrong.
+#![allow(clippy::cast_possible_truncation)] // sizes here are small
 
 mod common;
 #[path = "common/tools.rs"]
@@ -66,7 +67,10 @@ fn xattrs(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
     let mut names = vec![0; 65536];
     let len = llistxattr(path, &mut names).unwrap();
     let mut found = BTreeMap::new();
-    for name in names[..len].split(|byte| *byte == 0).filter(|n| !n.is_empty()) {
+    for name in names[..len]
+        .split(|byte| *byte == 0)
+        .filter(|n| !n.is_empty())
+    {
         let mut value = vec![0; 65536];
         let name_os = OsStr::from_bytes(name);
         match lgetxattr(path, name_os, &mut value) {
@@ -123,7 +127,10 @@ fn read(mounted: &Path) -> Picture {
             xattrs: xattrs(full),
             device,
             data,
-            first: first.entry(meta.ino()).or_insert_with(|| path.clone()).clone(),
+            first: first
+                .entry(meta.ino())
+                .or_insert_with(|| path.clone())
+                .clone(),
         };
         picture.insert(path, seen);
     }

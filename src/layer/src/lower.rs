@@ -3,6 +3,7 @@
 
 use crate::{error::LowerError, walk};
 use accel_erofs::{Attributes, FileKind, Inode, Input, Reader};
+use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
 /// What a layer below has at a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,9 +65,31 @@ impl<L: LowerLookup> LowerLookup for LowerStack<L> {
     }
 }
 
+/// An image in a file.
+#[derive(Debug)]
+pub struct ImageFile(pub File);
+
+impl Input for ImageFile {
+    type Error = io::Error;
+
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<(), io::Error> {
+        self.0.read_exact_at(bytes, offset)
+    }
+}
+
 /// One layer below, from its published image.
 #[derive(Debug)]
 pub struct ErofsLower<I>(Reader<I>);
+
+impl ErofsLower<ImageFile> {
+    /// Opens the image at `path`.
+    ///
+    /// # Errors
+    /// Not an image of layout 1, or not readable.
+    pub fn open_file(path: &Path) -> Result<Self, LowerError> {
+        Self::open(ImageFile(File::open(path)?))
+    }
+}
 
 impl<I> ErofsLower<I>
 where

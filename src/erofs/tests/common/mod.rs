@@ -1,6 +1,7 @@
 //! Generated trees, an output that checks the writer's promises, and a plain
 //! picture of a tree that every judge's reading is compared with.
 #![allow(dead_code)] // each test program uses its part
+#![allow(clippy::cast_possible_truncation)] // sizes here are small
 
 use accel_erofs::{
     Attributes, BLOCK_SIZE, CHUNK_SIZE, Content, Device, Directory, Extent, ImageWriter, Name,
@@ -363,7 +364,9 @@ fn paint(tree: &Tree, data: &BTreeMap<NodeId, Vec<u8>>) -> Picture {
             gid: attributes.gid,
             mtime: (attributes.mtime.seconds(), attributes.mtime.nanos()),
             nlink,
-            xattrs: xattrs.map(|(name, value)| (name.full(), value.to_vec())).collect(),
+            xattrs: xattrs
+                .map(|(name, value)| (name.full(), value.to_vec()))
+                .collect(),
             device,
             data: data.get(&id).cloned().unwrap_or_default(),
             first: paths[0].clone(),
@@ -379,7 +382,11 @@ fn paint(tree: &Tree, data: &BTreeMap<NodeId, Vec<u8>>) -> Picture {
 pub fn compare(expected: &Picture, found: &Picture, by: &str) {
     let show = |path: &[u8]| format!("\"{}\"", path.escape_ascii());
     for path in found.keys() {
-        assert!(expected.contains_key(path), "{by}: {} is too many", show(path));
+        assert!(
+            expected.contains_key(path),
+            "{by}: {} is too many",
+            show(path)
+        );
     }
     for (path, seen) in expected {
         let other = found.get(path);

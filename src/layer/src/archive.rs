@@ -1,0 +1,663 @@
+//! Reads a tar as a stream of entries.
+//!
+//! Understood: v7, ustar, GNU (long names and links, base-256 numbers, sparse
+//! files) and pax (any record length, binary values, sparse formats 0.0, 0.1 and
+//! 1.0), as in POSIX.1-2024 `pax` and the GNU tar manual, "Tar Internals". Where
+//! these leave a choice, it falls as Go's `archive/tar` has it, because that is
+//! what containerd reads layers with: entries that are no regular file have no
+//! data whatever their size says, global pax headers change nothing, checksums
+//! are right as signed or unsigned sums, and a tar may end without end blocks.
+//!
+//! (The `tar` crate is not used for reading: it splits pax records at newlines,
+//! which binary attribute values may contain, and reads extension headers of any
+//! size into memory.)
+//!
+//! Bounded: an extension header has at most 1 MiB, a sparse map at most
+//! [`MAX_SPARSE`] parts.
+
+use std::{
+    io::{self, BufRead},
+    ops::Range,
+};
+
+const BLOCK: usize = 512;
+/// The most bytes of a long name or of pax records.
+const MAX_EXTENSION: u64 = 1 << 20;
+/// The most parts of a sparse file.
+pub const MAX_SPARSE: usize = 1 << 20;
+
+/// Why the next entry could not be read.
+#[derive(Debug)]
+pub enum ArchiveError {
+    /// From the stream below.
+    Read(io::Error),
+    /// A header that is none.
+    Header { offset: u64, problem: &'static str },
+    /// The stream ended within an entry.
+    Truncated { offset: u64 },
+}
+
+impl From<io::Error> for ArchiveError {
+    fn from(error: io::Error) -> Self {
+        Self::Read(error)
+    }
+}
+
+/// What an entry is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    File,
+    HardLink,
+    Symlink,
+    CharDevice,
+    BlockDevice,
+    Directory,
+    Fifo,
+    /// A type that is no file, by its letter.
+    Other(u8),
+}
+
+/// One entry.
+#[derive(Debug)]
+pub struct Entry {
+    pub kind: Kind,
+    pub path: Vec<u8>,
+    pub link: Vec<u8>,
+    pub mode: u32,
+    pub uid: i64,
+    pub gid: i64,
+    /// Seconds since 1970 and nanoseconds.
+    pub mtime: (i64, u32),
+    pub major: u64,
+    pub minor: u64,
+    /// Bytes of the file, holes included.
+    pub size: u64,
+    /// Where the stored data belongs in a sparse file.
+    pub sparse: Option<Vec<Range<u64>>>,
+    /// Names (without "SCHILY.xattr.") and values.
+    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+/// A tar.
+#[derive(Debug)]
+pub struct Archive<R> {
+    reader: R,
+    position: u64,
+    /// Stored data of the current entry that was not taken yet.
+    data: u64,
+    /// Bytes behind that data up to the next header.
+    padding: u64,
+}
+
+impl<R: BufRead> Archive<R> {
+    pub fn new(reader: R) -> Self {
+        Self {
+            reader,
+            position: 0,
+            data: 0,
+            padding: 0,
+        }
+    }
+
+    /// The next entry; its data is then to be had from [`data`](Self::data).
+    pub fn next(&mut self) -> Result<Option<Entry>, ArchiveError> {
+        let mut extensions = Extensions::default();
+        loop {
+            self.skip(self.data + self.padding)?;
+            (self.data, self.padding) = (0, 0);
+            let offset = self.position;
+            let error = |problem| ArchiveError::Header { offset, problem };
+            let Some(header) = self.header()? else {
+                // An extension without an entry behind it says nothing.
+                return Ok(None);
+            };
+            let size = header
+                .number(124..136)
+                .and_then(|size| u64::try_from(size).ok());
+            let size = size.ok_or_else(|| error("the size is no number"))?;
+            match header.0[156] {
+                b'x' => {
+                    let records = self.extension(size, offset)?;
+                    extensions.records = parse_records(&records).map_err(error)?;
+                }
+                b'g' => {
+                    let records = self.extension(size, offset)?;
+                    parse_records(&records).map_err(error)?;
+                }
+                b'L' => extensions.name = Some(until_nul(&self.extension(size, offset)?).to_vec()),
+                b'K' => extensions.link = Some(until_nul(&self.extension(size, offset)?).to_vec()),
+                _ => return self.entry(&header, size, extensions, offset).map(Some),
+            }
+        }
+    }
+
+    /// Some of the current entry's stored data; nothing at its end.
+    pub fn data(&mut self) -> Result<&[u8], ArchiveError> {
+        if self.data == 0 {
+            return Ok(&[]);
+        }
+        let offset = self.position;
+        let buffer = self.reader.fill_buf()?;
+        if buffer.is_empty() {
+            return Err(ArchiveError::Truncated { offset });
+        }
+        let len = usize::try_from(self.data).unwrap_or(usize::MAX);
+        Ok(&buffer[..buffer.len().min(len)])
+    }
+
+    /// Says that `len` bytes of [`data`](Self::data) were taken.
+    pub fn consume(&mut self, len: usize) {
+        self.reader.consume(len);
+        self.position += len as u64;
+        self.data -= len as u64;
+    }
+
+    /// Takes the stream back as it is.
+    pub fn into_reader(self) -> R {
+        self.reader
+    }
+
+    fn skip(&mut self, mut len: u64) -> Result<(), ArchiveError> {
+        while len > 0 {
+            let available = self.reader.fill_buf()?.len();
+            if available == 0 {
+                return Err(ArchiveError::Truncated {
+                    offset: self.position,
+                });
+            }
+            let step = usize::try_from(len).unwrap_or(usize::MAX).min(available);
+            self.reader.consume(step);
+            self.position += step as u64;
+            len -= step as u64;
+        }
+        Ok(())
+    }
+
+    fn block(&mut self) -> Result<Option<[u8; BLOCK]>, ArchiveError> {
+        let mut block = [0; BLOCK];
+        let mut filled = 0;
+        while filled < BLOCK {
+            let buffer = self.reader.fill_buf()?;
+            if buffer.is_empty() {
+                let offset = self.position;
+                return match filled {
+                    0 => Ok(None),
+                    _ => Err(ArchiveError::Truncated { offset }),
+                };
+            }
+            let len = buffer.len().min(BLOCK - filled);
+            block[filled..filled + len].copy_from_slice(&buffer[..len]);
+            self.reader.consume(len);
+            self.position += len as u64;
+            filled += len;
+        }
+        Ok(Some(block))
+    }
+
+    /// The next header, or the end: two blocks of zeros, or one at the very end.
+    fn header(&mut self) -> Result<Option<Header>, ArchiveError> {
+        let offset = self.position;
+        let error = |problem| ArchiveError::Header { offset, problem };
+        let Some(block) = self.block()? else {
+            return Ok(None);
+        };
+        if block == [0; BLOCK] {
+            return match self.block()? {
+                Some(second) if second != [0; BLOCK] => {
+                    Err(error("a block of zeros with an entry behind it"))
+                }
+                _ => Ok(None),
+            };
+        }
+        let header = Header(block);
+        let expected = header.number(148..156);
+        let sum = |byte: fn(u8) -> i64| -> i64 {
+            let bytes = block.iter().enumerate();
+            bytes
+                .map(|(at, &value)| {
+                    byte(if (148..156).contains(&at) {
+                        b' '
+                    } else {
+                        value
+                    })
+                })
+                .sum()
+        };
+        let signed = sum(|byte| i64::from(byte.cast_signed()));
+        if expected != Some(sum(i64::from)) && expected != Some(signed) {
+            return Err(error("the checksum is wrong"));
+        }
+        Ok(Some(header))
+    }
+
+    /// The data of a long name or of pax records.
+    fn extension(&mut self, size: u64, offset: u64) -> Result<Vec<u8>, ArchiveError> {
+        if size > MAX_EXTENSION {
+            return Err(ArchiveError::Header {
+                offset,
+                problem: "an extension header of more than 1 MiB",
+            });
+        }
+        self.set_data(size, offset)?;
+        let mut bytes = Vec::new();
+        loop {
+            let data = self.data()?;
+            if data.is_empty() {
+                return Ok(bytes);
+            }
+            bytes.extend_from_slice(data);
+            let len = data.len();
+            self.consume(len);
+        }
+    }
+
+    fn set_data(&mut self, size: u64, offset: u64) -> Result<(), ArchiveError> {
+        let end = size.checked_next_multiple_of(BLOCK as u64);
+        let end = end.ok_or(ArchiveError::Header {
+            offset,
+            problem: "the size is beyond any file's",
+        })?;
+        self.data = size;
+        self.padding = end - size;
+        Ok(())
+    }
+
+    fn entry(
+        &mut self,
+        header: &Header,
+        size: u64,
+        extensions: Extensions,
+        offset: u64,
+    ) -> Result<Entry, ArchiveError> {
+        let error = |problem| ArchiveError::Header { offset, problem };
+        let number = |range, problem| header.number(range).ok_or_else(|| error(problem));
+        let mut entry = Entry {
+            kind: Kind::Other(header.0[156]),
+            path: header.path(),
+            link: header.text(157..257).to_vec(),
+            mode: 0,
+            uid: number(108..116, "the owner is no number")?,
+            gid: number(116..124, "the group is no number")?,
+            mtime: (number(136..148, "the time is no number")?, 0),
+            major: 0,
+            minor: 0,
+            size,
+            sparse: None,
+            xattrs: Vec::new(),
+        };
+        // Only the low 12 bits are of use; some tars put the file type above.
+        let mode = number(100..108, "the mode is no number")?;
+        entry.mode = u32::try_from(mode & 0o7777).unwrap_or(0);
+        if header.is_ustar() && matches!(header.0[156], b'3' | b'4') {
+            let device = |range| {
+                let number = header.number(range);
+                let number = number.and_then(|number| u64::try_from(number).ok());
+                number.ok_or_else(|| error("the device is no number"))
+            };
+            entry.major = device(329..337)?;
+            entry.minor = device(337..345)?;
+        }
+        let mut sparse = PaxSparse::default();
+        for (key, value) in extensions.records {
+            record(&mut entry, &mut sparse, &key, value).map_err(error)?;
+        }
+        // GNU's long names go before pax', should there be both.
+        if let Some(name) = extensions.name {
+            entry.path = name;
+        }
+        if let Some(link) = extensions.link {
+            entry.link = link;
+        }
+        entry.kind = match header.0[156] {
+            // Before there was a type for directories, a slash said it.
+            0 if entry.path.ends_with(b"/") => Kind::Directory,
+            0 | b'0' | b'7' | b'S' => Kind::File,
+            b'1' => Kind::HardLink,
+            b'2' => Kind::Symlink,
+            b'3' => Kind::CharDevice,
+            b'4' => Kind::BlockDevice,
+            b'5' => Kind::Directory,
+            b'6' => Kind::Fifo,
+            other => Kind::Other(other),
+        };
+        if entry.kind != Kind::File {
+            entry.size = 0;
+            return Ok(entry);
+        }
+
+        let stored = entry.size;
+        if header.0[156] == b'S' {
+            let (map, size) = self.old_gnu_map(header, offset)?;
+            self.set_data(stored, offset)?;
+            entry.size = size;
+            entry.sparse = Some(map);
+        } else {
+            self.set_data(stored, offset)?;
+            if sparse.major == Some(1) && sparse.minor == Some(0) {
+                let padding_to = self.position;
+                sparse.map = self.pax_1_0_map(offset)?;
+                // The map is padded to a block of its own.
+                let used = self.position - padding_to;
+                let rest = used.next_multiple_of(BLOCK as u64) - used;
+                if rest > self.data {
+                    return Err(error("the sparse map is longer than the entry"));
+                }
+                self.data -= rest;
+                self.skip_now(rest)?;
+                entry.sparse = Some(pairs(&sparse.map).map_err(error)?);
+            } else if !sparse.map.is_empty() || sparse.size.is_some() {
+                entry.sparse = Some(pairs(&sparse.map).map_err(error)?);
+            }
+            if entry.sparse.is_some() {
+                let size = sparse
+                    .size
+                    .ok_or_else(|| error("a sparse file without its size"))?;
+                entry.size = size;
+                if let Some(name) = sparse.name {
+                    entry.path = name;
+                }
+            }
+        }
+        if let Some(map) = &entry.sparse {
+            check_map(map, entry.size, self.data).map_err(error)?;
+        }
+        Ok(entry)
+    }
+
+    /// Skips part of the current data, which was already counted off.
+    fn skip_now(&mut self, len: u64) -> Result<(), ArchiveError> {
+        let (data, padding) = (self.data, self.padding);
+        self.skip(len)?;
+        (self.data, self.padding) = (data, padding);
+        Ok(())
+    }
+
+    /// The map of an old GNU sparse file and the file's size.
+    fn old_gnu_map(
+        &mut self,
+        header: &Header,
+        offset: u64,
+    ) -> Result<(Vec<Range<u64>>, u64), ArchiveError> {
+        let error = |problem| ArchiveError::Header { offset, problem };
+        let unsigned = |header: &Header, range| {
+            let number = header
+                .number(range)
+                .and_then(|number| u64::try_from(number).ok());
+            number.ok_or_else(|| error("a sparse map that is no numbers"))
+        };
+        let size = unsigned(header, 483..495)?;
+        let mut map = Vec::new();
+        let mut add = |header: &Header, start: usize, count: usize| {
+            for at in (start..).step_by(24).take(count) {
+                if header.0[at] == 0 || map.len() > MAX_SPARSE {
+                    break;
+                }
+                let from = unsigned(header, at..at + 12)?;
+                let len = unsigned(header, at + 12..at + 24)?;
+                let to = from.checked_add(len);
+                map.push(from..to.ok_or_else(|| error("a sparse map beyond any file"))?);
+            }
+            Ok::<(), ArchiveError>(())
+        };
+        add(header, 386, 4)?;
+        let mut more = header.0[482] != 0;
+        while more {
+            let offset = self.position;
+            let block = self.block()?.ok_or(ArchiveError::Truncated { offset })?;
+            add(&Header(block), 0, 21)?;
+            more = block[504] != 0;
+        }
+        if map.len() > MAX_SPARSE {
+            return Err(error("a sparse map of more than 1048576 parts"));
+        }
+        Ok((map, size))
+    }
+
+    /// The numbers at the start of a pax 1.0 sparse file's data.
+    fn pax_1_0_map(&mut self, offset: u64) -> Result<Vec<u64>, ArchiveError> {
+        let error = |problem| ArchiveError::Header { offset, problem };
+        let mut numbers = Vec::new();
+        let mut left = 1;
+        let mut current: Option<u64> = None;
+        while left > 0 {
+            let data = self.data()?;
+            let Some(&byte) = data.first() else {
+                return Err(error("a sparse map that ends early"));
+            };
+            self.consume(1);
+            match byte {
+                b'0'..=b'9' => {
+                    let value = current.unwrap_or(0).checked_mul(10);
+                    let value = value.and_then(|value| value.checked_add(u64::from(byte - b'0')));
+                    current = Some(value.ok_or_else(|| error("a sparse map beyond any file"))?);
+                }
+                b'\n' => {
+                    let value = current.take();
+                    let value = value.ok_or_else(|| error("a sparse map that is no numbers"))?;
+                    left -= 1;
+                    if numbers.is_empty() && left == 0 {
+                        if value > MAX_SPARSE as u64 {
+                            return Err(error("a sparse map of more than 1048576 parts"));
+                        }
+                        left = 2 * value;
+                        numbers.push(value);
+                    } else {
+                        numbers.push(value);
+                    }
+                }
+                _ => return Err(error("a sparse map that is no numbers")),
+            }
+        }
+        numbers.remove(0);
+        Ok(numbers)
+    }
+}
+
+/// The bytes of a header.
+struct Header([u8; BLOCK]);
+
+impl Header {
+    /// A text that ends at its first NUL.
+    fn text(&self, range: Range<usize>) -> &[u8] {
+        until_nul(&self.0[range])
+    }
+
+    /// Octal digits between spaces and NULs (nothing is 0), or base-256.
+    fn number(&self, range: Range<usize>) -> Option<i64> {
+        let field = &self.0[range];
+        if field[0] & 0x80 != 0 {
+            let negative = field[0] & 0x40 != 0;
+            let first = if negative { field[0] } else { field[0] & 0x7f };
+            let start = i64::from(first.cast_signed());
+            return field[1..].iter().try_fold(start, |value, &byte| {
+                Some(value.checked_mul(256)? | i64::from(byte))
+            });
+        }
+        let is_fill = |byte: &u8| matches!(byte, b' ' | 0);
+        let start = field.iter().position(|byte| !is_fill(byte));
+        let Some(start) = start else { return Some(0) };
+        let digits = field[start..].split(is_fill).next().unwrap_or_default();
+        let digits = std::str::from_utf8(digits).ok()?;
+        i64::from_str_radix(digits, 8)
+            .ok()
+            .filter(|_| !digits.starts_with(['+', '-']))
+    }
+
+    fn is_ustar(&self) -> bool {
+        self.0[257..262] == *b"ustar"
+    }
+
+    fn path(&self) -> Vec<u8> {
+        let name = self.text(0..100);
+        // GNU's own magic goes on with spaces; the prefix' place has other uses.
+        if self.0[257..263] == *b"ustar\0" {
+            let prefix = self.text(345..500);
+            if !prefix.is_empty() {
+                return [prefix, b"/", name].concat();
+            }
+        }
+        name.to_vec()
+    }
+}
+
+/// What precedes an entry.
+#[derive(Default)]
+struct Extensions {
+    name: Option<Vec<u8>>,
+    link: Option<Vec<u8>>,
+    records: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+/// What pax records say of a sparse file.
+#[derive(Default)]
+struct PaxSparse {
+    major: Option<u64>,
+    minor: Option<u64>,
+    size: Option<u64>,
+    name: Option<Vec<u8>>,
+    map: Vec<u64>,
+}
+
+fn until_nul(bytes: &[u8]) -> &[u8] {
+    bytes.split(|byte| *byte == 0).next().unwrap_or_default()
+}
+
+/// Splits "<length> <key>=<value>\n" records.
+fn parse_records(mut bytes: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, &'static str> {
+    const PROBLEM: &str = "a pax record that is none";
+    let mut records = Vec::new();
+    while !bytes.is_empty() {
+        let space = bytes
+            .iter()
+            .take(20)
+            .position(|byte| *byte == b' ')
+            .ok_or(PROBLEM)?;
+        let len = decimal(&bytes[..space]).and_then(|len| usize::try_from(len).ok());
+        let (record, rest) = len
+            .and_then(|len| bytes.split_at_checked(len))
+            .ok_or(PROBLEM)?;
+        let record = record
+            .get(space + 1..)
+            .and_then(|record| record.strip_suffix(b"\n"));
+        let record = record.ok_or(PROBLEM)?;
+        let equals = record
+            .iter()
+            .position(|byte| *byte == b'=')
+            .ok_or(PROBLEM)?;
+        if equals == 0 {
+            return Err(PROBLEM);
+        }
+        records.push((record[..equals].to_vec(), record[equals + 1..].to_vec()));
+        bytes = rest;
+    }
+    Ok(records)
+}
+
+/// A number of decimal digits only.
+fn decimal(digits: &[u8]) -> Option<u64> {
+    if digits.is_empty() {
+        return None;
+    }
+    digits.iter().try_fold(0u64, |value, byte| {
+        let digit = byte.is_ascii_digit().then(|| u64::from(byte - b'0'))?;
+        value.checked_mul(10)?.checked_add(digit)
+    })
+}
+
+/// Lets one pax record speak. One with an empty value leaves the header's word.
+fn record(
+    entry: &mut Entry,
+    sparse: &mut PaxSparse,
+    key: &[u8],
+    value: Vec<u8>,
+) -> Result<(), &'static str> {
+    if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
+        // The last one of a name counts.
+        entry.xattrs.retain(|(other, _)| other != name);
+        entry.xattrs.push((name.to_vec(), value));
+        return Ok(());
+    }
+    if value.is_empty() {
+        return Ok(());
+    }
+    let number = |problem| decimal(&value).ok_or(problem);
+    let signed = |problem| number(problem).and_then(|n| i64::try_from(n).map_err(|_| problem));
+    match key {
+        b"path" => entry.path = value,
+        b"linkpath" => entry.link = value,
+        b"size" => entry.size = number("a pax size that is no number")?,
+        b"uid" => entry.uid = signed("a pax uid that is no number")?,
+        b"gid" => entry.gid = signed("a pax gid that is no number")?,
+        b"mtime" => entry.mtime = time(&value).ok_or("a pax mtime that is no time")?,
+        b"GNU.sparse.major" => sparse.major = Some(number("a sparse version that is no number")?),
+        b"GNU.sparse.minor" => sparse.minor = Some(number("a sparse version that is no number")?),
+        b"GNU.sparse.size" | b"GNU.sparse.realsize" => {
+            sparse.size = Some(number("a sparse size that is no number")?);
+        }
+        b"GNU.sparse.name" => sparse.name = Some(value),
+        b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => {
+            // In turns; a map that is not even is refused later.
+            sparse.map.push(number("a sparse map that is no numbers")?);
+        }
+        b"GNU.sparse.map" => {
+            sparse.map = value
+                .split(|byte| *byte == b',')
+                .map(|number| decimal(number).ok_or("a sparse map that is no numbers"))
+                .collect::<Result<_, _>>()?;
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// "[-]seconds[.fraction]"; what is finer than a nanosecond is cut off.
+fn time(text: &[u8]) -> Option<(i64, u32)> {
+    let (negative, text) = match text.strip_prefix(b"-") {
+        Some(text) => (true, text),
+        None => (false, text),
+    };
+    let mut parts = text.splitn(2, |byte| *byte == b'.');
+    let seconds = i64::try_from(decimal(parts.next()?)?).ok()?;
+    let fraction = parts.next().unwrap_or_default();
+    if !fraction.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    let digits = fraction.iter().chain(std::iter::repeat(&b'0')).take(9);
+    let nanos = digits.fold(0, |nanos, digit| nanos * 10 + u32::from(digit - b'0'));
+    match (negative, nanos) {
+        (false, _) => Some((seconds, nanos)),
+        (true, 0) => Some((-seconds, 0)),
+        (true, _) => Some((-seconds - 1, 1_000_000_000 - nanos)),
+    }
+}
+
+/// Offsets and lengths as ranges.
+fn pairs(numbers: &[u64]) -> Result<Vec<Range<u64>>, &'static str> {
+    if !numbers.len().is_multiple_of(2) {
+        return Err("a sparse map with an offset but no length");
+    }
+    numbers
+        .chunks_exact(2)
+        .map(|pair| {
+            let end = pair[0].checked_add(pair[1]);
+            Ok(pair[0]..end.ok_or("a sparse map beyond any file")?)
+        })
+        .collect()
+}
+
+/// The parts must follow each other within the file and be what is stored.
+fn check_map(map: &[Range<u64>], size: u64, stored: u64) -> Result<(), &'static str> {
+    let mut end = 0;
+    let mut sum = 0u64;
+    for part in map {
+        if part.start < end || part.end > size {
+            return Err("a sparse map that is out of order or beyond its file");
+        }
+        end = part.end;
+        sum += part.end - part.start;
+    }
+    if sum != stored {
+        return Err("a sparse map of other data than is stored");
+    }
+    Ok(())
+}
