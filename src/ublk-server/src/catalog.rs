@@ -1,9 +1,10 @@
-//! From what an operator calls an image to its record, read through the source.
+//! From what an operator calls an image to its layers, read through the source.
 
-use accel_oci::Digest;
+use accel_oci::{ChainId, DiffId, Digest};
 use accel_source::{FileName, Patience, Pool, Source, SourceError, list, read_file};
 use accel_ufs::UfsError;
-use accel_ufs::names::{self, Nanoseconds};
+use accel_ufs::index::{Header, HeaderError, ImageSize, PAGE_SIZE, Page, Root};
+use accel_ufs::names::{self, LayerName, Nanoseconds};
 use accel_ufs::record::{ImageRecord, MAX_RECORD, NameRecord, RecordError};
 use accel_ufs::resolve::ImageName;
 use std::path::{Path, PathBuf};
@@ -18,6 +19,40 @@ pub enum CatalogError {
     /// UFS does not answer.
     #[error("cannot look the image up: {0}")]
     Source(#[from] SourceError),
+    /// A layer's index is none.
+    #[error("{name}: {source}")]
+    Index {
+        /// Which layer.
+        name: LayerName,
+        /// What is wrong.
+        source: HeaderError,
+    },
+    /// A record's layer has a path that is not its name.
+    #[error("the image record of {manifest} has a layer whose path is not its name")]
+    Path {
+        /// Which image.
+        manifest: Digest,
+    },
+}
+
+/// What there is to serve.
+#[derive(Debug, Clone)]
+pub struct Image {
+    /// Digest of the manifest, or of the only layer.
+    pub digest: Digest,
+    /// Lowest first.
+    pub layers: Vec<Layer>,
+}
+
+/// A layer to serve.
+#[derive(Debug, Clone, Copy)]
+pub struct Layer {
+    /// What it is called on UFS.
+    pub name: LayerName,
+    /// What vouches for its bytes.
+    pub root: Root,
+    /// Its size.
+    pub size: ImageSize,
 }
 
 /// Looks images up on one UFS.
@@ -32,8 +67,57 @@ pub struct Catalog<'a, S: Source + ?Sized> {
 }
 
 impl Catalog<'_, dyn Source> {
-    /// The record of the image that `name` (canonical) means.
-    pub fn find(&self, name: &ImageName) -> Result<ImageRecord, CatalogError> {
+    /// The layers of the image that `name` (canonical) means. A digest may also
+    /// be a single layer's.
+    pub fn find(&self, name: &ImageName) -> Result<Image, CatalogError> {
+        let record = match self.record(name) {
+            Err(CatalogError::Ufs(UfsError::NotConverted { .. }))
+                if let ImageName::Manifest(digest) = name
+                    && let Some(layer) = self.layer(digest)? =>
+            {
+                return Ok(Image {
+                    digest: *digest,
+                    layers: vec![layer],
+                });
+            }
+            record => record?,
+        };
+        let manifest = record.manifest;
+        let layers = record.layers.iter().map(|layer| {
+            let name = layer.name().ok_or(CatalogError::Path { manifest })?;
+            let (root, size) = (layer.erofs.root, layer.erofs.size);
+            Ok(Layer { name, root, size })
+        });
+        Ok(Image {
+            digest: manifest,
+            layers: layers.collect::<Result<_, CatalogError>>()?,
+        })
+    }
+
+    /// The layer with this chain ID or diffID.
+    fn layer(&self, digest: &Digest) -> Result<Option<Layer>, CatalogError> {
+        for name in [
+            LayerName::Chain(ChainId(*digest)),
+            LayerName::Layer(DiffId(*digest)),
+        ] {
+            let Some(bytes) = self.read(name.index().as_str(), PAGE_SIZE)? else {
+                continue;
+            };
+            let page = <&Page>::try_from(&*bytes).map_err(|_| HeaderError::Magic);
+            let header = page
+                .and_then(Header::parse)
+                .map_err(|source| CatalogError::Index { name, source })?;
+            return Ok(Some(Layer {
+                name,
+                root: header.root(),
+                size: header.image_size(),
+            }));
+        }
+        Ok(None)
+    }
+
+    /// The record of the image that `name` means.
+    fn record(&self, name: &ImageName) -> Result<ImageRecord, CatalogError> {
         let not_converted = || UfsError::NotConverted {
             image: name.to_string(),
             ufs: self.ufs.to_owned(),
@@ -44,7 +128,9 @@ impl Catalog<'_, dyn Source> {
         };
         let manifest = manifest.ok_or_else(not_converted)?;
         let file = names::image_record(&manifest);
-        let json = self.read(file.as_str())?.ok_or_else(not_converted)?;
+        let json = self
+            .read(file.as_str(), MAX_RECORD + 1)?
+            .ok_or_else(not_converted)?;
         let record = ImageRecord::parse(&json).map_err(|source| self.wrong(&file, source))?;
         if record.manifest != manifest {
             let source = RecordError::Misplaced {
@@ -72,7 +158,7 @@ impl Catalog<'_, dyn Source> {
             return Ok(None);
         };
         let file = names::name_record(source, newest);
-        let Some(json) = self.read(file.as_str())? else {
+        let Some(json) = self.read(file.as_str(), MAX_RECORD + 1)? else {
             return Ok(None);
         };
         let record = NameRecord::parse(&json).map_err(|source| self.wrong(&file, source))?;
@@ -86,9 +172,8 @@ impl Catalog<'_, dyn Source> {
         Ok(Some(record.manifest))
     }
 
-    fn read(&self, file: &str) -> Result<Option<Vec<u8>>, CatalogError> {
+    fn read(&self, file: &str, limit: usize) -> Result<Option<Vec<u8>>, CatalogError> {
         let file = FileName::new(file);
-        let limit = MAX_RECORD + 1;
         match read_file(self.source, self.pool, &file, limit, Patience::LOOKUP) {
             Ok(bytes) => Ok(Some(bytes)),
             Err(error) if error.is_not_found() => Ok(None),
@@ -98,6 +183,9 @@ impl Catalog<'_, dyn Source> {
 
     fn wrong(&self, file: &names::RelPath, source: RecordError) -> UfsError {
         let path: PathBuf = file.beneath(self.ufs);
-        UfsError::Record { path, error: source }
+        UfsError::Record {
+            path,
+            error: source,
+        }
     }
 }

@@ -1,9 +1,31 @@
 //! The node daemon: serves layers as block devices, on demand and verified.
+//!
+//! ```text
+//! client ──wire, protocol──► admin ──► registry ──► devices ──► transport
+//!   │ mounts                               │  │                    │ reads
+//!   ▼                                      │  └─► journal          ▼
+//! kernel                              catalog ─► source ◄──────── engine
+//! ```
+//!
+//! * [`serve`] puts the daemon together; [`namespace`] keeps its mounts apart.
+//! * [`registry`] knows what is exported and who needs it; [`journal`] makes
+//!   that survive the daemon.
+//! * [`engine`] turns requests of the kernel into verified bytes.
+//! * [`client`] asks and mounts.
 
+pub mod admin;
 pub mod catalog;
+pub mod client;
 pub mod devices;
 pub mod engine;
 pub mod journal;
+pub mod lock;
+pub mod mountinfo;
+pub mod namespace;
+pub mod paths;
 pub mod protocol;
 pub mod registry;
+pub mod serve;
 pub mod size;
+mod sys;
+pub mod wire;

@@ -1,1 +1,158 @@
-fn main() {}
+//! The node daemon and its client commands.
+
+use accel_source::worker;
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+use ublk_server::devices::Choice;
+use ublk_server::paths::{Paths, SOCKET};
+use ublk_server::{client, serve, size};
+
+/// Serves converted images on this node: on demand, verified, as block devices.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Args)]
+struct Place {
+    /// The daemon's admin socket.
+    #[arg(long, value_name = "PATH", default_value = SOCKET)]
+    socket: PathBuf,
+    /// Where daemon and clients keep locks, journal and mount points. The
+    /// default follows from the socket.
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the daemon.
+    Serve {
+        /// Directory with converted images, usually on a shared file system.
+        #[arg(long, value_name = "DIR")]
+        ufs: PathBuf,
+        /// Memory for verified chunks, such as 256M or 2G; at least 16M.
+        #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size::parse)]
+        cache_size: u64,
+        /// How layers reach the kernel.
+        #[arg(long, value_enum, default_value = "auto")]
+        transport: Choice,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Export an image's layers without mounting them; prints their devices.
+    Attach {
+        /// The SOURCE that was converted, or a digest: of a manifest, or of a
+        /// single layer (diffID).
+        image: String,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// End what `attach` began.
+    Detach {
+        /// As given to `attach`.
+        image: String,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Show which images are held, and by whom.
+    List {
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Show what the daemon serves, and how.
+    Status {
+        /// For programs.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Mount an image.
+    Mount {
+        /// The SOURCE that was converted, or its manifest digest.
+        image: String,
+        /// Where; the directory must exist.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+        /// Make the mount writable; changes go beneath this directory, which
+        /// must not be on an overlay itself.
+        #[arg(long, value_name = "UPPER")]
+        rw: Option<PathBuf>,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Unmount an image.
+    Unmount {
+        /// Where it is mounted.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Reads files for the daemon, which starts it.
+    #[command(hide = true)]
+    SourceWorker {
+        /// The source's directory.
+        directory: PathBuf,
+    },
+}
+
+impl From<Place> for Paths {
+    fn from(place: Place) -> Self {
+        Self::new(&place.socket, place.run_dir)
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Serve {
+            ufs,
+            cache_size,
+            transport,
+            place,
+        } => serve::run(&serve::Options {
+            ufs,
+            cache_size,
+            transport,
+            paths: place.into(),
+        })?,
+        Command::Attach { image, place } => {
+            for device in client::attach(&place.into(), &image)? {
+                println!("{}", device.display());
+            }
+        }
+        Command::Detach { image, place } => client::detach(&place.into(), &image)?,
+        Command::List { place } => print!("{}", client::list(&place.into())?),
+        Command::Status { json, place } => print!("{}", client::status(&place.into(), json)?),
+        Command::Mount {
+            image,
+            directory,
+            rw,
+            place,
+        } => client::mount(&place.into(), &image, &directory, rw.as_deref())?,
+        Command::Unmount { directory, place } => client::unmount(&place.into(), &directory)?,
+        Command::SourceWorker { directory } => worker::run(&directory)?,
+    }
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ublk-server: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

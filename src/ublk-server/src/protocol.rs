@@ -102,8 +102,8 @@ pub struct AttachedLayer {
 /// Answer to [`Command::Attach`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Attached {
-    /// Digest of the manifest.
-    pub manifest: Digest,
+    /// Digest of the manifest, or of the layer.
+    pub digest: Digest,
     /// Lowest first.
     pub layers: Vec<AttachedLayer>,
 }
@@ -141,6 +141,8 @@ pub struct Status {
     pub transport_reason: String,
     /// False only in builds for one test.
     pub verifies: bool,
+    /// Bytes read from the source since the daemon started, of everything.
+    pub fetched_bytes: u64,
     /// The memory cache.
     pub cache: CacheStatus,
     /// The source.
@@ -177,8 +179,6 @@ pub struct SourceStatus {
     pub worker: Option<u32>,
     /// Workers started so far.
     pub workers: u64,
-    /// Bytes read, of everything.
-    pub bytes: u64,
     /// Reads that went well.
     pub reads: u64,
     /// Attempts that failed or ran out of time.

@@ -8,7 +8,7 @@
 //! the kernel; `state` is held for moments only, so that `status` always answers.
 //! `operations` is taken first.
 
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, Image, Layer};
 use crate::devices::{Device, Devices};
 use crate::engine::{Engine, Export, ExportReader, Warmer};
 use crate::journal::{Entry, HolderEntry, Journal, State as JournalState};
@@ -19,7 +19,6 @@ use accel_oci::Digest;
 use accel_source::Patience;
 use accel_transport::ublk::{DeviceState, Removal};
 use accel_ufs::index::Root;
-use accel_ufs::record::{ImageRecord, LayerRecord};
 use accel_ufs::resolve::ImageName;
 use anyhow::{Context, Result, anyhow, bail};
 use std::collections::{BTreeMap, HashMap};
@@ -109,10 +108,11 @@ impl Registry {
             pool: self.engine.arena().chunks(),
             ufs: &self.ufs,
         };
-        let record = catalog.find(&name)?;
-        let holder = holder.unwrap_or_else(|| operator(&record.manifest));
+        let found = catalog.find(&name)?;
+        let digest = found.digest;
+        let holder = holder.unwrap_or_else(|| operator(&digest));
         if let Some(other) = self.state().holders.get(&holder)
-            && other.manifest != record.manifest
+            && other.manifest != digest
         {
             bail!(
                 "{holder} already holds {} ({})",
@@ -121,10 +121,10 @@ impl Registry {
             );
         }
         let mut added = Vec::new();
-        let layers = self.attach_layers(&record, &mut added).and_then(|layers| {
+        let layers = self.attach_layers(&found, &mut added).and_then(|layers| {
             let holding = Holding {
                 image: image.to_owned(),
-                manifest: record.manifest,
+                manifest: digest,
                 layers: layers.iter().map(|layer| layer.root).collect(),
             };
             self.hold(&holder, holding)?;
@@ -133,8 +133,7 @@ impl Registry {
         match layers {
             Ok(layers) => {
                 tracing::info!(image, holder, layers = layers.len(), "attached");
-                let manifest = record.manifest;
-                Ok(Attached { manifest, layers })
+                Ok(Attached { digest, layers })
             }
             Err(error) => {
                 self.state().holders.remove(&holder);
@@ -148,39 +147,33 @@ impl Registry {
         }
     }
 
-    fn attach_layers(
-        &self,
-        record: &ImageRecord,
-        added: &mut Vec<Root>,
-    ) -> Result<Vec<AttachedLayer>> {
-        let mut layers = Vec::with_capacity(record.layers.len());
-        for layer in &record.layers {
-            let erofs = &layer.erofs;
-            let known = self.state().exports.get(&erofs.root).cloned();
+    fn attach_layers(&self, image: &Image, added: &mut Vec<Root>) -> Result<Vec<AttachedLayer>> {
+        let mut layers = Vec::with_capacity(image.layers.len());
+        for layer in &image.layers {
+            let known = self.state().exports.get(&layer.root).cloned();
             let served = match known {
                 Some(served) => served,
                 None => {
-                    let served = self.export(layer)?;
-                    added.push(erofs.root);
-                    self.state().exports.insert(erofs.root, served.clone());
+                    let served = self.export(*layer)?;
+                    added.push(layer.root);
+                    self.state().exports.insert(layer.root, served.clone());
                     served
                 }
             };
             layers.push(AttachedLayer {
                 name: served.export.name.to_string(),
-                root: erofs.root,
-                size: erofs.size,
-                uuid: erofs.uuid,
-                device: self.devices.view(erofs.root, &served.device),
+                root: layer.root,
+                size: layer.size,
+                uuid: layer.name.uuid(),
+                device: self.devices.view(layer.root, &served.device),
             });
         }
         Ok(layers)
     }
 
     /// Makes a device for a layer.
-    fn export(&self, layer: &LayerRecord) -> Result<Served> {
-        let name = layer.name().context("the layer's path is not its name")?;
-        let (root, size) = (layer.erofs.root, layer.erofs.size);
+    fn export(&self, layer: Layer) -> Result<Served> {
+        let Layer { name, root, size } = layer;
         let export = Export::open(&self.engine, name, root, size, Patience::LOOKUP)?;
         let export = Arc::new(export);
         let reader = Arc::new(ExportReader::new(&self.engine, &export));

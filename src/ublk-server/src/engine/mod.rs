@@ -27,6 +27,7 @@ mod verify;
 mod warm;
 
 pub use export::{Export, ExportCounters, ExportReader, OpenError};
+pub use verify::SKIPS_VERIFICATION;
 pub use warm::Warmer;
 
 use accel_cache::{Cache, Load, Lookup};

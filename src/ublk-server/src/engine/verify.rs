@@ -12,7 +12,7 @@ pub(super) static ZEROS: LazyLock<Box<[u8]>> = LazyLock::new(|| vec![0; CHUNK_SI
 
 /// Whether this build serves bytes without looking at them. Only for the test
 /// that shows that corruption would be noticed.
-pub const SKIPS_VERIFICATION: bool = cfg!(feature = "test-skip-verification");
+pub const SKIPS_VERIFICATION: bool = cfg!(feature = "insecure-skip-verification");
 
 /// Something for a verifier to do.
 pub(super) struct Job(Box<dyn FnOnce() + Send>);

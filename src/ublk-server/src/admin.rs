@@ -1,0 +1,110 @@
+//! The daemon's side of the admin socket.
+
+use crate::engine::SKIPS_VERIFICATION;
+use crate::protocol::{CacheStatus, Command, Reply, SourceStatus, Status};
+use crate::serve::Daemon;
+use crate::wire;
+use accel_source::Source;
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+/// How long a client may take to say what it wants.
+const CLIENT_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Answers one client, on a thread of its own.
+pub fn serve(daemon: &Arc<Daemon>, stream: UnixStream) {
+    let daemon = Arc::clone(daemon);
+    let spawned = std::thread::Builder::new()
+        .name("admin".to_owned())
+        .spawn(move || {
+            if let Err(error) = answer(&daemon, &stream) {
+                tracing::debug!(error = format!("{error:#}"), "a client went away");
+            }
+        });
+    if let Err(error) = spawned {
+        tracing::warn!(%error, "cannot answer a client");
+    }
+}
+
+fn answer(daemon: &Daemon, stream: &UnixStream) -> Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(CLIENT_PATIENCE))?;
+    stream.set_write_timeout(Some(CLIENT_PATIENCE))?;
+    let peer = rustix::net::sockopt::socket_peercred(stream)?;
+    if !peer.uid.is_root() {
+        let error = "only root may use this socket".to_owned();
+        return wire::send(stream, &Reply::<()>::Error(error), None);
+    }
+    let (command, fd) = wire::receive::<Command>(stream)?;
+    let registry = &daemon.registry;
+    match command {
+        Command::Attach { image, holder } => reply(stream, registry.attach(&image, holder)),
+        Command::Detach { holder } => reply(stream, registry.detach(&holder)),
+        Command::Serve { root } => {
+            let served = fd
+                .context("no descriptor came with the request")
+                .and_then(|fd| registry.serve_fuse(root, fd));
+            reply(stream, served)
+        }
+        Command::Mounted { holder } => {
+            registry.warm(&holder);
+            reply(stream, Ok(()))
+        }
+        Command::Status => reply(stream, Ok(status(daemon))),
+    }
+}
+
+fn reply<T: Serialize>(stream: &UnixStream, result: Result<T>) -> Result<()> {
+    let reply = match result {
+        Ok(answer) => Reply::Ok(answer),
+        Err(error) => {
+            let error = format!("{error:#}");
+            tracing::warn!(error, "a request failed");
+            Reply::Error(error)
+        }
+    };
+    if let Err(error) = wire::send(stream, &reply, None) {
+        bail!("cannot answer: {error}");
+    }
+    Ok(())
+}
+
+fn status(daemon: &Daemon) -> Status {
+    let (exports, holders) = daemon.registry.status();
+    let devices = daemon.registry.devices();
+    let (engine, counters) = (&daemon.engine, daemon.source.counters());
+    let chunks = engine.chunk_counters();
+    let pool = engine.arena().chunks();
+    let chunk = pool.slot_size() as u64;
+    Status {
+        pid: std::process::id(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        ufs: daemon.ufs.clone(),
+        transport: devices.name().to_owned(),
+        transport_reason: devices.reason.clone(),
+        verifies: !SKIPS_VERIFICATION,
+        fetched_bytes: counters.bytes.load(Relaxed),
+        cache: CacheStatus {
+            size: pool.capacity() as u64 * chunk,
+            used: engine.cached_chunks() as u64 * chunk,
+            hits: chunks.hits.load(Relaxed),
+            misses: chunks.misses.load(Relaxed),
+            joined: chunks.joined.load(Relaxed),
+            evicted: chunks.evicted.load(Relaxed),
+        },
+        source: SourceStatus {
+            name: daemon.source.name().to_owned(),
+            worker: daemon.source.worker_pid(),
+            workers: counters.workers.load(Relaxed),
+            reads: counters.reads.load(Relaxed),
+            failed_attempts: counters.failed_attempts.load(Relaxed),
+            failed: counters.failed.load(Relaxed),
+        },
+        exports,
+        holders,
+    }
+}

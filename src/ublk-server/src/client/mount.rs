@@ -1,0 +1,237 @@
+//! `mount` and `unmount`.
+//!
+//! ```text
+//! DIR                          overlay, read-only or with --rw UPPER
+//!  └ RUN/layers/<root>         EROFS, once per layer, shared by images
+//!     └ /dev/ublkbN or RUN/exports/<root>
+//! ```
+//!
+//! What a mount needs is noted in `RUN/mounts/` before the first step, so that
+//! `unmount` can take back whatever a client that died had done. Both are the
+//! same procedure: a failed mount is undone by an unmount.
+
+use super::system::{self, Overlay};
+use super::{check_daemon, device, image_name, lock, release};
+use crate::paths::Paths;
+use crate::protocol::{Attached, Command, Holder};
+use crate::wire;
+use accel_oci::Digest;
+use accel_ufs::index::Root;
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+/// An empty directory below the only layer of an image: an overlay has two.
+const EMPTY: &str = "empty";
+
+/// One mounted image.
+#[derive(Debug, Serialize, Deserialize)]
+struct Noted {
+    /// Number of the format.
+    layout: u32,
+    directory: PathBuf,
+    image: String,
+    /// Lowest first.
+    layers: Vec<Root>,
+}
+
+fn note_path(paths: &Paths, directory: &Path) -> PathBuf {
+    let name = Digest::of(directory.as_os_str().as_bytes()).hex();
+    paths.mounts().join(format!("{name}.json"))
+}
+
+fn noted(paths: &Paths) -> Result<Vec<Noted>> {
+    let files = match fs::read_dir(paths.mounts()) {
+        Ok(files) => files,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error.into()),
+    };
+    let mut notes = Vec::new();
+    for file in files {
+        let path = file?.path();
+        let json = fs::read(&path)?;
+        let note = serde_json::from_slice(&json);
+        notes.push(note.with_context(|| format!("{} cannot be read", path.display()))?);
+    }
+    Ok(notes)
+}
+
+/// The real path of a directory that must exist.
+fn real_directory(path: &Path) -> Result<PathBuf> {
+    let real = path.canonicalize().with_context(|| {
+        format!(
+            "cannot find the directory {}: make it first",
+            path.display()
+        )
+    })?;
+    if !real.is_dir() {
+        bail!("{} is not a directory", path.display());
+    }
+    if real.to_str().is_none() {
+        bail!("the path of {} is not UTF-8", path.display());
+    }
+    Ok(real)
+}
+
+/// `ublk-server mount IMAGE DIR [--rw UPPER]`
+pub fn mount(paths: &Paths, image: &str, directory: &Path, upper: Option<&Path>) -> Result<()> {
+    check_daemon(paths)?;
+    let image = image_name(image)?;
+    let directory = real_directory(directory)?;
+    if system::is_mount_point(&directory)? {
+        bail!("something is already mounted at {}", directory.display());
+    }
+    let lock = lock(paths)?;
+    let holder = directory.to_string_lossy().into_owned();
+    let command = Command::Attach {
+        image: image.clone(),
+        holder: Some(holder.clone()),
+    };
+    let result = wire::ask::<Attached>(&paths.socket, &command, None).and_then(|attached| {
+        let note = Noted {
+            layout: 1,
+            directory: directory.clone(),
+            image: image.clone(),
+            layers: attached.layers.iter().map(|layer| layer.root).collect(),
+        };
+        mount_attached(paths, &attached, &note, upper).inspect_err(|_| {
+            if let Err(error) = take_back(paths, &note) {
+                tracing::error!(error = format!("{error:#}"), "cannot undo the mount");
+            }
+        })
+    });
+    finish(paths);
+    lock.remove();
+    paths.tidy();
+    result.with_context(|| format!("cannot mount {image}"))?;
+    let command = Command::Mounted { holder };
+    if let Err(error) = wire::ask::<()>(&paths.socket, &command, None) {
+        tracing::warn!(
+            error = format!("{error:#}"),
+            "metadata will not be fetched ahead"
+        );
+    }
+    Ok(())
+}
+
+fn mount_attached(
+    paths: &Paths,
+    attached: &Attached,
+    note: &Noted,
+    upper: Option<&Path>,
+) -> Result<()> {
+    if note.layers.is_empty() {
+        bail!("the image has no layers");
+    }
+    fs::create_dir_all(paths.mounts())?;
+    let path = note_path(paths, &note.directory);
+    fs::write(&path, serde_json::to_vec_pretty(note)?)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    for layer in &attached.layers {
+        let device = device(paths, layer)?;
+        system::mount_layer(&device, &paths.layer(layer.root), layer.uuid)
+            .with_context(|| format!("cannot mount {}", layer.name))?;
+    }
+    // Topmost first. Of a layer that comes twice, the lower one shows nothing
+    // that the upper one does not hide or show as well; overlayfs takes it once.
+    let mut seen = HashSet::new();
+    let top_down = note.layers.iter().rev().filter(|root| seen.insert(**root));
+    let name = |root: &Root| paths.layer(*root).file_name().map(OsString::from);
+    let mut lower: Vec<_> = top_down.filter_map(name).collect();
+    let dirs = upper.map(upper_directories).transpose()?;
+    if lower.len() == 1 && dirs.is_none() {
+        fs::create_dir_all(paths.layers().join(EMPTY))?;
+        lower.push(EMPTY.into());
+    }
+    let overlay = Overlay {
+        lower,
+        base: &paths.layers(),
+        upper: dirs.as_ref().map(|(upper, work)| (&**upper, &**work)),
+    };
+    system::mount_overlay(&overlay, &note.directory)
+}
+
+fn upper_directories(upper: &Path) -> Result<(PathBuf, PathBuf)> {
+    let make = |name: &str| {
+        let path = upper.join(name);
+        fs::create_dir_all(&path)
+            .and_then(|()| path.canonicalize())
+            .with_context(|| format!("cannot make {}", path.display()))
+    };
+    Ok((make("upper")?, make("work")?))
+}
+
+/// `ublk-server unmount DIR`
+pub fn unmount(paths: &Paths, directory: &Path) -> Result<()> {
+    // A mount whose daemon or device is gone may refuse to be looked at.
+    let real = directory.canonicalize();
+    let directory = real.or_else(|_| std::path::absolute(directory))?;
+    let path = note_path(paths, &directory);
+    if !path.exists() {
+        bail!(
+            "no image is mounted at {} by way of {}",
+            directory.display(),
+            paths.socket.display()
+        );
+    }
+    let lock = lock(paths)?;
+    let result = fs::read(&path)
+        .with_context(|| format!("cannot read {}", path.display()))
+        .and_then(|json| {
+            let note: Noted = serde_json::from_slice(&json)
+                .with_context(|| format!("{} cannot be read", path.display()))?;
+            take_back(paths, &note)
+        });
+    finish(paths);
+    lock.remove();
+    paths.tidy();
+    result.with_context(|| format!("cannot unmount {}", directory.display()))
+}
+
+/// Undoes a mount, whole or in part. May be repeated after an error.
+fn take_back(paths: &Paths, note: &Noted) -> Result<()> {
+    if system::is_mounted(&note.directory, "overlay")? {
+        system::unmount_point(&note.directory)?;
+    }
+    let others: Vec<_> = noted(paths)?
+        .into_iter()
+        .filter(|other| other.directory != note.directory)
+        .flat_map(|other| other.layers)
+        .collect();
+    let unused = || note.layers.iter().filter(|root| !others.contains(root));
+    for root in unused() {
+        system::unmount_directory(&paths.layer(*root))?;
+    }
+    let holder = Holder::Mount(note.directory.to_string_lossy().into_owned());
+    if let Err(error) = check_daemon(paths) {
+        tracing::warn!(
+            error = format!("{error:#}"),
+            "the daemon is not told; it finds out when it starts"
+        );
+        for root in unused() {
+            system::unmount_file(&paths.export(*root))?;
+        }
+    } else {
+        release(paths, holder)?;
+    }
+    match fs::remove_file(note_path(paths, &note.directory)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Removes what is empty.
+fn finish(paths: &Paths) {
+    for directory in [paths.mounts(), paths.exports()] {
+        let _ = fs::remove_dir(directory);
+    }
+    if !paths.mounts().exists() {
+        let _ = fs::remove_dir(paths.layers().join(EMPTY));
+    }
+    let _ = fs::remove_dir(paths.layers());
+}

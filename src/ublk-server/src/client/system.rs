@@ -1,0 +1,223 @@
+//! What the client does to the kernel: EROFS, overlay and FUSE mounts.
+
+use crate::mountinfo;
+use crate::paths::Paths;
+use crate::protocol::AttachedLayer;
+use crate::sys;
+use accel_ufs::names::Uuid;
+use anyhow::{Context, Result, bail};
+use rustix::io::Errno;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags};
+use rustix::mount::{UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen};
+use std::ffi::{CString, OsStr, OsString};
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// Where the UUID lies in an EROFS image: in the superblock, which is at 1024.
+const UUID_OFFSET: u64 = 1024 + 48;
+/// The kernel takes option strings of less than a page.
+const OPTIONS: usize = 4000;
+
+/// Mounts a layer's device, or file, at `point`, which is made; nothing happens
+/// if it is there already.
+pub(super) fn mount_layer(device: &Path, point: &Path, uuid: Uuid) -> Result<()> {
+    if is_mounted(point, "erofs")? {
+        return Ok(());
+    }
+    fs::create_dir_all(point).with_context(|| format!("cannot make {}", point.display()))?;
+    let failed = || format!("cannot mount {} at {}", device.display(), point.display());
+    match mount_erofs(device, point) {
+        Ok(()) => {}
+        // Before 6.12 EROFS wants a block device.
+        Err(Errno::NOTBLK) => {
+            let (path, _held) = sys::loop_device(device)
+                .with_context(|| format!("cannot make a loop device of {}", device.display()))?;
+            mount_erofs(&path, point).with_context(failed)?;
+        }
+        Err(error) => return Err(error).with_context(failed),
+    }
+    let mut found = [0; 16];
+    let read = File::open(device).and_then(|file| file.read_exact_at(&mut found, UUID_OFFSET));
+    let wrong = match read {
+        Ok(()) if found == uuid.0 => return Ok(()),
+        Ok(()) => format!("it has the UUID {}, not {uuid}", Uuid(found)),
+        Err(error) => format!("cannot read its UUID: {error}"),
+    };
+    unmount_directory(point)?;
+    bail!(
+        "{} is not the layer it should be: {wrong}",
+        device.display()
+    );
+}
+
+fn mount_erofs(device: &Path, point: &Path) -> rustix::io::Result<()> {
+    let flags = MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID;
+    rustix::mount::mount(device, point, "erofs", flags, None)
+}
+
+/// The directories of an overlay.
+#[derive(Debug)]
+pub(super) struct Overlay<'a> {
+    /// Lower directories by name in `base`, topmost first.
+    pub lower: Vec<OsString>,
+    /// Where the lower directories are.
+    pub base: &'a Path,
+    /// Where changes go, and overlayfs' own directory beside it.
+    pub upper: Option<(&'a Path, &'a Path)>,
+}
+
+/// Mounts an overlay. Device nodes do not work in it: they come from an image.
+pub(super) fn mount_overlay(overlay: &Overlay<'_>, point: &Path) -> Result<()> {
+    // Short relative names keep the option string short.
+    rustix::process::chdir(overlay.base)
+        .with_context(|| format!("cannot enter {}", overlay.base.display()))?;
+    let options = options(overlay);
+    let result = if options.len() < OPTIONS {
+        mount_by_string(&options, overlay.upper.is_none(), point)
+    } else {
+        mount_by_parts(overlay, point).context(
+            "this image has so many layers that the kernel must take them one by one, \
+             which Linux does since 6.8",
+        )
+    };
+    // Do not pin what was entered.
+    let _ = rustix::process::chdir("/");
+    result.with_context(|| format!("cannot mount an overlay at {}", point.display()))
+}
+
+fn options(overlay: &Overlay<'_>) -> Vec<u8> {
+    let mut options = b"lowerdir=".to_vec();
+    for (number, lower) in overlay.lower.iter().enumerate() {
+        if number > 0 {
+            options.push(b':');
+        }
+        options.extend(escape(lower));
+    }
+    if let Some((upper, work)) = overlay.upper {
+        options.extend(b",upperdir=");
+        options.extend(escape(upper.as_os_str()));
+        options.extend(b",workdir=");
+        options.extend(escape(work.as_os_str()));
+    }
+    options
+}
+
+/// Hides what has a meaning in the option string.
+fn escape(path: &OsStr) -> Vec<u8> {
+    let mut escaped = Vec::new();
+    for &byte in path.as_bytes() {
+        if matches!(byte, b',' | b':' | b'\\') {
+            escaped.push(b'\\');
+        }
+        escaped.push(byte);
+    }
+    escaped
+}
+
+fn mount_by_string(options: &[u8], read_only: bool, point: &Path) -> Result<()> {
+    let options = CString::new(options).context("a path has a zero byte")?;
+    let mut flags = MountFlags::NODEV;
+    flags.set(MountFlags::RDONLY, read_only);
+    rustix::mount::mount("overlay", point, "overlay", flags, &*options)?;
+    Ok(())
+}
+
+fn mount_by_parts(overlay: &Overlay<'_>, point: &Path) -> Result<()> {
+    let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for lower in &overlay.lower {
+        fsconfig_set_string(&context, "lowerdir+", lower)?;
+    }
+    let mut flags = MountAttrFlags::MOUNT_ATTR_NODEV;
+    match overlay.upper {
+        Some((upper, work)) => {
+            fsconfig_set_string(&context, "upperdir", upper)?;
+            fsconfig_set_string(&context, "workdir", work)?;
+        }
+        None => flags |= MountAttrFlags::MOUNT_ATTR_RDONLY,
+    }
+    fsconfig_set_string(&context, "source", "overlay")?;
+    fsconfig_create(&context)?;
+    let mounted = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, flags)?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(&mounted, "", rustix::fs::CWD, point, flags)?;
+    Ok(())
+}
+
+/// Whether the topmost mount at `point` is of this kind.
+pub(super) fn is_mounted(point: &Path, kind: &str) -> Result<bool> {
+    let point = match point.canonicalize() {
+        Ok(point) => point,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        // A dead FUSE connection answers like this; it is mounted.
+        Err(_) => point.to_owned(),
+    };
+    let kinds = mountinfo::kinds_at(&point).context("cannot read the list of mounts")?;
+    Ok(kinds.last().is_some_and(|last| last == kind))
+}
+
+/// Whether anything is mounted at `point`.
+pub(super) fn is_mount_point(point: &Path) -> Result<bool> {
+    let kinds = mountinfo::kinds_at(point).context("cannot read the list of mounts")?;
+    Ok(!kinds.is_empty())
+}
+
+/// Unmounts what is at `point`, if anything is.
+pub(super) fn unmount_point(point: &Path) -> Result<()> {
+    let flags = UnmountFlags::NOFOLLOW;
+    match rustix::mount::unmount(point, flags) {
+        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
+        Err(Errno::BUSY) => bail!(
+            "{} is in use: a process has a file or its working directory there (see fuser -vm {})",
+            point.display(),
+            point.display()
+        ),
+        Err(error) => Err(error).with_context(|| format!("cannot unmount {}", point.display())),
+    }
+}
+
+/// Unmounts `point` and removes the directory.
+pub(super) fn unmount_directory(point: &Path) -> Result<()> {
+    unmount_point(point)?;
+    match fs::remove_dir(point) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", point.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Unmounts the FUSE file at `path` and removes its mount point.
+pub(super) fn unmount_file(path: &Path) -> Result<()> {
+    unmount_point(path)?;
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Mounts a FUSE file for a layer and gives its connection to the daemon.
+pub(super) fn serve_file(paths: &Paths, layer: &AttachedLayer, path: &Path) -> Result<()> {
+    let _ = (paths, layer, path, OsString::from_vec(Vec::new()));
+    bail!("the fuse transport is not built in yet")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overlay_options_name_every_directory() {
+        let overlay = Overlay {
+            lower: vec!["top".into(), "base".into()],
+            base: Path::new("/"),
+            upper: Some((Path::new("/a,b/upper"), Path::new("/a:b/work"))),
+        };
+        let expected = "lowerdir=top:base,upperdir=/a\\,b/upper,workdir=/a\\:b/work";
+        assert_eq!(String::from_utf8(options(&overlay)).unwrap(), expected);
+    }
+}

@@ -1,0 +1,80 @@
+//! Lock files that may be removed while they are locked.
+
+use rustix::fs::FlockOperation;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// A locked file. The lock ends when this is dropped, or the process ends.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+    path: PathBuf,
+}
+
+impl Lock {
+    /// Waits for the lock.
+    pub fn wait(path: &Path) -> io::Result<Self> {
+        take(path, FlockOperation::LockExclusive)?.ok_or_else(|| io::ErrorKind::WouldBlock.into())
+    }
+
+    /// Takes the lock unless another has it.
+    pub fn attempt(path: &Path) -> io::Result<Option<Self>> {
+        take(path, FlockOperation::NonBlockingLockExclusive)
+    }
+
+    /// Removes the file and ends the lock. Who opened it before finds that it is
+    /// gone and makes a new one.
+    pub fn remove(self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::debug!(path = %self.path.display(), %error, "cannot remove a lock file");
+        }
+    }
+}
+
+fn take(path: &Path, operation: FlockOperation) -> io::Result<Option<Lock>> {
+    loop {
+        if let Some(directory) = path.parent() {
+            fs::create_dir_all(directory)?;
+        }
+        let mut options = OpenOptions::new();
+        let opened = options.write(true).create(true).mode(0o600).open(path);
+        let file = match opened {
+            Ok(file) => file,
+            // Another has just tidied the directory away.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        match rustix::fs::flock(&file, operation) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(error) => return Err(error.into()),
+        }
+        let (ours, there) = (file.metadata()?, fs::metadata(path));
+        if there.is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino())) {
+            let path = path.to_owned();
+            return Ok(Some(Lock { _file: file, path }));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_at_a_time_also_across_removal() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("sub/lock");
+        let lock = Lock::attempt(&path).unwrap().unwrap();
+        assert!(Lock::attempt(&path).unwrap().is_none());
+        lock.remove();
+        assert!(!path.exists());
+        let lock = Lock::wait(&path).unwrap();
+        assert!(Lock::attempt(&path).unwrap().is_none());
+        drop(lock);
+        assert!(Lock::attempt(&path).unwrap().is_some());
+    }
+}

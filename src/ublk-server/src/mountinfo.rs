@@ -1,0 +1,69 @@
+//! `/proc/self/mountinfo`, see proc_pid_mountinfo(5).
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+/// Undoes the kernel's `\ooo` for blanks and backslashes.
+pub fn unescape(text: &str) -> PathBuf {
+    let bytes = text.as_bytes();
+    let mut plain = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let octal = bytes.get(at + 1..at + 4).filter(|_| bytes[at] == b'\\');
+        let value = octal.and_then(|digits| {
+            let digits = std::str::from_utf8(digits).ok()?;
+            u8::from_str_radix(digits, 8).ok()
+        });
+        match value {
+            Some(byte) => {
+                plain.push(byte);
+                at += 4;
+            }
+            None => {
+                plain.push(bytes[at]);
+                at += 1;
+            }
+        }
+    }
+    PathBuf::from(OsString::from_vec(plain))
+}
+
+/// File system types of what is mounted at `path` (a real path), lowest first.
+pub fn kinds_at(path: &Path) -> io::Result<Vec<String>> {
+    let text = fs::read_to_string("/proc/self/mountinfo")?;
+    let at = |line: &str| {
+        let (front, back) = line.split_once(" - ")?;
+        let point = unescape(front.split(' ').nth(4)?);
+        let kind = back.split(' ').next()?;
+        (point == path).then(|| kind.to_owned())
+    };
+    Ok(text.lines().filter_map(at).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn octal_is_undone() {
+        assert_eq!(unescape("/a\\040b\\134"), Path::new("/a b\\"));
+        assert_eq!(unescape("/a\\x\\04"), Path::new("/a\\x\\04"));
+    }
+
+    #[test]
+    fn the_root_is_mounted() {
+        assert!(!kinds_at(Path::new("/")).unwrap().is_empty());
+        assert!(
+            kinds_at(Path::new("/proc"))
+                .unwrap()
+                .contains(&"proc".to_owned())
+        );
+        assert!(
+            kinds_at(Path::new("/proc/self/nothing"))
+                .unwrap()
+                .is_empty()
+        );
+    }
+}

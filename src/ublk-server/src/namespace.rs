@@ -1,0 +1,104 @@
+//! The daemon's own mount namespace, free of mounts that pin its devices.
+//!
+//! A mount lives in every namespace that has a copy of it. If the daemon's
+//! namespace kept a copy of an EROFS mount on one of its own devices, the device
+//! would stay busy after everybody else had unmounted it; and as the last process
+//! of its namespace the daemon would, on its way out, have to unmount a device
+//! that it serves itself. So at start, before any thread and before the worker:
+//!
+//! 1. a namespace of its own, private: later mounts do not arrive;
+//! 2. every copied mount beneath the run directory, and every EROFS or overlay
+//!    mount that nothing needed lies on, is detached from it.
+//!
+//! Mounts elsewhere stay, so binary, libraries, `/dev` and UFS are where they were.
+
+use anyhow::{Context, Result};
+use rustix::mount::{MountPropagationFlags, UnmountFlags};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// A line of `mountinfo`, as far as we look at it.
+#[derive(Debug, PartialEq, Eq)]
+struct MountLine {
+    point: PathBuf,
+    kind: String,
+}
+
+/// Leaves the namespace that this process was started in. `needed` are paths that
+/// must stay reachable.
+pub fn enter_private(run: &Path, needed: &[&Path]) -> Result<()> {
+    unshare()
+        .context("cannot make a mount namespace of our own: run as root with CAP_SYS_ADMIN")?;
+    let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", flags).context("cannot make the mount namespace private")?;
+    let mut points = pins(run, needed)?;
+    // The last one mounted first: it may lie on another.
+    points.reverse();
+    for point in points {
+        if let Err(error) = rustix::mount::unmount(&point, UnmountFlags::DETACH) {
+            tracing::debug!(path = %point.display(), %error, "cannot drop a copied mount");
+        }
+    }
+    let left = pins(run, needed)?;
+    if let Some(left) = left.first() {
+        tracing::warn!(path = %left.display(), "a copied mount stays in the daemon's namespace");
+    }
+    Ok(())
+}
+
+fn unshare() -> rustix::io::Result<()> {
+    crate::sys::unshare_mounts()
+}
+
+fn pins(run: &Path, needed: &[&Path]) -> Result<Vec<PathBuf>> {
+    let text = fs::read_to_string("/proc/self/mountinfo").context("cannot read mountinfo")?;
+    let run = run.canonicalize().unwrap_or_else(|_| run.to_owned());
+    let needed: Vec<_> = needed
+        .iter()
+        .map(|path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf()))
+        .collect();
+    let lines = text.lines().filter_map(parse);
+    let pins = lines.filter(|line| is_pin(line, &run, &needed));
+    Ok(pins.map(|line| line.point).collect())
+}
+
+/// Whether a copy of this mount could keep one of our devices busy.
+fn is_pin(line: &MountLine, run: &Path, needed: &[PathBuf]) -> bool {
+    if line.point.starts_with(run) && line.point != run {
+        return true;
+    }
+    let kind = matches!(line.kind.as_str(), "erofs" | "overlay");
+    kind && !needed.iter().any(|path| path.starts_with(&line.point))
+}
+
+fn parse(line: &str) -> Option<MountLine> {
+    let (front, back) = line.split_once(" - ")?;
+    Some(MountLine {
+        point: crate::mountinfo::unescape(front.split(' ').nth(4)?),
+        kind: back.split(' ').next()?.to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_may_pin_a_device_goes() {
+        let run = Path::new("/run/image-accel");
+        let needed = ["/srv/ufs".into(), "/usr/bin/x".into()];
+        let drops = |point: &str, kind: &str| {
+            let line = format!("36 35 98:0 / {point} rw,noatime - {kind} src rw");
+            is_pin(&parse(&line).unwrap(), run, &needed)
+        };
+        assert!(drops("/run/image-accel/layers/0123", "erofs"));
+        assert!(drops("/run/image-accel/exports/ab", "fuse"));
+        assert!(drops("/mnt/image", "overlay"));
+        assert!(drops("/mnt/with\\040space", "erofs"));
+        assert!(!drops("/run/image-accel", "tmpfs"));
+        assert!(!drops("/", "overlay"));
+        assert!(!drops("/srv", "overlay"));
+        assert!(!drops("/usr", "erofs"));
+        assert!(!drops("/home", "ext4"));
+    }
+}

@@ -1,0 +1,225 @@
+//! `ublk-server serve`: puts the daemon together and runs it until a signal.
+
+use crate::admin;
+use crate::devices::{Choice, Devices};
+use crate::engine::{Engine, SKIPS_VERIFICATION};
+use crate::journal::Journal;
+use crate::lock::Lock;
+use crate::namespace;
+use crate::paths::Paths;
+use crate::registry::Registry;
+use accel_source::{Arena, Source, StartError, WorkerCommand, WorkerSource};
+use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags};
+use rustix::process::{Resource, Rlimit};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use std::fs;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Least and most bytes of the cache.
+const SMALLEST_CACHE: u64 = 16 << 20;
+/// How long UFS may take to answer at start before the daemon goes on without.
+const UFS_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What `serve` was told.
+#[derive(Debug)]
+pub struct Options {
+    /// The UFS directory.
+    pub ufs: PathBuf,
+    /// Bytes of memory for chunks and index pages.
+    pub cache_size: u64,
+    /// Which transport.
+    pub transport: Choice,
+    /// Where everything lies.
+    pub paths: Paths,
+}
+
+/// What the threads of the daemon share.
+#[derive(Debug)]
+pub struct Daemon {
+    /// Exports and holders.
+    pub registry: Registry,
+    /// The read engine.
+    pub engine: Arc<Engine>,
+    /// The worker behind it.
+    pub source: Arc<WorkerSource>,
+    /// The UFS directory.
+    pub ufs: PathBuf,
+}
+
+/// Serves until SIGTERM or SIGINT.
+pub fn run(options: &Options) -> Result<()> {
+    let paths = &options.paths;
+    if options.cache_size < SMALLEST_CACHE {
+        bail!("--cache-size must be at least 16M");
+    }
+    if SKIPS_VERIFICATION {
+        tracing::error!("THIS BUILD SERVES BYTES WITHOUT VERIFYING THEM; it exists for one test");
+    }
+    let ufs = std::path::absolute(&options.ufs)?;
+    let lock = claim(paths)?;
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let needed = [
+        &*ufs,
+        &*program,
+        &*paths.run,
+        &*paths.socket,
+        Path::new("/usr/lib"),
+    ];
+    namespace::enter_private(&paths.run, &needed)?;
+    prepare_process();
+    let journal = Journal::open(&paths.run, &ufs)
+        .with_context(|| format!("cannot open the journal in {}", paths.run.display()))?;
+    let leftovers = !journal
+        .load()
+        .context("cannot read the journal")?
+        .is_empty();
+    let daemon = start(options, &ufs, journal, leftovers)?;
+    daemon.registry.recover()?;
+    let listener = listen(&paths.socket)?;
+    let (signals, from_signals) = UnixStream::pair().context("cannot make a pipe")?;
+    for signal in [SIGTERM, SIGINT] {
+        signal_hook::low_level::pipe::register(signal, from_signals.try_clone()?)
+            .context("cannot take signals")?;
+    }
+    let devices = daemon.registry.devices();
+    tracing::info!(
+        ufs = %ufs.display(), socket = %paths.socket.display(), transport = devices.name(),
+        because = devices.reason, "serving"
+    );
+    accept(&daemon, &listener, &signals)?;
+    tracing::info!("ending");
+    // From here on clients are told that nobody serves.
+    let _ = fs::remove_file(&paths.socket);
+    drop(listener);
+    let left = daemon.registry.shut_down();
+    if left > 0 && devices.name() == "ublk" {
+        tracing::warn!(
+            devices = left,
+            "devices are in use: who reads them waits until the daemon serves again"
+        );
+    } else if left > 0 {
+        tracing::warn!(
+            exports = left,
+            "exports are in use: who reads them gets errors from now on"
+        );
+    }
+    lock.remove();
+    paths.tidy();
+    Ok(())
+}
+
+/// Makes sure that this is the only daemon here.
+fn claim(paths: &Paths) -> Result<Lock> {
+    let other = || {
+        format!(
+            "another daemon serves at {} (run directory {}): stop it, or choose another --socket",
+            paths.socket.display(),
+            paths.run.display()
+        )
+    };
+    let lock = Lock::attempt(&paths.daemon_lock())
+        .with_context(|| format!("cannot lock {}", paths.daemon_lock().display()))?
+        .with_context(other)?;
+    if UnixStream::connect(&paths.socket).is_ok() {
+        bail!(other());
+    }
+    Ok(lock)
+}
+
+fn prepare_process() {
+    // Memory that this process needs must not be got by writing to, or waiting
+    // for, its own devices.
+    if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
+        tracing::warn!(%error, "PR_SET_IO_FLUSHER failed (it needs CAP_SYS_RESOURCE); going on");
+    }
+    let files = rustix::process::getrlimit(Resource::Nofile);
+    let more = Rlimit {
+        current: files.maximum,
+        maximum: files.maximum,
+    };
+    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, more) {
+        tracing::debug!(%error, "cannot raise the number of open files");
+    }
+}
+
+fn start(options: &Options, ufs: &Path, journal: Journal, leftovers: bool) -> Result<Arc<Daemon>> {
+    let (chunks, pages) = slots(options.cache_size);
+    let arena = Arc::new(Arena::new(chunks, pages)?);
+    let command = WorkerCommand {
+        program: "/proc/self/exe".into(),
+        arguments: vec!["source-worker".into(), ufs.into()],
+    };
+    let name = format!("UFS {}", ufs.display());
+    let source = Arc::new(WorkerSource::start(&name, command, Arc::clone(&arena))?);
+    match source.wait_ready(UFS_PATIENCE) {
+        Ok(()) => {}
+        // Those who read devices of an earlier daemon must not wait for longer
+        // than UFS takes to come back.
+        Err(error @ StartError::Worker { .. }) if leftovers => {
+            tracing::error!(%error, "going on, because devices wait for this daemon");
+        }
+        Err(error @ StartError::Silent { .. }) => tracing::warn!(%error, "going on"),
+        Err(error) => return Err(error.into()),
+    }
+    let shared: Arc<dyn Source> = Arc::<WorkerSource>::clone(&source);
+    let engine = Engine::start(shared, arena).context("cannot start the verifiers")?;
+    let devices = Devices::start(options.transport)?;
+    let registry = Registry::new(Arc::clone(&engine), devices, journal, ufs.to_owned())?;
+    Ok(Arc::new(Daemon {
+        registry,
+        engine,
+        source,
+        ufs: ufs.to_owned(),
+    }))
+}
+
+/// How the cache's bytes are divided: a 32nd for pages of the index (a page
+/// covers 16 MiB of an image), the rest for chunks.
+fn slots(bytes: u64) -> (usize, usize) {
+    let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+    let pages = bytes / 32 / (4 << 10);
+    let chunks = (bytes - pages * (4 << 10)) / (128 << 10);
+    (chunks, pages)
+}
+
+fn listen(socket: &Path) -> Result<UnixListener> {
+    if let Some(directory) = socket.parent() {
+        fs::create_dir_all(directory)
+            .with_context(|| format!("cannot make {}", directory.display()))?;
+    }
+    // Nobody serves there: the lock is ours.
+    let _ = fs::remove_file(socket);
+    let mask = rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o177));
+    let listener = UnixListener::bind(socket);
+    rustix::process::umask(mask);
+    let listener = listener.with_context(|| format!("cannot listen at {}", socket.display()))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// Takes connections until a signal comes.
+fn accept(daemon: &Arc<Daemon>, listener: &UnixListener, signals: &UnixStream) -> Result<()> {
+    loop {
+        let mut polled = [
+            PollFd::new(listener, PollFlags::IN),
+            PollFd::new(signals, PollFlags::IN),
+        ];
+        match rustix::event::poll(&mut polled, None) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(error) => return Err(error).context("cannot wait for clients"),
+        }
+        if !polled[1].revents().is_empty() {
+            return Ok(());
+        }
+        match listener.accept() {
+            Ok((stream, _)) => admin::serve(daemon, stream),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) => tracing::warn!(%error, "cannot take a connection"),
+        }
+    }
+}
