@@ -11,7 +11,6 @@ use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::Setting;
-use crate::fixture::Layer;
 
 /// Only a bound for a daemon that hangs. Emulation makes everything slow.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -127,23 +126,29 @@ impl Daemon {
         Ok(String::from_utf8(output.stdout)?)
     }
 
-    /// Exports one layer; the device or file that it is.
+    /// Exports the image's layers; the devices or files that they are, lowest first.
     ///
     /// # Errors
     /// When that fails, or says nothing that exists.
-    pub fn attach(&self, layer: &Layer) -> Result<PathBuf> {
-        let said = self.ask(["attach", &layer.diff_id])?;
-        let path = PathBuf::from(said.lines().next().unwrap_or_default());
-        ensure!(path.exists(), "attach printed {said:?}, which is no path");
-        Ok(path)
+    pub fn attach(&self, image: &str) -> Result<Vec<PathBuf>> {
+        let said = self.ask(["attach", image])?;
+        let paths: Vec<PathBuf> = said.lines().map(PathBuf::from).collect();
+        for path in &paths {
+            ensure!(
+                path.exists(),
+                "attach printed {said:?}; {} is not there",
+                path.display()
+            );
+        }
+        Ok(paths)
     }
 
-    /// Takes the export away again.
+    /// Takes the exports away again.
     ///
     /// # Errors
     /// When that fails.
-    pub fn detach(&self, layer: &Layer) -> Result<()> {
-        self.ask(["detach", &layer.diff_id]).map(drop)
+    pub fn detach(&self, image: &str) -> Result<()> {
+        self.ask(["detach", image]).map(drop)
     }
 
     /// Mounts an image on a new directory.

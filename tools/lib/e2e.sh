@@ -7,14 +7,15 @@
 # slow; and a daemon that does not verify, which the checks have to see through.
 build_programs() {
     local dir=$1 release=${CARGO_TARGET_DIR:-$repo/target}/release program
+    local build=(cargo build --locked --release --manifest-path "$repo/Cargo.toml")
     mkdir -p "$dir"
-    cargo build --locked --release --manifest-path "$repo/Cargo.toml" -p mkfs-accel -p ublk-server -p accel-tests || return
+    # The one that does not verify first: what stays in the target directory does.
+    "${build[@]}" -p ublk-server --features insecure-skip-verification || return
+    install -m 755 "$release/ublk-server" "$dir/ublk-server-unverified" || return
+    "${build[@]}" -p mkfs-accel -p ublk-server -p accel-tests || return
     for program in mkfs-accel ublk-server accel-e2e tree-manifest; do
         install -m 755 "$release/$program" "$dir/$program" || return
     done
-    cargo build --locked --release --manifest-path "$repo/Cargo.toml" -p ublk-server \
-        --features insecure-skip-verification --target-dir "${CARGO_TARGET_DIR:-$repo/target}/unverified" || return
-    install -m 755 "${CARGO_TARGET_DIR:-$repo/target}/unverified/release/ublk-server" "$dir/ublk-server-unverified"
 }
 
 # Does this machine's kernel have ublk?

@@ -21,13 +21,20 @@ const RANDOM_READS: usize = 400;
 /// Every layer of the image.
 pub fn device_has_the_published_bytes(setting: &Setting, image: &Image) -> Result<()> {
     let daemon = Daemon::start(setting, &setting.ufs())?;
-    for layer in layers(&setting.ufs(), &image.digest)? {
-        let device = daemon.attach(&layer)?;
-        compare(&device, &layer)
+    let devices = daemon.attach(&image.source)?;
+    let layers = layers(&setting.ufs(), &image.digest)?;
+    ensure!(
+        devices.len() == layers.len(),
+        "{} devices for {} layers",
+        devices.len(),
+        layers.len()
+    );
+    for (device, layer) in devices.iter().zip(&layers) {
+        compare(device, layer)
             .with_context(|| format!("{} of layer {}", device.display(), layer.diff_id))
             .with_context(|| daemon.log())?;
-        daemon.detach(&layer)?;
     }
+    daemon.detach(&image.source)?;
     daemon.stop()
 }
 
