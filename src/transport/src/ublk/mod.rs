@@ -249,17 +249,7 @@ impl<R: Reader> UblkTransport<R> {
         if self.devices().contains_key(&id) {
             return Err(unsuitable(id, "it is served by this process already"));
         }
-        let info = self.begin_recovery(id)?;
-        let size = self.control.geometry(id, bound)?.size;
-        if size != reader.size() {
-            return Err(unsuitable(
-                id,
-                format!(
-                    "it has {size} bytes, the image to serve on it {}",
-                    reader.size()
-                ),
-            ));
-        }
+        let (info, size) = self.begin_recovery(id, reader.size())?;
         let served = self.attach(&info, reader)?;
         // From here on the tags are with the driver and come back only when
         // the device stops: even after an error it counts as ours.
@@ -269,7 +259,7 @@ impl<R: Reader> UblkTransport<R> {
     }
 
     /// Checks the device and sends START_USER_RECOVERY until it succeeds.
-    fn begin_recovery(&self, id: u32) -> Result<DeviceInfo, UblkError> {
+    fn begin_recovery(&self, id: u32, wanted: u64) -> Result<(DeviceInfo, u64), UblkError> {
         let bound = self.options.control_timeout;
         let since = Instant::now();
         loop {
@@ -277,12 +267,10 @@ impl<R: Reader> UblkTransport<R> {
                 return Err(unsuitable(id, "there is no such device"));
             };
             if !info.features.contains(Features::REQUIRED) || info.queues != 1 {
+                let (queues, features) = (info.queues, info.features);
                 return Err(unsuitable(
                     id,
-                    format!(
-                        "it is not one of ours ({} queues, {})",
-                        info.queues, info.features
-                    ),
+                    format!("it is not one of ours ({queues} queues, {features})"),
                 ));
             }
             let not_recoverable = || UblkError::NotRecoverable {
@@ -294,8 +282,21 @@ impl<R: Reader> UblkTransport<R> {
                 DeviceState::Live | DeviceState::Quiesced | DeviceState::FailingIo => {}
                 DeviceState::Stopped | DeviceState::Other(_) => return Err(not_recoverable()),
             }
+            let size = self.control.geometry(id, bound)?.size;
+            if size != wanted {
+                return Err(unsuitable(
+                    id,
+                    format!("it has {size} bytes, the image to serve on it {wanted}"),
+                ));
+            }
             match self.control.plain(ControlOp::StartUserRecovery, id, bound) {
-                Ok(()) => return Ok(info),
+                Ok(()) => return Ok((info, size)),
+                // A successor before us got this far and died: 6.12 does not
+                // start a recovery twice, and need not.
+                Err(UblkError::Control {
+                    errno: Errno::INVAL,
+                    ..
+                }) if info.state == DeviceState::Quiesced => return Ok((info, size)),
                 Err(UblkError::Control {
                     errno: Errno::BUSY, ..
                 }) if since.elapsed() < self.options.recovery_timeout => {
