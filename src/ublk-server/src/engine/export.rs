@@ -1,7 +1,7 @@
 //! A layer that is served: its geometry, its zero map, its counters.
 
 use super::Engine;
-use super::pending::{KernelRequest, Piece};
+use super::pending::{KernelRequest, Pending as _, Piece};
 use accel_source::{FileName, Patience, SourceError, read_file};
 use accel_transport::{Reader, Request};
 use accel_ufs::index::{
@@ -248,16 +248,22 @@ impl Reader for ExportReader {
             let position = offset + at as u64;
             // Less than a chunk.
             let start = usize::try_from(position % CHUNK_SIZE as u64).unwrap_or(0);
+            let chunk = ChunkNo::containing(position);
+            let walk = match self.export.layout.walk(self.export.root, chunk) {
+                Ok(walk) => walk,
+                Err(error) => return pending.fail(&error.to_string()),
+            };
             let piece = Piece {
                 pending: pending.clone(),
                 export: Arc::clone(&self.export),
-                chunk: ChunkNo::containing(position),
+                chunk,
+                walk,
                 start,
                 len: (CHUNK_SIZE - start).min(len - at),
                 at,
             };
             at += piece.len();
-            self.engine.serve(&piece);
+            self.engine.serve(piece);
         }
     }
 }

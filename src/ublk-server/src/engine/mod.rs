@@ -32,9 +32,7 @@ pub use warm::Warmer;
 
 use accel_cache::{Cache, Load, Lookup};
 use accel_source::{Arena, Filled, Operation, Patience, Request, Slot, Source, SourceError};
-use accel_ufs::index::{
-    ByteRange, ChunkNo, ChunkValue, PAGE_SIZE, Page, PageValue, Step, TreePage,
-};
+use accel_ufs::index::{ByteRange, ChunkNo, ChunkValue, PAGE_SIZE, PageValue, Step, TreePage};
 use pending::Piece;
 use std::fmt;
 use std::sync::Arc;
@@ -119,8 +117,8 @@ impl Engine {
     }
 
     /// Serves one piece, now or when its chunk has come.
-    fn serve(self: &Arc<Self>, piece: &Piece) {
-        let Some(value) = self.chunk_value(piece) else {
+    fn serve(self: &Arc<Self>, mut piece: Piece) {
+        let Some(value) = self.chunk_value(&mut piece) else {
             return;
         };
         let (export, chunk) = (&piece.export, piece.chunk);
@@ -129,7 +127,6 @@ impl Engine {
                 piece.fill(&ZEROS);
             } else {
                 let engine = Arc::clone(self);
-                let piece = piece.clone();
                 self.jobs.push(Job::zeros(engine, piece, value));
             }
             return;
@@ -157,18 +154,11 @@ impl Engine {
     }
 
     /// The value of the piece's chunk, if every page on the way is cached. If one
-    /// is not, the piece waits for it.
-    fn chunk_value(self: &Arc<Self>, piece: &Piece) -> Option<ChunkValue> {
-        let export = &piece.export;
-        let mut walk = match export.layout.walk(export.root, piece.chunk) {
-            Ok(walk) => walk,
-            Err(error) => {
-                piece.fail(&error.to_string());
-                return None;
-            }
-        };
+    /// is not, the piece waits for it. What it has learnt stays in its walk, so
+    /// that it advances however few pages fit the cache.
+    fn chunk_value(self: &Arc<Self>, piece: &mut Piece) -> Option<ChunkValue> {
         loop {
-            let (page, range, expected) = match walk.step() {
+            let (page, range, expected) = match piece.walk.step() {
                 Step::Found(value) => return Some(value),
                 Step::Fetch {
                     page,
@@ -177,7 +167,7 @@ impl Engine {
                 } => (page, range, expected),
             };
             let park = || {
-                let export = Arc::clone(export);
+                let export = Arc::clone(&piece.export);
                 (
                     piece.clone(),
                     PageLoad {
@@ -190,13 +180,7 @@ impl Engine {
             match self.pages.lookup(expected, park) {
                 Lookup::Hit(guard) => {
                     guard.served(PAGE_SIZE);
-                    match <&Page>::try_from(guard.bytes()) {
-                        Ok(page) => walk.supply_verified(page),
-                        Err(_) => {
-                            piece.fail("a page slot of the cache has another size");
-                            return None;
-                        }
-                    }
+                    piece.learn(guard.bytes());
                     drop(guard);
                     self.start_waiting_pages();
                 }
@@ -309,10 +293,13 @@ impl Engine {
                 export.counters.source_bytes.fetch_add(len as u64, Relaxed);
                 match verify::page(&export, what.page, &slot.bytes()[..len], key) {
                     Ok(()) => {
-                        let (guard, waiters) = self.pages.complete(key, slot, len);
+                        let (guard, mut waiters) = self.pages.complete(key, slot, len);
+                        for piece in &mut waiters {
+                            piece.learn(guard.bytes());
+                        }
                         drop(guard);
                         for piece in waiters {
-                            self.serve(&piece);
+                            self.serve(piece);
                         }
                         return self.start_waiting_pages();
                     }
@@ -346,14 +333,14 @@ impl Engine {
                 export.counters.errors.fetch_add(1, Relaxed);
                 piece.fail(reason);
             } else {
-                self.serve(&piece);
+                self.serve(piece);
             }
         }
     }
 
     /// The zero map said that the piece's chunk is all zeros: see whether its
     /// value says so too.
-    fn check_zeros(self: &Arc<Self>, piece: &Piece, value: ChunkValue) {
+    fn check_zeros(self: &Arc<Self>, piece: Piece, value: ChunkValue) {
         let export = &piece.export;
         let range = export.layout.chunk_range(piece.chunk).unwrap_or_default();
         let len = usize::try_from(range.length).unwrap_or(0);

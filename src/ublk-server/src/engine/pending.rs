@@ -2,7 +2,7 @@
 
 use super::{Engine, Export};
 use accel_transport::{ReadError, Request};
-use accel_ufs::index::ChunkNo;
+use accel_ufs::index::{ChunkNo, Page, Walk};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -82,6 +82,8 @@ pub(crate) struct Piece {
     pub(super) pending: Arc<dyn Pending>,
     pub(super) export: Arc<Export>,
     pub(super) chunk: ChunkNo,
+    /// How far the way from the root to the chunk's value is known.
+    pub(super) walk: Walk,
     /// Where the part starts in the chunk, bytes.
     pub(super) start: usize,
     pub(super) len: usize,
@@ -99,6 +101,14 @@ impl Piece {
                 served.fetch_add(self.len as u64, Ordering::Relaxed);
             }
             None => self.fail("the chunk is shorter than the request"),
+        }
+    }
+
+    /// Goes one step down, by the verified page that the walk asked for.
+    pub(super) fn learn(&mut self, page: &[u8]) {
+        match <&Page>::try_from(page) {
+            Ok(page) => self.walk.supply_verified(page),
+            Err(_) => self.fail("a page slot of the cache has another size"),
         }
     }
 

@@ -43,7 +43,7 @@ impl Job {
     }
 
     pub(super) fn zeros(engine: Arc<Engine>, piece: Piece, value: ChunkValue) -> Self {
-        Self(Box::new(move || engine.check_zeros(&piece, value)))
+        Self(Box::new(move || engine.check_zeros(piece, value)))
     }
 }
 

@@ -83,16 +83,20 @@ fn warm(engine: &Arc<Engine>, export: &Weak<Export>) {
             return;
         };
         let (sender, over) = mpsc::sync_channel(1);
+        let chunk = ChunkNo(chunk);
+        let Ok(walk) = export.layout.walk(export.root, chunk) else {
+            return;
+        };
         let piece = Piece {
             pending: Arc::new(Ticket(sender)),
             export,
-            chunk: ChunkNo(chunk),
+            chunk,
+            walk,
             start: 0,
             len: 0,
             at: 0,
         };
-        engine.serve(&piece);
-        drop(piece);
+        engine.serve(piece);
         // Ends in any case: the ticket is dropped with the last piece.
         let _ = over.recv();
     }
