@@ -20,7 +20,7 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 const AUFS: &[u8] = b".wh..wh.";
 /// `PATH_MAX`.
 const MAX_PATH: usize = 4096;
-const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// Why an entry could not be applied.
 #[derive(Debug)]
@@ -239,7 +239,7 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
             };
             match XattrName::new(name) {
                 Ok(name) if allowed && !name.is_trusted() => {
-                    attributes.xattrs.insert(name, value)?
+                    attributes.xattrs.insert(name, value)?;
                 }
                 Ok(_) | Err(XattrError::Namespace { .. }) => self.ignored_xattrs += 1,
                 Err(error) => return Err(error.into()),
@@ -266,9 +266,10 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
             }
             Ok::<(), ApplyError<O::Error>>(())
         };
-        let whole = [0..entry.size];
+        let whole = 0..entry.size;
+        let whole = std::slice::from_ref(&whole);
         let mut position = 0;
-        for part in entry.sparse.as_deref().unwrap_or(&whole) {
+        for part in entry.sparse.as_deref().unwrap_or(whole) {
             zeros(&mut file, part.start - position)?;
             position = part.start;
             while position < part.end {

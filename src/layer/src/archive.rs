@@ -15,12 +15,12 @@
 //! Bounded: an extension header has at most 1 MiB, a sparse map at most
 //! [`MAX_SPARSE`] parts.
 
+use crate::header::{BLOCK, Header, PaxSparse, Record, parse_records, record, until_nul};
 use std::{
     io::{self, BufRead},
     ops::Range,
 };
 
-const BLOCK: usize = 512;
 /// The most bytes of a long name or of pax records.
 const MAX_EXTENSION: u64 = 1 << 20;
 /// The most parts of a sparse file.
@@ -453,182 +453,12 @@ impl<R: BufRead> Archive<R> {
     }
 }
 
-/// The bytes of a header.
-struct Header([u8; BLOCK]);
-
-impl Header {
-    /// A text that ends at its first NUL.
-    fn text(&self, range: Range<usize>) -> &[u8] {
-        until_nul(&self.0[range])
-    }
-
-    /// Octal digits between spaces and NULs (nothing is 0), or base-256.
-    fn number(&self, range: Range<usize>) -> Option<i64> {
-        let field = &self.0[range];
-        if field[0] & 0x80 != 0 {
-            let negative = field[0] & 0x40 != 0;
-            let first = if negative { field[0] } else { field[0] & 0x7f };
-            let start = i64::from(first.cast_signed());
-            return field[1..].iter().try_fold(start, |value, &byte| {
-                Some(value.checked_mul(256)? | i64::from(byte))
-            });
-        }
-        let is_fill = |byte: &u8| matches!(byte, b' ' | 0);
-        let start = field.iter().position(|byte| !is_fill(byte));
-        let Some(start) = start else { return Some(0) };
-        let digits = field[start..].split(is_fill).next().unwrap_or_default();
-        let digits = std::str::from_utf8(digits).ok()?;
-        i64::from_str_radix(digits, 8)
-            .ok()
-            .filter(|_| !digits.starts_with(['+', '-']))
-    }
-
-    fn is_ustar(&self) -> bool {
-        self.0[257..262] == *b"ustar"
-    }
-
-    fn path(&self) -> Vec<u8> {
-        let name = self.text(0..100);
-        // GNU's own magic goes on with spaces; the prefix' place has other uses.
-        if self.0[257..263] == *b"ustar\0" {
-            let prefix = self.text(345..500);
-            if !prefix.is_empty() {
-                return [prefix, b"/", name].concat();
-            }
-        }
-        name.to_vec()
-    }
-}
-
 /// What precedes an entry.
 #[derive(Default)]
 struct Extensions {
     name: Option<Vec<u8>>,
     link: Option<Vec<u8>>,
-    records: Vec<(Vec<u8>, Vec<u8>)>,
-}
-
-/// What pax records say of a sparse file.
-#[derive(Default)]
-struct PaxSparse {
-    major: Option<u64>,
-    minor: Option<u64>,
-    size: Option<u64>,
-    name: Option<Vec<u8>>,
-    map: Vec<u64>,
-}
-
-fn until_nul(bytes: &[u8]) -> &[u8] {
-    bytes.split(|byte| *byte == 0).next().unwrap_or_default()
-}
-
-/// Splits "<length> <key>=<value>\n" records.
-fn parse_records(mut bytes: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, &'static str> {
-    const PROBLEM: &str = "a pax record that is none";
-    let mut records = Vec::new();
-    while !bytes.is_empty() {
-        let space = bytes
-            .iter()
-            .take(20)
-            .position(|byte| *byte == b' ')
-            .ok_or(PROBLEM)?;
-        let len = decimal(&bytes[..space]).and_then(|len| usize::try_from(len).ok());
-        let (record, rest) = len
-            .and_then(|len| bytes.split_at_checked(len))
-            .ok_or(PROBLEM)?;
-        let record = record
-            .get(space + 1..)
-            .and_then(|record| record.strip_suffix(b"\n"));
-        let record = record.ok_or(PROBLEM)?;
-        let equals = record
-            .iter()
-            .position(|byte| *byte == b'=')
-            .ok_or(PROBLEM)?;
-        if equals == 0 {
-            return Err(PROBLEM);
-        }
-        records.push((record[..equals].to_vec(), record[equals + 1..].to_vec()));
-        bytes = rest;
-    }
-    Ok(records)
-}
-
-/// A number of decimal digits only.
-fn decimal(digits: &[u8]) -> Option<u64> {
-    if digits.is_empty() {
-        return None;
-    }
-    digits.iter().try_fold(0u64, |value, byte| {
-        let digit = byte.is_ascii_digit().then(|| u64::from(byte - b'0'))?;
-        value.checked_mul(10)?.checked_add(digit)
-    })
-}
-
-/// Lets one pax record speak. One with an empty value leaves the header's word.
-fn record(
-    entry: &mut Entry,
-    sparse: &mut PaxSparse,
-    key: &[u8],
-    value: Vec<u8>,
-) -> Result<(), &'static str> {
-    if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-        // The last one of a name counts.
-        entry.xattrs.retain(|(other, _)| other != name);
-        entry.xattrs.push((name.to_vec(), value));
-        return Ok(());
-    }
-    if value.is_empty() {
-        return Ok(());
-    }
-    let number = |problem| decimal(&value).ok_or(problem);
-    let signed = |problem| number(problem).and_then(|n| i64::try_from(n).map_err(|_| problem));
-    match key {
-        b"path" => entry.path = value,
-        b"linkpath" => entry.link = value,
-        b"size" => entry.size = number("a pax size that is no number")?,
-        b"uid" => entry.uid = signed("a pax uid that is no number")?,
-        b"gid" => entry.gid = signed("a pax gid that is no number")?,
-        b"mtime" => entry.mtime = time(&value).ok_or("a pax mtime that is no time")?,
-        b"GNU.sparse.major" => sparse.major = Some(number("a sparse version that is no number")?),
-        b"GNU.sparse.minor" => sparse.minor = Some(number("a sparse version that is no number")?),
-        b"GNU.sparse.size" | b"GNU.sparse.realsize" => {
-            sparse.size = Some(number("a sparse size that is no number")?);
-        }
-        b"GNU.sparse.name" => sparse.name = Some(value),
-        b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => {
-            // In turns; a map that is not even is refused later.
-            sparse.map.push(number("a sparse map that is no numbers")?);
-        }
-        b"GNU.sparse.map" => {
-            sparse.map = value
-                .split(|byte| *byte == b',')
-                .map(|number| decimal(number).ok_or("a sparse map that is no numbers"))
-                .collect::<Result<_, _>>()?;
-        }
-        _ => {}
-    }
-    Ok(())
-}
-
-/// "[-]seconds[.fraction]"; what is finer than a nanosecond is cut off.
-fn time(text: &[u8]) -> Option<(i64, u32)> {
-    let (negative, text) = match text.strip_prefix(b"-") {
-        Some(text) => (true, text),
-        None => (false, text),
-    };
-    let mut parts = text.splitn(2, |byte| *byte == b'.');
-    let seconds = i64::try_from(decimal(parts.next()?)?).ok()?;
-    let fraction = parts.next().unwrap_or_default();
-    if !fraction.iter().all(u8::is_ascii_digit) {
-        return None;
-    }
-    let digits = fraction.iter().chain(std::iter::repeat(&b'0')).take(9);
-    let nanos = digits.fold(0, |nanos, digit| nanos * 10 + u32::from(digit - b'0'));
-    match (negative, nanos) {
-        (false, _) => Some((seconds, nanos)),
-        (true, 0) => Some((-seconds, 0)),
-        (true, _) => Some((-seconds - 1, 1_000_000_000 - nanos)),
-    }
+    records: Vec<Record>,
 }
 
 /// Offsets and lengths as ranges.

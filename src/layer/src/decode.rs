@@ -96,7 +96,7 @@ type Peeked<R> = io::Chain<io::Cursor<Vec<u8>>, R>;
 
 enum Decoder<R: Read> {
     Plain(R),
-    Gzip(flate2::bufread::MultiGzDecoder<BufReader<R>>),
+    Gzip(Box<flate2::bufread::MultiGzDecoder<BufReader<R>>>),
     Zstd(zstd::Decoder<'static, BufReader<R>>),
 }
 
@@ -105,7 +105,9 @@ impl<R: Read> Decoder<R> {
         let buffered = |source| BufReader::with_capacity(BLOCK, source);
         Ok(match compression {
             Compression::None => Self::Plain(source),
-            Compression::Gzip => Self::Gzip(flate2::bufread::MultiGzDecoder::new(buffered(source))),
+            Compression::Gzip => Self::Gzip(Box::new(flate2::bufread::MultiGzDecoder::new(
+                buffered(source),
+            ))),
             Compression::Zstd => Self::Zstd(zstd::Decoder::with_buffer(buffered(source))?),
         })
     }
@@ -279,9 +281,10 @@ impl Feeder {
             let mut block = self.empty.try_recv().unwrap_or_default();
             block.resize(BLOCK, 0);
             let mut filled = 0;
-            let end = loop {
+            let mut end = false;
+            while filled < BLOCK && !end {
                 match decoder.read(&mut block[filled..]) {
-                    Ok(0) => break filled < BLOCK,
+                    Ok(0) => end = true,
                     Ok(len) => filled += len,
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(error) => {
@@ -293,7 +296,7 @@ impl Feeder {
                         });
                     }
                 }
-            };
+            }
             block.truncate(filled);
             if filled > 0 && self.full.send(block).is_err() {
                 return Ok(Decoded::Abandoned);

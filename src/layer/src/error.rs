@@ -138,7 +138,6 @@ pub enum LayerError<E: Error + 'static> {
         /// The entry's name as the tar has it.
         entry: String,
         /// What is wrong.
-        #[source]
         problem: EntryProblem,
     },
     /// The layers below could not be asked.

@@ -41,6 +41,7 @@ mod archive;
 mod convert;
 mod decode;
 mod error;
+mod header;
 mod lower;
 mod options;
 mod walk;
