@@ -81,15 +81,48 @@ PY
     stop_process "$daemon"
 }
 
+# The ordinary way as containerd does it, at its fastest: every layer unpacked into a
+# directory of its own, all of them overlaid; no download, and no digest checked.
 measure_ordinary() {
-    local bundle=$scratch/bundle start result
+    local root=$scratch/unpacked start result digest layer lower='' number=0
+    mkdir -p "$root/mnt"
+    at_exit remove_unpacked "$root"
     drop_caches
     start=$(now_ms)
-    interruptible umoci unpack --image "$layout:sample" "$bundle" >"$scratch/umoci.log" 2>&1 ||
-        { cat "$scratch/umoci.log" >&2; die "umoci could not unpack $layout"; }
+    for digest in $(/usr/bin/python3 - "$layout" <<'PY'
+import json, sys
+read = lambda digest: json.load(open(f"{sys.argv[1]}/blobs/{digest.replace(':', '/')}"))
+manifest = read(json.load(open(f"{sys.argv[1]}/index.json"))["manifests"][0]["digest"])
+print(*(layer["digest"] for layer in manifest["layers"]))
+PY
+    ); do
+        layer=$root/$((++number))
+        mkdir "$layer"
+        interruptible unpack_layer "$layout/blobs/${digest/://}" "$layer"
+        lower=$layer${lower:+:$lower}
+    done
+    mount -t overlay -o "ro,lowerdir=$lower" overlay "$root/mnt"
     echo "unpacked=$(($(now_ms) - start))"
-    result=$(first_output "$bundle/rootfs" "$start")
+    result=$(first_output "$root/mnt" "$start")
     echo "ordinary_output=${result%% *}"
     echo "ordinary_line=${result#* }"
-    rm -rf "$bundle"
+    remove_unpacked "$root"
+}
+remove_unpacked() {
+    ! mountpoint -q "$1/mnt" || umount "$1/mnt" || return
+    rm -rf --one-file-system "$1"
+}
+
+# unpack_layer BLOB DIR: with whiteouts as overlayfs wants them.
+unpack_layer() {
+    local marker
+    gzip -dc "$1" | tar -x -C "$2" --numeric-owner --xattrs --xattrs-include='*'
+    find "$2" -name '.wh.*' -print0 | while IFS= read -r -d '' marker; do
+        rm "$marker"
+        if [ "${marker##*/}" = .wh..wh..opq ]; then
+            setfattr -n trusted.overlay.opaque -v y "${marker%/*}"
+        else
+            mknod "${marker%/*}/${marker##*/.wh.}" c 0 0
+        fi
+    done
 }
