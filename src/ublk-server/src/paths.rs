@@ -81,14 +81,10 @@ impl Paths {
         self.layers().join(&root.to_string()[..24])
     }
 
-    /// Removes what directories are empty, the run directory last.
+    /// Removes the clients' directories as far as they are empty, and the run
+    /// directory if nothing else is in it.
     pub fn tidy(&self) {
-        for directory in [
-            self.mounts(),
-            self.exports(),
-            self.layers(),
-            self.run.join("journal"),
-        ] {
+        for directory in [self.mounts(), self.exports(), self.layers()] {
             // Fails if there is something in it, and then it stays.
             let _ = std::fs::remove_dir(directory);
         }

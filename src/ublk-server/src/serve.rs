@@ -61,9 +61,19 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let ufs = std::path::absolute(&options.ufs)?;
     let lock = claim(paths)?;
+    let result = serve(options, &ufs);
+    // Empty unless devices stay for the next daemon.
+    let _ = fs::remove_dir(paths.run.join("journal"));
+    lock.remove();
+    paths.tidy();
+    result
+}
+
+fn serve(options: &Options, ufs: &Path) -> Result<()> {
+    let paths = &options.paths;
     let program = std::env::current_exe().context("cannot find this program")?;
     let needed = [
-        &*ufs,
+        ufs,
         &*program,
         &*paths.run,
         &*paths.socket,
@@ -71,13 +81,13 @@ pub fn run(options: &Options) -> Result<()> {
     ];
     namespace::enter_private(&paths.run, &needed)?;
     prepare_process();
-    let journal = Journal::open(&paths.run, &ufs)
+    let journal = Journal::open(&paths.run, ufs)
         .with_context(|| format!("cannot open the journal in {}", paths.run.display()))?;
     let leftovers = !journal
         .load()
         .context("cannot read the journal")?
         .is_empty();
-    let daemon = start(options, &ufs, journal, leftovers)?;
+    let daemon = start(options, ufs, journal, leftovers)?;
     daemon.registry.recover()?;
     let listener = listen(&paths.socket)?;
     let (signals, from_signals) = UnixStream::pair().context("cannot make a pipe")?;
@@ -107,8 +117,6 @@ pub fn run(options: &Options) -> Result<()> {
             "exports are in use: who reads them gets errors from now on"
         );
     }
-    lock.remove();
-    paths.tidy();
     Ok(())
 }
 

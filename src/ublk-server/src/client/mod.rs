@@ -16,7 +16,6 @@ use crate::protocol::{Attached, AttachedLayer, Command, Detached, DeviceView, En
 use crate::wire;
 use accel_ufs::resolve::{ImageName, canonical};
 use anyhow::{Context, Result, bail};
-use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
@@ -65,6 +64,7 @@ pub fn attach(paths: &Paths, image: &str) -> Result<Vec<PathBuf>> {
         }
     });
     lock.remove();
+    paths.tidy();
     devices
 }
 
@@ -75,6 +75,7 @@ pub fn detach(paths: &Paths, image: &str) -> Result<()> {
     let image = image_name(image)?;
     let released = release(paths, Holder::Operator(image.clone()));
     lock.remove();
+    paths.tidy();
     if !released? {
         bail!("{image} is not attached at {}", paths.socket.display());
     }
@@ -91,8 +92,6 @@ fn release(paths: &Paths, holder: Holder) -> Result<bool> {
             system::unmount_file(&paths.export(root))?;
         }
     }
-    // Stays as long as others are in it.
-    let _ = fs::remove_dir(paths.exports());
     Ok(detached.known)
 }
 

@@ -12,6 +12,7 @@
 
 use super::system::{self, Overlay};
 use super::{check_daemon, device, image_name, lock, release};
+use crate::lock::Lock;
 use crate::paths::Paths;
 use crate::protocol::{Attached, Command, Holder};
 use crate::wire;
@@ -105,9 +106,7 @@ pub fn mount(paths: &Paths, image: &str, directory: &Path, upper: Option<&Path>)
             }
         })
     });
-    finish(paths);
-    lock.remove();
-    paths.tidy();
+    leave(paths, lock);
     result.with_context(|| format!("cannot mount {image}"))?;
     let command = Command::Mounted { holder };
     if let Err(error) = wire::ask::<()>(&paths.socket, &command, None) {
@@ -187,9 +186,7 @@ pub fn unmount(paths: &Paths, directory: &Path) -> Result<()> {
                 .with_context(|| format!("{} cannot be read", path.display()))?;
             take_back(paths, &note)
         });
-    finish(paths);
-    lock.remove();
-    paths.tidy();
+    leave(paths, lock);
     result.with_context(|| format!("cannot unmount {}", directory.display()))
 }
 
@@ -225,13 +222,12 @@ fn take_back(paths: &Paths, note: &Noted) -> Result<()> {
     }
 }
 
-/// Removes what is empty.
-fn finish(paths: &Paths) {
-    for directory in [paths.mounts(), paths.exports()] {
-        let _ = fs::remove_dir(directory);
-    }
-    if !paths.mounts().exists() {
+/// Removes what is empty, and ends the lock.
+fn leave(paths: &Paths, lock: Lock) {
+    if !paths.mounts().exists() || fs::remove_dir(paths.mounts()).is_ok() {
+        // Some overlay may still have it otherwise.
         let _ = fs::remove_dir(paths.layers().join(EMPTY));
     }
-    let _ = fs::remove_dir(paths.layers());
+    lock.remove();
+    paths.tidy();
 }
