@@ -2,8 +2,15 @@
 //!
 //! A transport turns kernel requests into calls of a [`Reader`] and hands what
 //! it gets back to the kernel. It knows nothing of caches, sources or digests.
+//!
+//! * [`ublk`]: a block device, where the kernel has the driver;
+//! * [`fuse`]: a file, elsewhere;
+//! * [`choose`] says which.
 
+mod choose;
+pub mod fuse;
 mod request;
 pub mod ublk;
 
+pub use choose::{Choice, NoTransport, Transport, Wanted, choose};
 pub use request::{ReadError, Reader, Request};

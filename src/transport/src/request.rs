@@ -15,11 +15,26 @@ pub struct ReadError {
     pub reason: String,
 }
 
+impl ReadError {
+    /// A request that is finished without having been filled would hand out
+    /// whatever lay in its memory.
+    pub(crate) fn unless_full(filled: usize, len: usize) -> Result<(), ReadError> {
+        if filled == len {
+            return Ok(());
+        }
+        let reason = format!("the reader filled {filled} of {len} bytes");
+        Err(ReadError { reason })
+    }
+}
+
 /// A kernel request that waits for its bytes.
 ///
 /// Pieces may arrive in any order and from several threads at once; each byte
 /// of the request is filled exactly once before [`finish`](Request::finish)
 /// reports success. Dropping a request without finishing it fails it.
+///
+/// Fill with verified bytes only: a piece that covers the whole request may be
+/// with the kernel before `finish` is called.
 pub trait Request: Send + Sync + Sized + 'static {
     /// Copies `bytes` to offset `at` (in bytes, from the start of the request).
     /// This is the one copy a cached byte makes in user space.

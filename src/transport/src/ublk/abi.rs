@@ -276,28 +276,30 @@ impl Payload {
 
     /// For `GET_PARAMS`.
     pub fn params() -> Self {
-        let mut params = sys::ublk_params::default();
-        params.len = u32_size::<sys::ublk_params>();
-        params.types = sys::UBLK_PARAM_TYPE_BASIC;
-        Payload::Params(Box::new(params))
+        Payload::Params(Box::new(sys::ublk_params {
+            len: u32_size::<sys::ublk_params>(),
+            types: sys::UBLK_PARAM_TYPE_BASIC,
+            ..Default::default()
+        }))
     }
 
     /// For `SET_PARAMS`: read-only, without a volatile cache.
     pub fn new_params(geometry: &Geometry) -> Self {
-        let mut params = sys::ublk_params::default();
-        params.len = u32_size::<sys::ublk_params>();
-        params.types = sys::UBLK_PARAM_TYPE_BASIC;
-        params.basic = sys::ublk_param_basic {
-            attrs: sys::UBLK_ATTR_READ_ONLY,
-            logical_bs_shift: BLOCK_SHIFT,
-            physical_bs_shift: BLOCK_SHIFT,
-            io_opt_shift: OPTIMAL_SHIFT,
-            io_min_shift: BLOCK_SHIFT,
-            max_sectors: geometry.max_io_bytes >> 9,
-            dev_sectors: geometry.size >> 9,
+        Payload::Params(Box::new(sys::ublk_params {
+            len: u32_size::<sys::ublk_params>(),
+            types: sys::UBLK_PARAM_TYPE_BASIC,
+            basic: sys::ublk_param_basic {
+                attrs: sys::UBLK_ATTR_READ_ONLY,
+                logical_bs_shift: BLOCK_SHIFT,
+                physical_bs_shift: BLOCK_SHIFT,
+                io_opt_shift: OPTIMAL_SHIFT,
+                io_min_shift: BLOCK_SHIFT,
+                max_sectors: geometry.max_io_bytes >> 9,
+                dev_sectors: geometry.size >> 9,
+                ..Default::default()
+            },
             ..Default::default()
-        };
-        Payload::Params(Box::new(params))
+        }))
     }
 
     /// The feature bits that came back.
@@ -351,9 +353,7 @@ impl Payload {
                 address(&raw mut **info),
                 u16_size::<sys::ublksrv_ctrl_dev_info>(),
             ),
-            Payload::Params(params) => {
-                (address(&raw mut **params), u16_size::<sys::ublk_params>())
-            }
+            Payload::Params(params) => (address(&raw mut **params), u16_size::<sys::ublk_params>()),
         }
     }
 }
@@ -373,7 +373,10 @@ fn address<T>(pointer: *mut T) -> u64 {
     pointer.expose_provenance() as u64
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "the driver's structures are small")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the driver's structures are small"
+)]
 const fn u16_size<T>() -> u16 {
     size_of::<T>() as u16
 }

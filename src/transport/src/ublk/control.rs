@@ -18,7 +18,7 @@ use std::{io, thread};
 use rustix::io::Errno;
 
 use super::abi::{ControlOp, DeviceInfo, Features, Geometry, NewDevice, Payload};
-use super::error::{Unavailable, UblkError};
+use super::error::{UblkError, Unavailable};
 use super::ring::{ControlEvent, ControlRing, Wake};
 
 /// The driver's control device.
@@ -73,12 +73,14 @@ impl Control {
             .read(true)
             .write(true)
             .open(CONTROL_PATH)
-            .map_err(|error| match error.raw_os_error().map(Errno::from_raw_os_error) {
-                Some(Errno::NOENT) => Unavailable::NoDriver,
-                Some(Errno::NODEV | Errno::NXIO) => Unavailable::NoDriver,
-                Some(Errno::ACCESS | Errno::PERM) => Unavailable::NotPermitted,
-                _ => Unavailable::Control { source: error },
-            })?;
+            .map_err(
+                |error| match error.raw_os_error().map(Errno::from_raw_os_error) {
+                    Some(Errno::NOENT) => Unavailable::NoDriver,
+                    Some(Errno::NODEV | Errno::NXIO) => Unavailable::NoDriver,
+                    Some(Errno::ACCESS | Errno::PERM) => Unavailable::NotPermitted,
+                    _ => Unavailable::Control { source: error },
+                },
+            )?;
         let wake = Arc::new(Wake::new().map_err(|source| Unavailable::Ring { source })?);
         let (orders, inbox) = mpsc::channel();
         let (ready, started) = mpsc::sync_channel(1);
@@ -151,7 +153,10 @@ impl Control {
         let pending = self.start(ControlOp::GetDevInfo, device, 0, Payload::device());
         match pending.wait(bound) {
             Ok(payload) => Ok(payload.as_device()),
-            Err(UblkError::Control { errno: Errno::NODEV, .. }) => Ok(None),
+            Err(UblkError::Control {
+                errno: Errno::NODEV,
+                ..
+            }) => Ok(None),
             Err(error) => Err(error),
         }
     }

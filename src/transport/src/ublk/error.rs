@@ -11,7 +11,9 @@ use super::abi::{ControlOp, DeviceState, Features};
 #[derive(Debug, thiserror::Error)]
 pub enum Unavailable {
     /// No control device.
-    #[error("no /dev/ublk-control: load the driver with `modprobe ublk_drv` (in Linux since 6.0; Debian's kernels have it from 6.12 on)")]
+    #[error(
+        "no /dev/ublk-control: load the driver with `modprobe ublk_drv` (in Linux since 6.0; Debian's kernels have it from 6.12 on)"
+    )]
     NoDriver,
     /// The control device is there, but not for us.
     #[error("/dev/ublk-control may not be opened: run as root with CAP_SYS_ADMIN")]

@@ -245,7 +245,6 @@ impl<R: Reader> UblkTransport<R> {
     /// Waits for the driver to let go of the dead daemon. The reader must serve
     /// the same bytes as before; at least its size is compared.
     pub fn recover(&self, id: u32, reader: Arc<R>) -> Result<UblkDevice, UblkError> {
-        let bound = self.options.control_timeout;
         if self.devices().contains_key(&id) {
             return Err(unsuitable(id, "it is served by this process already"));
         }
@@ -320,10 +319,7 @@ impl<R: Reader> UblkTransport<R> {
             return Err(unsuitable(id, "there is no such device"));
         };
         if served.is_none() && info.state == DeviceState::Live {
-            return Err(unsuitable(
-                id,
-                format!("process {} serves it", info.daemon),
-            ));
+            return Err(unsuitable(id, format!("process {} serves it", info.daemon)));
         }
         let mut stop = ControlOp::StopDev;
         // Nobody may mount it between the test and the stop.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::abi::Features;
 use super::control::Control;
-use super::error::{Unavailable, UblkError};
+use super::error::{UblkError, Unavailable};
 
 /// How long the driver may take to say what it can.
 const BOUND: Duration = Duration::from_secs(10);

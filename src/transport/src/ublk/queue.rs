@@ -22,7 +22,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -32,7 +32,7 @@ use std::{io, mem, thread};
 use rustix::io::Errno;
 
 use super::abi::{self, Ask};
-use super::error::{Unavailable, UblkError};
+use super::error::{UblkError, Unavailable};
 use super::ring::{Descriptors, QueueEvent, QueueRing, Wake};
 use crate::request::{ReadError, Reader, Request};
 
@@ -165,6 +165,7 @@ pub struct UblkRequest {
     len: u32,
     slot: u32,
     tag: u16,
+    filled: AtomicU32,
     finished: bool,
 }
 
@@ -207,10 +208,17 @@ impl Request for UblkRequest {
                 Err(errno) => return Err(errno.into()),
             }
         }
+        // No larger than the request, which is an u32.
+        let filled = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        self.filled.fetch_add(filled, Ordering::Relaxed);
         Ok(())
     }
 
     fn finish(mut self, result: Result<(), ReadError>) {
+        // The request's pages hold whatever was in them before.
+        let filled = *self.filled.get_mut();
+        let result =
+            result.and_then(|()| ReadError::unless_full(filled as usize, self.len as usize));
         let result = match result {
             // At most what `max_io_bytes`, an u32 far below i32::MAX, allows.
             Ok(()) => self.len.cast_signed(),
@@ -488,7 +496,11 @@ impl<R: Reader> Worker<R> {
 impl<R: Reader> Slot<R> {
     fn request(&self, number: u32, tag: u16) {
         let Some(ask) = self.descriptors.get(tag) else {
-            tracing::error!(device = self.served.id, tag, "the ublk driver named a tag that is not there");
+            tracing::error!(
+                device = self.served.id,
+                tag,
+                "the ublk driver named a tag that is not there"
+            );
             return;
         };
         let answer = |result| {
@@ -513,6 +525,7 @@ impl<R: Reader> Slot<R> {
                     len,
                     slot: number,
                     tag,
+                    filled: AtomicU32::new(0),
                     finished: false,
                 };
                 // Unwinding drops the request, which fails it: one read is

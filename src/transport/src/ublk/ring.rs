@@ -39,7 +39,7 @@ impl Wake {
     }
 
     fn poll<E: From<squeue::Entry>>(&self) -> E {
-        let poll_in = u32::try_from(rustix::event::PollFlags::IN.bits()).unwrap_or(1);
+        let poll_in = u32::from(rustix::event::PollFlags::IN.bits());
         opcode::PollAdd::new(types::Fd(self.0.as_raw_fd()), poll_in)
             .multi(true)
             .build()

@@ -3,11 +3,12 @@
 // Each test binary uses a part of this.
 #![allow(dead_code)]
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -50,7 +51,9 @@ pub fn pattern(seed: u64, offset: u64, len: usize) -> Vec<u8> {
     let table = TABLE.get_or_init(|| {
         let mut random = Random(1);
         let words = PERIOD.div_ceil(8);
-        let mut table: Vec<u8> = (0..words).flat_map(|_| random.next().to_le_bytes()).collect();
+        let mut table: Vec<u8> = (0..words)
+            .flat_map(|_| random.next().to_le_bytes())
+            .collect();
         table.truncate(PERIOD);
         table
     });
@@ -114,16 +117,12 @@ impl PatternReader {
         }
     }
 
-    pub fn failing(mut self, faults: &[Range<u64>]) -> Self {
-        self.faults = faults.to_vec();
+    pub fn failing(mut self, fault: Range<u64>) -> Self {
+        self.faults.push(fault);
         self
     }
 
-    pub fn holding(
-        mut self,
-        range: Range<u64>,
-        then: impl Fn() + Send + Sync + 'static,
-    ) -> Self {
+    pub fn holding(mut self, range: Range<u64>, then: impl Fn() + Send + Sync + 'static) -> Self {
         self.holds = Some(range);
         self.on_hold = Box::new(then);
         self
@@ -159,7 +158,11 @@ impl Reader for PatternReader {
 
     fn read<R: Request>(&self, offset: u64, len: usize, request: R) {
         self.reads.fetch_add(1, Ordering::Relaxed);
-        if self.holds.as_ref().is_some_and(|range| touches(range, offset, len)) {
+        if self
+            .holds
+            .as_ref()
+            .is_some_and(|range| touches(range, offset, len))
+        {
             self.held.lock().unwrap().push(Box::new(request));
             (self.on_hold)();
             return;
@@ -218,7 +221,11 @@ pub fn buffered(path: &Path) -> File {
 /// Opens for reading past the page cache.
 pub fn direct(path: &Path) -> File {
     let flags = rustix::fs::OFlags::DIRECT.bits().cast_signed();
-    File::options().read(true).custom_flags(flags).open(path).unwrap()
+    File::options()
+        .read(true)
+        .custom_flags(flags)
+        .open(path)
+        .unwrap()
 }
 
 /// Like `read_exact_at`, into memory that suits O_DIRECT; short at the end.
@@ -253,7 +260,14 @@ pub fn assert_pattern(seed: u64, offset: u64, got: &[u8]) {
 }
 
 /// Reads at many offsets and sizes, multiples of `unit`, also across the end.
-pub fn check_random_reads(file: &File, seed: u64, size: u64, unit: u64, rounds: u32, random: &mut Random) {
+pub fn check_random_reads(
+    file: &File,
+    seed: u64,
+    size: u64,
+    unit: u64,
+    rounds: u32,
+    random: &mut Random,
+) {
     for _ in 0..rounds {
         // Small and large, anywhere, and often across the edges of chunks.
         let len = match random.below(4) {
@@ -287,4 +301,95 @@ pub fn open_files() -> Vec<String> {
         .collect();
     files.sort();
     files
+}
+
+/// Finishes without having filled everything, differently in each chunk.
+pub struct Lazy;
+
+impl Reader for Lazy {
+    fn size(&self) -> u64 {
+        4 * CHUNK
+    }
+
+    fn read<R: Request>(&self, offset: u64, len: usize, request: R) {
+        match offset / CHUNK {
+            0 => request.finish(Ok(())),
+            1 => {
+                request.fill(0, &vec![1; len / 2]).unwrap();
+                request.finish(Ok(()));
+            }
+            2 => {
+                assert!(request.fill(1, &vec![1; len]).is_err());
+                drop(request);
+            }
+            _ => panic!("a reader with a bug"),
+        }
+    }
+}
+
+/// Serves an image from memory.
+pub struct Image(pub Vec<u8>);
+
+impl Reader for Image {
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read<R: Request>(&self, offset: u64, len: usize, request: R) {
+        let offset = usize::try_from(offset).unwrap();
+        request.fill(0, &self.0[offset..offset + len]).unwrap();
+        request.finish(Ok(()));
+    }
+}
+
+/// Path and content of every file under `root`, in order.
+pub fn contents(root: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut found = Vec::new();
+    let mut todo = vec![root.to_owned()];
+    while let Some(dir) = todo.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            let metadata = path.symlink_metadata().unwrap();
+            let name = path.strip_prefix(root).unwrap().to_owned();
+            if metadata.is_dir() {
+                todo.push(path);
+            } else if metadata.is_symlink() {
+                let target = fs::read_link(&path).unwrap();
+                found.push((name, target.into_os_string().into_encoded_bytes()));
+            } else {
+                found.push((name, fs::read(&path).unwrap()));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// A tree under `dir`, and an EROFS image of it.
+pub fn erofs_image(dir: &Path) -> (PathBuf, Vec<u8>) {
+    let tree = dir.join("tree");
+    let mut random = Random(12);
+    for name in ["a", "a/b", "empty"] {
+        fs::create_dir_all(tree.join(name)).unwrap();
+    }
+    for file in 0..200 {
+        let len = if file % 10 == 0 {
+            random.below(3 << 20)
+        } else {
+            random.below(9000)
+        };
+        let bytes = pattern(file, 0, usize::try_from(len).unwrap());
+        let place = ["", "a", "a/b"][usize::try_from(file % 3).unwrap()];
+        fs::write(tree.join(place).join(format!("file{file}")), bytes).unwrap();
+    }
+    std::os::unix::fs::symlink("a/b", tree.join("link")).unwrap();
+    let image = dir.join("image.erofs");
+    let made = Command::new("mkfs.erofs")
+        .args([&image, &tree])
+        .stdout(Stdio::null())
+        .status()
+        .expect("mkfs.erofs (package erofs-utils) makes the image");
+    assert!(made.success());
+    let image = fs::read(image).unwrap();
+    (tree, image)
 }
