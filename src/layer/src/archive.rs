@@ -103,8 +103,12 @@ impl<R: BufRead> Archive<R> {
     pub fn next(&mut self) -> Result<Option<Entry>, ArchiveError> {
         let mut extensions = Extensions::default();
         loop {
-            self.skip(self.data + self.padding)?;
+            self.skip(self.data)?;
+            let padded = self.skip_padding()?;
             (self.data, self.padding) = (0, 0);
+            if !padded {
+                return Ok(None);
+            }
             let offset = self.position;
             let error = |problem| ArchiveError::Header { offset, problem };
             let Some(header) = self.header()? else {
@@ -171,6 +175,16 @@ impl<R: BufRead> Archive<R> {
             len -= step as u64;
         }
         Ok(())
+    }
+
+    /// Whether the padding was there. A tar may end without it, as it may end
+    /// without end blocks: umoci 0.4 writes such layers, and Go reads them.
+    fn skip_padding(&mut self) -> Result<bool, ArchiveError> {
+        match self.skip(self.padding) {
+            Ok(()) => Ok(true),
+            Err(ArchiveError::Truncated { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     fn block(&mut self) -> Result<Option<[u8; BLOCK]>, ArchiveError> {
