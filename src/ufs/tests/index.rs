@@ -284,3 +284,72 @@ fn layout_1_is_frozen() {
         "431248b1b822799d0d73c2e6a7b0b457fb14041b7baae05f810f7c4ffb5214df"
     );
 }
+
+/// Whoever can write to UFS can make chunk and index agree. The root they
+/// cannot change, so the page is refused before its values are used.
+#[test]
+fn a_chunk_forged_together_with_its_index_is_refused_at_the_page() {
+    for chunks in [2, 129] {
+        let size = chunks * CHUNK_SIZE;
+        let good = image(size, 5);
+        let (root, index) = build(&good, 5);
+        let mut bad = good.clone();
+        bad[size - 1] ^= 1;
+        let (other, forged) = build(&bad, 5);
+        assert_ne!(root, other);
+        let layout = Layout::new(ImageSize::new(size as u64).unwrap());
+        let last = ChunkNo(layout.chunks() - 1);
+
+        // Every page forged: the top one does not merge to the root.
+        let mut walk = layout.walk(root, last).unwrap();
+        let Step::Fetch {
+            page: top, range, ..
+        } = walk.step()
+        else {
+            panic!("no page is asked for");
+        };
+        let error = walk.supply(&page(&forged, range)).unwrap_err();
+        assert!(matches!(error, Mismatch::Page { page, .. } if page == top));
+        // The walk stays where it was and takes the right page.
+        walk.supply(&page(&index, range)).unwrap();
+
+        // Only the pages below forged: they do not merge to the value above.
+        while let Step::Fetch {
+            page: asked, range, ..
+        } = walk.step()
+        {
+            let error = walk.supply(&page(&forged, range)).unwrap_err();
+            assert!(matches!(error, Mismatch::Page { page, .. } if page == asked));
+            walk.supply(&page(&index, range)).unwrap();
+        }
+        let Step::Found(value) = walk.step() else {
+            unreachable!()
+        };
+        let bytes = |image: &[u8]| image[size - CHUNK_SIZE..].to_vec();
+        layout.verify_chunk(last, &bytes(&good), value).unwrap();
+        let error = layout.verify_chunk(last, &bytes(&bad), value).unwrap_err();
+        assert!(matches!(error, Mismatch::Chunk { chunk, .. } if chunk == last));
+    }
+}
+
+#[test]
+fn every_value_and_all_padding_of_every_page_is_checked() {
+    let (root, index) = build(&image(200 * CHUNK_SIZE, 6), 6);
+    let layout = Layout::new(ImageSize::new(200 * CHUNK_SIZE as u64).unwrap());
+    for tree_page in layout.pages() {
+        let good = page(&index, layout.page_range(tree_page));
+        let expected = match layout.parent(tree_page) {
+            None => layout.top_page(root).unwrap().1,
+            Some(parent) => layout.page_value(&page(&index, layout.page_range(parent)), tree_page),
+        };
+        layout.verify_page(tree_page, &good, expected).unwrap();
+        for byte in (0..PAGE_SIZE).step_by(31) {
+            let mut bad = good;
+            bad[byte] ^= 0x40;
+            assert!(
+                layout.verify_page(tree_page, &bad, expected).is_err(),
+                "{tree_page}, {byte}"
+            );
+        }
+    }
+}

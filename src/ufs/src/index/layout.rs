@@ -202,6 +202,11 @@ impl Layout {
         ChunkValue(value_at(page, chunk.0 % VALUES))
     }
 
+    /// The value of the chunk of an image that has only one: its root's bytes.
+    pub const fn only_chunk_value(&self, root: Root) -> ChunkValue {
+        ChunkValue(root.0)
+    }
+
     /// Whether `zero_map` (all of its bytes, from [`Layout::zero_map`]) says that
     /// `chunk` is all zeros. A hint: verify such a chunk like any other.
     pub fn is_zero(&self, zero_map: &[u8], chunk: ChunkNo) -> bool {

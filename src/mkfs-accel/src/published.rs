@@ -1,0 +1,218 @@
+//! Reading a published image, every chunk verified.
+
+use accel_erofs::Input;
+use accel_layer::{ErofsLower, LowerDirectory, LowerError, LowerLookup};
+use accel_ufs::index::{CHUNK_SIZE, ChunkNo, Header, Layout, Mismatch, Page, Root, Step};
+use accel_ufs::names::LayerName;
+use accel_ufs::publish::Ufs;
+use std::cell::RefCell;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// Why bytes of a published image cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishedError {
+    /// A file cannot be read.
+    #[error("cannot read {path:?}: {error}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// Bytes are not what the root promises.
+    #[error("{path:?} is damaged: {error}")]
+    Damaged {
+        /// The image.
+        path: PathBuf,
+        /// Where.
+        error: Mismatch,
+    },
+    /// The index is none.
+    #[error("{path:?} is damaged: {error}")]
+    Index {
+        /// The index.
+        path: PathBuf,
+        /// What is wrong with it.
+        error: accel_ufs::index::HeaderError,
+    },
+}
+
+/// An image on UFS with its index.
+#[derive(Debug)]
+pub struct Published {
+    image: (File, PathBuf),
+    index: (File, PathBuf),
+    header: Header,
+    /// The chunk that was read last.
+    last: RefCell<(ChunkNo, Vec<u8>)>,
+}
+
+impl Published {
+    /// Opens a layer on UFS. What its index's header says is not verified yet;
+    /// compare [`Published::header`] with what is known.
+    pub fn open(ufs: &Ufs, name: &LayerName) -> Result<Self, PublishedError> {
+        let open = |path: PathBuf| match File::open(&path) {
+            Ok(file) => Ok((file, path)),
+            Err(error) => Err(PublishedError::Read { path, error }),
+        };
+        let index = open(ufs.path(&name.index()))?;
+        let mut page: Page = [0; 4096];
+        read_at(&index, &mut page, 0)?;
+        let header = Header::parse(&page).map_err(|error| PublishedError::Index {
+            path: index.1.clone(),
+            error,
+        })?;
+        Ok(Self {
+            image: open(ufs.path(&name.image()))?,
+            index,
+            header,
+            last: RefCell::new((ChunkNo(u64::MAX), Vec::new())),
+        })
+    }
+
+    /// What the index's header says.
+    pub const fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The image file's path.
+    pub fn image_path(&self) -> &Path {
+        &self.image.1
+    }
+
+    /// The image file's size.
+    pub fn image_size(&self) -> io::Result<u64> {
+        Ok(self.image.0.metadata()?.len())
+    }
+
+    /// The index file's path.
+    pub fn index_path(&self) -> &Path {
+        &self.index.1
+    }
+
+    /// The index file's size.
+    pub fn index_size(&self) -> io::Result<u64> {
+        Ok(self.index.0.metadata()?.len())
+    }
+
+    /// Reads bytes of the index.
+    pub fn read_index(&self, bytes: &mut [u8], offset: u64) -> Result<(), PublishedError> {
+        read_at(&self.index, bytes, offset)
+    }
+
+    /// Reads bytes of the image, unverified.
+    pub fn read_image(&self, bytes: &mut [u8], offset: u64) -> Result<(), PublishedError> {
+        read_at(&self.image, bytes, offset)
+    }
+
+    /// Reads a chunk and verifies it against the root in the header.
+    fn read_chunk(&self, chunk: ChunkNo, bytes: &mut Vec<u8>) -> Result<(), PublishedError> {
+        let damaged = |error| PublishedError::Damaged {
+            path: self.image.1.clone(),
+            error,
+        };
+        let (layout, root): (&Layout, Root) = (self.header.layout(), self.header.root());
+        let mut walk = layout.walk(root, chunk).map_err(damaged)?;
+        let value = loop {
+            match walk.step() {
+                Step::Fetch { range, .. } => {
+                    let mut page: Page = [0; 4096];
+                    read_at(&self.index, &mut page, range.offset)?;
+                    walk.supply(&page).map_err(damaged)?;
+                }
+                Step::Found(value) => break value,
+            }
+        };
+        let range = layout.chunk_range(chunk).unwrap_or_default();
+        // A chunk has at most 128 KiB.
+        bytes.resize(usize::try_from(range.length).unwrap_or(CHUNK_SIZE), 0);
+        read_at(&self.image, bytes, range.offset)?;
+        layout.verify_chunk(chunk, bytes, value).map_err(damaged)
+    }
+}
+
+impl Input for Published {
+    type Error = PublishedError;
+
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<(), PublishedError> {
+        let mut last = self.last.borrow_mut();
+        let (mut offset, mut bytes) = (offset, bytes);
+        while !bytes.is_empty() {
+            let chunk = ChunkNo::containing(offset);
+            if last.0 != chunk {
+                // Not this one until it is verified.
+                last.0 = ChunkNo(u64::MAX);
+                self.read_chunk(chunk, &mut last.1)?;
+                last.0 = chunk;
+            }
+            let from = usize::try_from(offset % CHUNK_SIZE as u64).unwrap_or(CHUNK_SIZE);
+            let there = last.1.get(from..).unwrap_or_default();
+            let length = there.len().min(bytes.len());
+            if length == 0 {
+                return Err(PublishedError::Read {
+                    path: self.image.1.clone(),
+                    error: io::ErrorKind::UnexpectedEof.into(),
+                });
+            }
+            let (now, later) = bytes.split_at_mut(length);
+            now.copy_from_slice(&there[..length]);
+            bytes = later;
+            offset += length as u64;
+        }
+        Ok(())
+    }
+}
+
+fn read_at(
+    (file, path): &(File, PathBuf),
+    bytes: &mut [u8],
+    at: u64,
+) -> Result<(), PublishedError> {
+    file.read_exact_at(bytes, at)
+        .map_err(|error| PublishedError::Read {
+            path: path.clone(),
+            error,
+        })
+}
+
+/// The layers below the one that is converted, opened when they are asked for.
+#[derive(Debug)]
+pub struct Below<'a> {
+    ufs: &'a Ufs,
+    /// Lowest first.
+    layers: Vec<(LayerName, Option<ErofsLower<Published>>)>,
+}
+
+impl<'a> Below<'a> {
+    /// No layers yet.
+    pub const fn new(ufs: &'a Ufs) -> Self {
+        Self {
+            ufs,
+            layers: Vec::new(),
+        }
+    }
+
+    /// Puts the next layer on top; it is published.
+    pub fn push(&mut self, name: LayerName) {
+        self.layers.push((name, None));
+    }
+}
+
+impl LowerLookup for Below<'_> {
+    fn directory(&mut self, path: &[&[u8]]) -> Result<LowerDirectory, LowerError> {
+        for (name, opened) in self.layers.iter_mut().rev() {
+            let lower = match opened {
+                Some(lower) => lower,
+                None => opened.insert(ErofsLower::open(Published::open(self.ufs, name)?)?),
+            };
+            match lower.directory(path)? {
+                LowerDirectory::Absent => {}
+                answer => return Ok(answer),
+            }
+        }
+        Ok(LowerDirectory::Absent)
+    }
+}
