@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::services::{Registry, StallingRegistry, push, umoci_image};
+use common::services::{FailingRegistry, Failure, Registry, push, umoci_image};
 use common::{Image, Ufs, good, mkfs_accel, sample_tar};
 use serde_json::Value;
 use std::fs;
@@ -228,26 +228,41 @@ fn merge(directory: &Path, images: &[&Image], index: &Value) {
     fs::write(directory.join("oci-layout"), version.to_string()).unwrap();
 }
 
+#[test]
+fn a_connection_that_breaks_is_taken_up_where_it_broke() {
+    let image = Image::gzipped(&[sample_tar(1)]);
+    let wanted = Ufs::new();
+    wanted.convert(&image.source());
+    // The blob is a bit more than 1 MiB: it breaks twice.
+    for failure in [
+        Failure::Break(400_000),
+        Failure::BreakWithoutRanges(400_000),
+    ] {
+        let registry = FailingRegistry::start(&image, failure);
+        let ufs = Ufs::new();
+        convert(&ufs, &format!("docker://{}/x", registry.address), &[]);
+        assert_eq!(ufs.layers(), wanted.layers());
+    }
+}
+
+#[test]
+fn a_layer_that_the_registry_has_not_whole_is_an_error() {
+    let image = Image::gzipped(&[sample_tar(1)]);
+    let registry = FailingRegistry::start(&image, Failure::Short);
+    let source = format!("docker://{}/x", registry.address);
+    let ufs = Ufs::new();
+    let error = refuse(&ufs, &source, &["--plain-http"]);
+    let blob = fs::read(image.blob_path(&image.layer(0))).unwrap().len();
+    let gave = format!("gave {} of the {blob} bytes", blob - 1);
+    assert!(error.contains(&gave), "{error}");
+    assert!(ufs.is_empty());
+}
+
 /// Ends a converter that waits for a layer that does not come.
 #[test]
 fn a_signal_ends_a_waiting_converter_and_leaves_nothing() {
     let image = Image::gzipped(&[sample_tar(1)]);
-    let manifest = image.manifest.to_string().into_bytes();
-    let config = image.config.to_string().into_bytes();
-    let config_digest = accel_oci::Digest::of(&config);
-    let registry = StallingRegistry::start(vec![
-        ("/v2/".to_owned(), "application/json", b"{}".to_vec()),
-        (
-            "/v2/x/manifests/latest".to_owned(),
-            "application/vnd.oci.image.manifest.v1+json",
-            manifest,
-        ),
-        (
-            format!("/v2/x/blobs/{config_digest}"),
-            "application/octet-stream",
-            config,
-        ),
-    ]);
+    let registry = FailingRegistry::start(&image, Failure::Stall);
     for signal in ["INT", "TERM"] {
         let ufs = Ufs::new();
         let child = mkfs_accel()

@@ -120,51 +120,94 @@ pub fn umoci_image(layout: &Path) {
     );
 }
 
-/// A registry that answers with `answers` (path → body) and, for any other
-/// path, promises a body that never comes.
-pub struct StallingRegistry {
+/// A registry of one image that fails in the middle of its only layer.
+pub struct FailingRegistry {
     pub address: String,
 }
 
-impl StallingRegistry {
-    pub fn start(answers: Vec<(String, &'static str, Vec<u8>)>) -> Self {
+/// How it fails.
+#[derive(Clone, Copy)]
+pub enum Failure {
+    /// The layer's bytes never come.
+    Stall,
+    /// The connection ends after so many bytes of the layer; the next request
+    /// goes on from there.
+    Break(usize),
+    /// The same, but every answer begins with the layer's first byte.
+    BreakWithoutRanges(usize),
+    /// The layer's last byte is missing, and the length given says so too.
+    Short,
+}
+
+impl FailingRegistry {
+    /// Has `image` as repository "x".
+    pub fn start(image: &super::Image, failure: Failure) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
+        let manifest = image.manifest.to_string().into_bytes();
+        let config = image.config.to_string().into_bytes();
+        let config_digest = accel_oci::Digest::of(&config);
+        let answers = [
+            ("/v2/".to_owned(), b"{}".to_vec()),
+            ("/v2/x/manifests/latest".to_owned(), manifest),
+            (format!("/v2/x/blobs/{config_digest}"), config),
+        ];
+        let layer = std::fs::read(image.blob_path(&image.layer(0))).unwrap();
         // Ends with the test's process.
         thread::spawn(move || {
             for connection in listener.incoming().flatten() {
-                let answers = answers.clone();
-                thread::spawn(move || serve(connection, &answers));
+                let (answers, layer) = (answers.clone(), layer.clone());
+                thread::spawn(move || serve(connection, &answers, &layer, failure));
             }
         });
         Self { address }
     }
 }
 
-fn serve(connection: TcpStream, answers: &[(String, &'static str, Vec<u8>)]) -> Option<()> {
+/// Answers requests until the connection ends.
+fn serve(
+    mut connection: TcpStream,
+    answers: &[(String, Vec<u8>)],
+    layer: &[u8],
+    failure: Failure,
+) -> Option<()> {
     let mut reader = BufReader::new(connection.try_clone().ok()?);
-    let mut connection = connection;
     loop {
         let mut request = String::new();
         reader.read_line(&mut request).ok().filter(|n| *n > 0)?;
         let path = request.split(' ').nth(1)?.to_owned();
+        let mut from = 0;
         let mut line = String::new();
         while reader.read_line(&mut line).ok()? > 2 {
+            let header = line.trim().to_ascii_lowercase();
+            if let Some(range) = header.strip_prefix("range: bytes=") {
+                from = range.trim_end_matches('-').parse().unwrap();
+            }
             line.clear();
         }
-        let found = answers.iter().find(|(known, ..)| *known == path);
-        let Some((_, media_type, body)) = found else {
-            let head = "HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n";
-            connection.write_all(head.as_bytes()).ok()?;
-            // Until the other side goes.
-            let _ = reader.read(&mut [0]);
-            return None;
+        let (status, body, sent) = match answers.iter().find(|(known, _)| *known == path) {
+            Some((_, body)) => ("200 OK", &body[..], body.len()),
+            None => match failure {
+                Failure::Stall => ("206 Partial Content", &layer[from..], 0),
+                Failure::Short => (
+                    "206 Partial Content",
+                    &layer[from..layer.len() - 1],
+                    usize::MAX,
+                ),
+                Failure::Break(sent) => ("206 Partial Content", &layer[from..], sent),
+                Failure::BreakWithoutRanges(sent) => ("200 OK", layer, from + sent),
+            },
         };
         let length = body.len();
-        let head = format!(
-            "HTTP/1.1 200 OK\r\nContent-Type: {media_type}\r\nContent-Length: {length}\r\n\r\n"
-        );
+        let head = format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\n\r\n");
         connection.write_all(head.as_bytes()).ok()?;
-        connection.write_all(body).ok()?;
+        connection.write_all(&body[..sent.min(length)]).ok()?;
+        if sent == 0 {
+            // Until the other side goes.
+            let _ = reader.read(&mut [0]);
+        }
+        if sent < length {
+            return None;
+        }
     }
 }
