@@ -2,9 +2,11 @@
 
 use crate::engine::ExportReader;
 use crate::protocol::DeviceView;
+use accel_transport::fuse::{FuseId, FuseOptions, FuseTransport};
 use accel_transport::ublk::{Removal, UblkDevice, UblkOptions, UblkSpec, UblkTransport};
+use accel_transport::{Choice, Transport, Wanted};
 use accel_ufs::index::Root;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context as _, Result, bail};
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,17 +17,6 @@ use std::{fmt, io, thread};
 /// were just unmounted.
 const BUSY: Duration = Duration::from_secs(5);
 
-/// Which transport to use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Choice {
-    /// ublk where the kernel has it, else fuse.
-    Auto,
-    /// Block devices by the kernel's ublk driver.
-    Ublk,
-    /// Files on FUSE.
-    Fuse,
-}
-
 /// The transport that was chosen.
 pub struct Devices {
     kind: Kind,
@@ -35,7 +26,11 @@ pub struct Devices {
 
 enum Kind {
     Ublk(UblkTransport<ExportReader>),
-    Fuse(Mutex<HashMap<Root, Session>>),
+    Fuse {
+        transport: FuseTransport<ExportReader>,
+        /// Layers whose files are mounted and served.
+        served: Mutex<HashMap<Root, FuseId>>,
+    },
 }
 
 /// An exported layer, as its transport knows it.
@@ -54,34 +49,24 @@ impl fmt::Debug for Devices {
 }
 
 impl Devices {
-    /// Probes the kernel and starts the transport.
-    pub fn start(choice: Choice) -> Result<Self> {
-        let fuse = |reason| Self {
-            kind: Kind::Fuse(Mutex::default()),
-            reason,
+    /// Starts the transport that is wanted, or the best one that works here.
+    pub fn start(wanted: Wanted) -> Result<Self> {
+        let Choice { transport, reason } = accel_transport::choose(wanted)?;
+        let kind = match transport {
+            Transport::Ublk => Kind::Ublk(UblkTransport::start(UblkOptions::default())?),
+            Transport::Fuse => Kind::Fuse {
+                transport: FuseTransport::start(&FuseOptions::default())?,
+                served: Mutex::default(),
+            },
         };
-        if choice == Choice::Fuse {
-            return Ok(fuse("asked for with --transport fuse".to_owned()));
-        }
-        match UblkTransport::start(UblkOptions::default()) {
-            Ok(transport) => {
-                let features = transport.features();
-                let reason = format!("this kernel's driver offers {features}");
-                let kind = Kind::Ublk(transport);
-                Ok(Self { kind, reason })
-            }
-            Err(error) if choice == Choice::Auto => {
-                Ok(fuse(format!("ublk cannot be used: {error}")))
-            }
-            Err(error) => Err(error).context("--transport ublk was asked for"),
-        }
+        Ok(Self { kind, reason })
     }
 
     /// `ublk` or `fuse`.
     pub fn name(&self) -> &'static str {
         match self.kind {
             Kind::Ublk(_) => "ublk",
-            Kind::Fuse(_) => "fuse",
+            Kind::Fuse { .. } => "fuse",
         }
     }
 
@@ -96,7 +81,7 @@ impl Devices {
                 let device = transport.add(&UblkSpec::default(), Arc::clone(reader), prepare)?;
                 Ok(Device::Ublk(device))
             }
-            Kind::Fuse(_) => Ok(Device::Fuse),
+            Kind::Fuse { .. } => Ok(Device::Fuse),
         }
     }
 
@@ -104,7 +89,7 @@ impl Devices {
     pub fn ublk(&self) -> Option<&UblkTransport<ExportReader>> {
         match &self.kind {
             Kind::Ublk(transport) => Some(transport),
-            Kind::Fuse(_) => None,
+            Kind::Fuse { .. } => None,
         }
     }
 
@@ -123,8 +108,9 @@ impl Devices {
                     }
                 }
             }
-            (Kind::Fuse(sessions), Device::Fuse) => {
-                drop(lock(sessions).remove(&root));
+            (Kind::Fuse { transport, served }, Device::Fuse) => {
+                let id = lock(served).remove(&root);
+                id.map_or(Ok(()), |id| transport.remove(id))?;
                 Ok(())
             }
             _ => bail!("the device belongs to another transport"),
@@ -133,11 +119,14 @@ impl Devices {
 
     /// Serves a layer on a FUSE file system that a client has mounted.
     pub fn serve_fuse(&self, root: Root, fd: OwnedFd, reader: &Arc<ExportReader>) -> Result<()> {
-        let Kind::Fuse(sessions) = &self.kind else {
+        let Kind::Fuse { transport, served } = &self.kind else {
             bail!("this daemon serves block devices, not FUSE files");
         };
-        let session = Session::start(root, fd, reader)?;
-        lock(sessions).insert(root, session);
+        let id = transport.add(fd, Arc::clone(reader))?;
+        if let Some(old) = lock(served).insert(root, id) {
+            // Its file was unmounted behind our back.
+            transport.remove(old)?;
+        }
         Ok(())
     }
 
@@ -147,35 +136,16 @@ impl Devices {
             (_, Device::Ublk(device)) => DeviceView::Ublk {
                 path: device.path.clone(),
             },
-            (Kind::Fuse(sessions), Device::Fuse) => {
-                let sessions = lock(sessions);
-                let session = sessions.get(&root);
-                DeviceView::Fuse {
-                    served: session.is_some_and(Session::is_running),
-                    failure: None,
-                }
+            (Kind::Fuse { transport, served }, Device::Fuse) => {
+                let id = lock(served).get(&root).copied();
+                let connected = id.is_some_and(|id| transport.is_connected(id).unwrap_or(false));
+                DeviceView::Fuse { served: connected }
             }
-            (Kind::Ublk(_), Device::Fuse) => DeviceView::Fuse {
-                served: false,
-                failure: None,
-            },
+            (Kind::Ublk(_), Device::Fuse) => DeviceView::Fuse { served: false },
         }
     }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A FUSE connection that is served.
-struct Session {}
-
-impl Session {
-    fn start(_root: Root, _fd: OwnedFd, _reader: &Arc<ExportReader>) -> Result<Self> {
-        bail!("the fuse transport is not built in yet")
-    }
-
-    fn is_running(&self) -> bool {
-        false
-    }
 }

@@ -1,13 +1,13 @@
 //! The node daemon and its client commands.
 
 use accel_source::worker;
+use accel_transport::Wanted;
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
-use ublk_server::devices::Choice;
 use ublk_server::paths::{Paths, SOCKET};
 use ublk_server::{client, serve, size};
 
@@ -41,8 +41,8 @@ enum Command {
         #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size::parse)]
         cache_size: u64,
         /// How layers reach the kernel.
-        #[arg(long, value_enum, default_value = "auto")]
-        transport: Choice,
+        #[arg(long, value_name = "auto|ublk|fuse", default_value = "auto")]
+        transport: Wanted,
         #[command(flatten)]
         place: Place,
     },

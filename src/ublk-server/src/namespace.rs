@@ -7,8 +7,8 @@
 //! that it serves itself. So at start, before any thread and before the worker:
 //!
 //! 1. a namespace of its own, private: later mounts do not arrive;
-//! 2. every copied mount beneath the run directory, and every EROFS or overlay
-//!    mount that nothing needed lies on, is detached from it.
+//! 2. every copied mount beneath the run directory, and every mount of EROFS,
+//!    overlay or an export on FUSE that nothing needed lies on, is detached.
 //!
 //! Mounts elsewhere stay, so binary, libraries, `/dev` and UFS are where they were.
 
@@ -67,7 +67,7 @@ fn is_pin(line: &MountLine, run: &Path, needed: &[PathBuf]) -> bool {
     if line.point.starts_with(run) && line.point != run {
         return true;
     }
-    let kind = matches!(line.kind.as_str(), "erofs" | "overlay");
+    let kind = matches!(line.kind.as_str(), "erofs" | "overlay" | "fuse.image-accel");
     kind && !needed.iter().any(|path| path.starts_with(&line.point))
 }
 

@@ -78,9 +78,6 @@ pub enum DeviceView {
     Fuse {
         /// Whether it is served already.
         served: bool,
-        /// Why it failed, if it did.
-        #[serde(default)]
-        failure: Option<String>,
     },
 }
 

@@ -1,7 +1,7 @@
 //! `ublk-server serve`: puts the daemon together and runs it until a signal.
 
 use crate::admin;
-use crate::devices::{Choice, Devices};
+use crate::devices::Devices;
 use crate::engine::{Engine, SKIPS_VERIFICATION};
 use crate::journal::Journal;
 use crate::lock::Lock;
@@ -9,6 +9,7 @@ use crate::namespace;
 use crate::paths::Paths;
 use crate::registry::Registry;
 use accel_source::{Arena, Source, StartError, WorkerCommand, WorkerSource};
+use accel_transport::Wanted;
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Resource, Rlimit};
@@ -32,7 +33,7 @@ pub struct Options {
     /// Bytes of memory for chunks and index pages.
     pub cache_size: u64,
     /// Which transport.
-    pub transport: Choice,
+    pub transport: Wanted,
     /// Where everything lies.
     pub paths: Paths,
 }

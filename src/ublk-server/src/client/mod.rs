@@ -100,10 +100,10 @@ fn release(paths: &Paths, holder: Holder) -> Result<bool> {
 fn device(paths: &Paths, layer: &AttachedLayer) -> Result<PathBuf> {
     match &layer.device {
         DeviceView::Ublk { path } => Ok(path.clone()),
-        DeviceView::Fuse { served, .. } => {
+        DeviceView::Fuse { served } => {
             let path = paths.export(layer.root);
             if !served {
-                system::serve_file(paths, layer, &path)
+                system::serve_file(&paths.socket, layer.root, &path)
                     .with_context(|| format!("cannot mount the FUSE file of {}", layer.name))?;
             }
             Ok(path)

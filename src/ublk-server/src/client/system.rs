@@ -1,9 +1,11 @@
 //! What the client does to the kernel: EROFS, overlay and FUSE mounts.
 
 use crate::mountinfo;
-use crate::paths::Paths;
-use crate::protocol::AttachedLayer;
+use crate::protocol::Command;
 use crate::sys;
+use crate::wire;
+use accel_transport::fuse;
+use accel_ufs::index::Root;
 use accel_ufs::names::Uuid;
 use anyhow::{Context, Result, bail};
 use rustix::io::Errno;
@@ -12,10 +14,15 @@ use rustix::mount::{UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount,
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
+/// How long a mount that looks busy is asked again: whoever looks at every mount
+/// of the machine, or forks with a file open, is done in a moment.
+const BUSY: Duration = Duration::from_secs(1);
 /// Where the UUID lies in an EROFS image: in the superblock, which is at 1024.
 const UUID_OFFSET: u64 = 1024 + 48;
 /// The kernel takes option strings of less than a page.
@@ -166,15 +173,20 @@ pub(super) fn is_mount_point(point: &Path) -> Result<bool> {
 
 /// Unmounts what is at `point`, if anything is.
 pub(super) fn unmount_point(point: &Path) -> Result<()> {
-    let flags = UnmountFlags::NOFOLLOW;
-    match rustix::mount::unmount(point, flags) {
-        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
-        Err(Errno::BUSY) => bail!(
-            "{} is in use: a process has a file or its working directory there (see fuser -vm {})",
-            point.display(),
-            point.display()
-        ),
-        Err(error) => Err(error).with_context(|| format!("cannot unmount {}", point.display())),
+    let since = Instant::now();
+    loop {
+        match rustix::mount::unmount(point, UnmountFlags::NOFOLLOW) {
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
+            Err(Errno::BUSY) if since.elapsed() < BUSY => thread::sleep(BUSY / 50),
+            Err(Errno::BUSY) => bail!(
+                "{} is in use: a process has a file or its working directory there (see fuser -vm {})",
+                point.display(),
+                point.display()
+            ),
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot unmount {}", point.display()));
+            }
+        }
     }
 }
 
@@ -201,9 +213,22 @@ pub(super) fn unmount_file(path: &Path) -> Result<()> {
 }
 
 /// Mounts a FUSE file for a layer and gives its connection to the daemon.
-pub(super) fn serve_file(paths: &Paths, layer: &AttachedLayer, path: &Path) -> Result<()> {
-    let _ = (paths, layer, path, OsString::from_vec(Vec::new()));
-    bail!("the fuse transport is not built in yet")
+pub(super) fn serve_file(socket: &Path, root: Root, path: &Path) -> Result<()> {
+    // One that an earlier daemon left is dead.
+    unmount_file(path)?;
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    File::create(path).with_context(|| format!("cannot make {}", path.display()))?;
+    let served = fuse::mount_file(path)
+        .map_err(anyhow::Error::from)
+        .and_then(|connection| {
+            wire::ask::<()>(socket, &Command::Serve { root }, Some(&connection))
+        });
+    if served.is_err() {
+        unmount_file(path)?;
+    }
+    served
 }
 
 #[cfg(test)]
