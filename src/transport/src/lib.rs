@@ -14,3 +14,17 @@ pub mod ublk;
 
 pub use choose::{Choice, NoTransport, Transport, Wanted, choose};
 pub use request::{ReadError, Reader, Request};
+
+/// Transports are shared by all threads of the daemon.
+const _: () = {
+    const fn shared<T: Send + Sync>() {}
+    struct Any;
+    impl Reader for Any {
+        fn size(&self) -> u64 {
+            0
+        }
+        fn read<R: Request>(&self, _: u64, _: usize, _: R) {}
+    }
+    shared::<ublk::UblkTransport<Any>>();
+    shared::<fuse::FuseTransport<Any>>();
+};

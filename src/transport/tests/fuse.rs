@@ -198,10 +198,12 @@ fn a_removed_export_ends_its_connection_even_with_reads_under_way() {
     let transport = start();
     let (held, was_held) = mpsc::channel();
     let held = Mutex::new(held);
-    let reader = PatternReader::new(5, 4 * CHUNK, Answers::Inline)
-        .holding(2 * CHUNK..2 * CHUNK + 4096, move || {
-            held.lock().unwrap().send(()).unwrap()
-        });
+    let reader = PatternReader::new(5, 4 * CHUNK, Answers::Inline).holding(
+        2 * CHUNK..2 * CHUNK + 4096,
+        move || {
+            held.lock().unwrap().send(()).unwrap();
+        },
+    );
     let (mounted, id, _reader) = serve(&transport, reader);
     let path = mounted.path.clone();
     let waiting = thread::spawn(move || read_at(&direct(&path), 2 * CHUNK, 4096));

@@ -268,10 +268,12 @@ fn writes_are_refused_and_dropped_requests_fail() {
     let transport = start();
     let (held, was_held) = mpsc::channel();
     let held = Mutex::new(held);
-    let reader = PatternReader::new(5, 4 * CHUNK, Answers::Inline)
-        .holding(2 * CHUNK..2 * CHUNK + 4096, move || {
-            held.lock().unwrap().send(()).unwrap()
-        });
+    let reader = PatternReader::new(5, 4 * CHUNK, Answers::Inline).holding(
+        2 * CHUNK..2 * CHUNK + 4096,
+        move || {
+            held.lock().unwrap().send(()).unwrap();
+        },
+    );
     let (device, reader) = add(&transport, reader);
     // Some kernels refuse to open it for writing, others to write.
     let written = fs::File::options()
@@ -420,10 +422,12 @@ fn removing_a_device_with_a_held_read_is_bounded_and_can_be_repeated() {
     .unwrap();
     let (held, was_held) = mpsc::channel();
     let held = Mutex::new(held);
-    let reader = PatternReader::new(9, 4 * CHUNK, Answers::Inline)
-        .holding(2 * CHUNK..2 * CHUNK + 4096, move || {
-            held.lock().unwrap().send(()).unwrap()
-        });
+    let reader = PatternReader::new(9, 4 * CHUNK, Answers::Inline).holding(
+        2 * CHUNK..2 * CHUNK + 4096,
+        move || {
+            held.lock().unwrap().send(()).unwrap();
+        },
+    );
     let (device, reader) = add(&transport, reader);
     let path = device.path.clone();
     let waiting = thread::spawn(move || read_at(&direct(&path), 2 * CHUNK, 4096));

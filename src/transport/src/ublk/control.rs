@@ -9,9 +9,8 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
@@ -53,7 +52,8 @@ pub(super) struct Control {
     orders: Sender<Order>,
     wake: Arc<Wake>,
     numbers: std::sync::atomic::AtomicU64,
-    thread: Option<JoinHandle<()>>,
+    /// Hangs up when the thread has closed its files.
+    ended: Mutex<Receiver<()>>,
 }
 
 /// A command under way.
@@ -85,16 +85,21 @@ impl Control {
         let (orders, inbox) = mpsc::channel();
         let (ready, started) = mpsc::sync_channel(1);
         let thread_wake = Arc::clone(&wake);
-        let thread = thread::Builder::new()
+        let (running, ended) = mpsc::sync_channel::<()>(1);
+        thread::Builder::new()
             .name("ublk-control".into())
-            .spawn(move || match ControlRing::new(&thread_wake) {
-                Ok(ring) => {
-                    let _ = ready.send(Ok(()));
-                    run(&file, ring, &thread_wake, &inbox);
+            .spawn(move || {
+                match ControlRing::new(&thread_wake) {
+                    Ok(ring) => {
+                        let _ = ready.send(Ok(()));
+                        run(&file, ring, &thread_wake, &inbox);
+                    }
+                    Err(error) => {
+                        let _ = ready.send(Err(error));
+                    }
                 }
-                Err(error) => {
-                    let _ = ready.send(Err(error));
-                }
+                drop(file);
+                drop(running);
             })
             .map_err(|source| Unavailable::Ring { source })?;
         match started.recv() {
@@ -102,7 +107,7 @@ impl Control {
                 orders,
                 wake,
                 numbers: std::sync::atomic::AtomicU64::new(0),
-                thread: Some(thread),
+                ended: Mutex::new(ended),
             }),
             Ok(Err(source)) => Err(Unavailable::Ring { source }),
             Err(_) => Err(Unavailable::Ring {
@@ -205,9 +210,10 @@ impl Control {
 impl Drop for Control {
     fn drop(&mut self) {
         self.order(Order::Stop);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        // Not a join: a thread ends only after its commands have, and one that
+        // hangs in the kernel would take the caller with it.
+        let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let _ = ended.recv_timeout(GRACE);
     }
 }
 
