@@ -47,7 +47,7 @@ pub struct HolderEntry {
 /// One device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// Always [`LAYOUT`].
+    /// Number of the format, always 1.
     pub layout: u32,
     /// Of this boot only.
     pub boot_id: String,
