@@ -103,9 +103,6 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
 
 fn trial(name: &str, check: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
     Trial::test(name, move || {
-        let started = std::time::Instant::now();
-        let result = check().map_err(|error| format!("{error:#}").into());
-        eprintln!("  {:.1} s", started.elapsed().as_secs_f64());
-        result
+        check().map_err(|error| format!("{error:#}").into())
     })
 }

@@ -90,12 +90,16 @@ impl Scene {
         flip(&self.layer.erofs, self.start + offset)
     }
 
-    /// Reads the victim page by page without read-ahead, which would tie a page's fate
-    /// to its neighbours'. Says which pages failed; wrong bytes are an error.
-    fn failing_pages(&self, root: &Path) -> Result<Vec<usize>> {
+    fn open(&self, root: &Path) -> Result<File> {
         let path = root.join(VICTIM);
         let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
+        // Read-ahead would tie a page's fate to its neighbours'.
         fadvise(&file, 0, None, Advice::Random)?;
+        Ok(file)
+    }
+
+    /// Reads the victim page by page. Says which pages failed; wrong bytes are an error.
+    fn failing_pages(&self, file: &File) -> Result<Vec<usize>> {
         let mut failing = Vec::new();
         for (number, wanted) in self.content.chunks(PAGE).enumerate() {
             let mut page = vec![0; wanted.len()];
@@ -110,9 +114,7 @@ impl Scene {
                 Err(error) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => {
                     failing.push(number);
                 }
-                Err(error) => {
-                    return Err(error).with_context(|| format!("reading {}", path.display()));
-                }
+                Err(error) => return Err(error).with_context(|| format!("reading {VICTIM}")),
             }
         }
         Ok(failing)
@@ -161,7 +163,7 @@ fn flipped_byte_with(setting: &Setting, program: &Path) -> Result<()> {
     let wanted: Vec<usize> = (chunk * pages_per_chunk..(chunk + 1) * pages_per_chunk)
         .map(usize::try_from)
         .collect::<Result<_, _>>()?;
-    let failing = scene.failing_pages(mounted.path())?;
+    let failing = scene.failing_pages(&scene.open(mounted.path())?)?;
     ensure!(
         failing == wanted,
         "pages {failing:?} failed, not {wanted:?}\n{}",
@@ -180,7 +182,7 @@ fn flipped_byte_with(setting: &Setting, program: &Path) -> Result<()> {
 
     scene.flip(offset)?;
     drop_caches()?;
-    let failing = scene.failing_pages(mounted.path())?;
+    let failing = scene.failing_pages(&scene.open(mounted.path())?)?;
     ensure!(
         failing.is_empty(),
         "repaired, but pages {failing:?} fail\n{}",
@@ -190,12 +192,14 @@ fn flipped_byte_with(setting: &Setting, program: &Path) -> Result<()> {
     daemon.stop()
 }
 
-/// The image on UFS loses its second half: reads there fail, reads before do not.
+/// The image on UFS loses its end: reads there fail, reads before do not.
 pub fn truncation(setting: &Setting) -> Result<()> {
     let scene = Scene::new(setting)?;
     let daemon = Daemon::start(setting, scene.ufs.path())?;
     let mounted = daemon.mount(&scene.image.digest)?;
 
+    // An open file needs nothing of the image's metadata, which is at its end.
+    let victim = scene.open(mounted.path())?;
     // In the middle of a page of the victim, so that one chunk is there by half.
     let cut = 2_000_001;
     let whole = std::fs::read(&scene.layer.erofs)?;
@@ -203,7 +207,7 @@ pub fn truncation(setting: &Setting) -> Result<()> {
     file.set_len(scene.start + cut)?;
     drop_caches()?;
 
-    let failing = scene.failing_pages(mounted.path())?;
+    let failing = scene.failing_pages(&victim)?;
     let first = usize::try_from(cut / CHUNK * CHUNK)? / PAGE;
     let wanted: Vec<usize> = (first..scene.content.len().div_ceil(PAGE)).collect();
     ensure!(
@@ -215,7 +219,7 @@ pub fn truncation(setting: &Setting) -> Result<()> {
     file.write_all_at(&whole, 0)?;
     file.sync_all()?;
     drop_caches()?;
-    let failing = scene.failing_pages(mounted.path())?;
+    let failing = scene.failing_pages(&victim)?;
     ensure!(
         failing.is_empty(),
         "whole again, but pages {failing:?} fail\n{}",

@@ -16,7 +16,7 @@ use crate::{Setting, drop_caches};
 
 const CHUNK: u64 = 128 * 1024;
 const LARGEST: u64 = 1024 * 1024;
-const RANDOM_READS: usize = 400;
+const RANDOM_READS: usize = 300;
 
 /// Every layer of the image.
 pub fn device_has_the_published_bytes(setting: &Setting, image: &Image) -> Result<()> {
@@ -53,9 +53,7 @@ fn compare(device: &Path, layer: &Layer) -> Result<()> {
     }
     let mut random = Random::new(size);
     for _ in 0..RANDOM_READS {
-        // Lengths of every order of magnitude, not mostly large ones.
-        let limit = 1 << random.below(LARGEST.ilog2().into());
-        let length = 1 + random.below(limit);
+        let length = some_length(&mut random);
         same(&buffered, &published, random.below(size), length)?;
     }
     drop(buffered);
@@ -70,10 +68,16 @@ fn compare(device: &Path, layer: &Layer) -> Result<()> {
     for _ in 0..RANDOM_READS {
         let unit = [512, 4096][usize::from(random.below(2) == 1)];
         let offset = random.below(size / unit) * unit;
-        let length = (1 + random.below(LARGEST / unit)) * unit;
+        let length = some_length(&mut random).next_multiple_of(unit);
         same(&direct, &published, offset, length)?;
     }
     Ok(())
+}
+
+/// A length of any order of magnitude, not mostly a large one.
+fn some_length(random: &mut Random) -> u64 {
+    let limit = 1 << random.below(u64::from(LARGEST.ilog2()) + 1);
+    1 + random.below(limit)
 }
 
 /// (offset, length) around the ends of chunks and of the device.
