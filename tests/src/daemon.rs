@@ -82,7 +82,7 @@ impl Daemon {
     pub fn log(&self) -> String {
         let text = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
-        let shown = &lines[lines.len().saturating_sub(40)..];
+        let shown = &lines[lines.len().saturating_sub(8)..];
         format!("--- the daemon's log ---\n{}\n---", shown.join("\n"))
     }
 
@@ -254,17 +254,30 @@ impl Mounted<'_> {
         let Some(directory) = self.directory.take() else {
             return Ok(());
         };
-        let result = self
-            .daemon
-            .ask([OsStr::new("unmount"), directory.path().as_os_str()]);
-        if result.is_err() {
-            // Leave the mount point alone: what is mounted there is not ours to remove.
-            let _ = directory.keep();
+        let path = directory.keep();
+        let result = self.take_down(&path);
+        if result.is_ok() {
+            fs::remove_dir(&path).context("removing the mount point after unmounting")?;
         } else {
-            fs::remove_dir(directory.keep())
-                .context("removing the mount point after unmounting")?;
+            self.insist(&path);
         }
-        result.map(drop)
+        result
+    }
+
+    fn take_down(&self, path: &Path) -> Result<()> {
+        self.daemon
+            .ask([OsStr::new("unmount"), path.as_os_str()])
+            .map(drop)
+    }
+
+    /// For checks that failed and may still have files open.
+    fn insist(&self, path: &Path) {
+        let _ = Command::new("umount").arg("--lazy").arg(path).status();
+        if let Err(error) = self.take_down(path) {
+            eprintln!("{error:#}");
+        }
+        // Fails while something is mounted there, and then it has to stay.
+        let _ = fs::remove_dir(path);
     }
 }
 
@@ -274,11 +287,13 @@ impl Drop for Mounted<'_> {
             return;
         };
         let path = directory.keep();
-        if let Err(error) = self.daemon.ask([OsStr::new("unmount"), path.as_os_str()]) {
-            eprintln!("{error:#}");
+        match self.take_down(&path) {
+            Ok(()) => drop(fs::remove_dir(path)),
+            Err(error) => {
+                eprintln!("{error:#}");
+                self.insist(&path);
+            }
         }
-        // Fails while something is mounted there, and then it has to stay.
-        let _ = fs::remove_dir(path);
     }
 }
 

@@ -225,6 +225,7 @@ pub fn truncation(setting: &Setting) -> Result<()> {
         "whole again, but pages {failing:?} fail\n{}",
         daemon.log()
     );
+    drop(victim);
     mounted.unmount()?;
     daemon.stop()
 }
