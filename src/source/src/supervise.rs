@@ -167,7 +167,8 @@ fn give_up(shared: &Shared, graves: &mut Vec<Grave>, restart: &mut Restart, reas
         return;
     };
     let slots = state.abandon_worker();
-    if !state.closed {
+    // One that never got ready is reported by whoever waits for it.
+    if !state.closed && worker.ready {
         tracing::warn!(
             source = %shared.name, pid = worker.pid(), unanswered = slots.len(), reason,
             "replacing the source's worker"

@@ -83,7 +83,11 @@ pub fn run(directory: &Path) -> Result<(), WorkerError> {
             result: hello,
         },
     ) {
-        Ok(()) => started?,
+        // The daemon has the reason, and says it to whoever asked.
+        Ok(()) => match started {
+            Ok(worker) => worker,
+            Err(_) => return Ok(()),
+        },
         Err(error) => return Err(failed("cannot answer the daemon")(error)),
     };
     let result = worker.serve();

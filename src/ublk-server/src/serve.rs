@@ -172,6 +172,10 @@ fn start(options: &Options, ufs: &Path, journal: Journal, leftovers: bool) -> Re
             tracing::error!(%error, "going on, because devices wait for this daemon");
         }
         Err(error @ StartError::Silent { .. }) => tracing::warn!(%error, "going on"),
+        Err(StartError::Worker { reason, .. }) => bail!(
+            "cannot read UFS: {reason}; mount the shared file system there, \
+             or give the directory that has it with --ufs"
+        ),
         Err(error) => return Err(error.into()),
     }
     let shared: Arc<dyn Source> = Arc::<WorkerSource>::clone(&source);
