@@ -204,7 +204,10 @@ fn a_wrong_diff_id_is_an_error_that_names_the_layer_and_publishes_nothing() {
     let ufs = Ufs::new();
     let error = ufs.refuse(&image.source());
     assert!(error.contains(&image.layer(0)), "{error}");
-    assert!(error.contains(&wrong), "{error}");
+    assert!(
+        error.contains(&format!("the image's config says {wrong}")),
+        "{error}"
+    );
     assert!(ufs.is_empty());
 }
 

@@ -207,6 +207,23 @@ fn a_record_under_a_wrong_name_is_refused() {
 }
 
 #[test]
+fn a_name_record_of_another_source_is_refused() {
+    let (_directory, ufs) = ufs();
+    let manifest = Digest::of(b"a");
+    let json = record(manifest).to_json();
+    ufs.publish(&names::image_record(&manifest), &json).unwrap();
+    let source: ImageSource = "docker://h/r".parse().unwrap();
+    let json = NameRecord {
+        layout: 1,
+        source: "docker://h/other:latest".into(),
+        manifest,
+    };
+    ufs.publish_name(&source, &json.to_json()).unwrap();
+    let error = ufs.resolve(&ImageName::Source(source)).unwrap_err();
+    assert!(error.to_string().contains("docker://h/other"), "{error}");
+}
+
+#[test]
 fn a_layout_directory_is_known_by_its_real_path() {
     let directory = TempDir::new().unwrap();
     let real = directory.path().canonicalize().unwrap().join("real");

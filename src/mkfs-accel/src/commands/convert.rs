@@ -23,7 +23,8 @@ use std::time::{Duration, Instant};
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// The image: oci:DIR[:TAG] or docker://HOST[:PORT]/REPO[:TAG|@DIGEST]
+    // Brackets in a doc comment would be links.
+    #[arg(help = "The image: oci:DIR[:TAG] or docker://HOST[:PORT]/REPO[:TAG|@DIGEST]")]
     source: ImageSource,
     /// The shared file system's directory; it must exist
     #[arg(long, value_name = "DIR")]
@@ -31,9 +32,11 @@ pub struct Arguments {
     /// Talk HTTP instead of HTTPS to the registry
     #[arg(long)]
     plain_http: bool,
-    /// Which image of a multi-platform one, as OS/ARCHITECTURE[/VARIANT]
-    /// [default: linux and this machine's architecture]
-    #[arg(long)]
+    #[arg(
+        long,
+        value_name = "OS/ARCHITECTURE[/VARIANT]",
+        help = "Which image of a multi-platform one [default: linux and this machine's architecture]"
+    )]
     platform: Option<Platform>,
     /// Print one JSON object instead of lines
     #[arg(long)]
