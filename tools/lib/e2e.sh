@@ -33,3 +33,30 @@ e2e_in_guest() {
         sh -c 'modprobe ublk_drv && exec /accel/bin/accel-e2e "$@"' accel-e2e \
         --bin /accel/bin --fixtures /accel/fixtures --transport ublk --scratch /var/tmp "${filter[@]}"
 }
+
+# The tests of single crates whose result depends on the kernel, PACKAGE:TEST.
+kernel_tests=(accel-erofs:kernel accel-source:worker accel-transport:fuse accel-transport:ublk ublk-server:daemon)
+
+# kernel_tests_in_guest KERNEL: those, as `cargo test` built them. The checkout has the
+# same path in the guest: programs find what they were built with.
+kernel_tests_in_guest() {
+    local target=${CARGO_TARGET_DIR:-$repo/target} test options=() programs
+    for test in "${kernel_tests[@]}"; do options+=(-p "${test%:*}" --test "${test#*:}"); done
+    programs=$(cargo test --locked --manifest-path "$repo/Cargo.toml" "${options[@]}" --no-run --message-format json |
+        /usr/bin/python3 -c '
+import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("executable") and message["profile"]["test"] and "test" in message["target"]["kind"]:
+        print(message["executable"])') || return
+    [ "$(wc -w <<<"$programs")" = ${#kernel_tests[@]} ] || { echo "not all of ${kernel_tests[*]} were built"; return 1; }
+    mkdir -p "$cache/erofs-utils"
+    "$repo/tools/lib/fetch-erofs-utils" || return
+    local shares=(--share "$repo=$repo:ro" --share "$cache/erofs-utils=$cache/erofs-utils:ro")
+    [[ $target/ == "$repo"/* ]] || shares+=(--share "$target=$target:ro")
+    # shellcheck disable=SC2016 # expanded in the guest
+    "$repo/tools/guest/run" --kernel "$1" --timeout 1800 "${shares[@]}" \
+        --env ACCEL_TESTS_FULL=1 --env ACCEL_REQUIRE_UBLK=1 --env IMAGE_ACCEL_CACHE="$cache" -- \
+        sh -c 'modprobe ublk_drv || exit; status=0; for program; do echo "$program"; "$program" || status=1; done; exit $status' \
+        kernel-tests $programs
+}
