@@ -48,7 +48,8 @@ await_daemon() {
 # start_daemon: sets $daemon and $socket.
 start_daemon() {
     socket=$scratch/ublk-server.socket
-    "$bin/ublk-server" serve --ufs "$ufs" --socket "$socket" --transport "$transport" \
+    # Out of reach of Ctrl-C: it has to serve until the image is unmounted.
+    setsid "$bin/ublk-server" serve --ufs "$ufs" --socket "$socket" --transport "$transport" \
         </dev/null >"$scratch/ublk-server.log" 2>&1 &
     daemon=$!
     at_exit stop_process "$daemon"
