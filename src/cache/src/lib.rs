@@ -47,9 +47,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// Entries per shard below which another shard is not worth it.
 const SHARD_ENTRIES: usize = 64;
 const MOST_SHARDS: usize = 16;
-/// Entries evicted for one slot before the load waits instead: the first ones
-/// may be pinned.
-const EVICTIONS: usize = 4;
 
 type Take<S> = Box<dyn Fn() -> Option<S> + Send + Sync>;
 
@@ -247,9 +244,12 @@ impl<K: Copy + Eq + Hash, S, W, L> Cache<K, S, W, L> {
         (self.take)().or_else(|| self.evict_for_slot(self.shard_of(key)))
     }
 
-    /// Evicts until the pool has a slot, beginning with the shard `from`.
+    /// Evicts until the pool has a slot, beginning with the shard `from`. One
+    /// eviction may not be enough: the entry may be pinned, or its slot may go
+    /// to others first. Giving up while entries are left would leave the load
+    /// to a call of [`next`](Cache::next) that need not come.
     fn evict_for_slot(&self, from: usize) -> Option<S> {
-        for _ in 0..EVICTIONS {
+        loop {
             let mut order = (0..self.shards.len()).map(|at| (from + at) % self.shards.len());
             let evicted = order.find_map(|at| self.shard(at).evict())?;
             self.counters.evicted.fetch_add(1, Ordering::Relaxed);
@@ -258,7 +258,6 @@ impl<K: Copy + Eq + Hash, S, W, L> Cache<K, S, W, L> {
                 return Some(slot);
             }
         }
-        None
     }
 }
 

@@ -48,6 +48,24 @@ enum Step {
     Unpin(usize),
 }
 
+/// A pool may owe slots to others before it gives one to the cache.
+#[test]
+fn a_lone_load_gets_its_slot_however_many_entries_must_go() {
+    let (pool, cache) = cache(30);
+    for key in 0..30 {
+        let Lookup::Lead(load) = cache.lookup(key, || (0, key)) else {
+            panic!("{key} does not lead");
+        };
+        drop(cache.complete(load.key, load.slot, 2));
+    }
+    // Twenty slots are missing until evictions have made up for them.
+    pool.out.fetch_add(20, SeqCst);
+    assert!(matches!(
+        cache.lookup(30, || (0, 30)),
+        Lookup::Lead(load) if load.key == 30
+    ));
+}
+
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         4 => (0u32..12).prop_map(Step::Lookup),
