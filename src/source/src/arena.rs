@@ -18,7 +18,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Size of a chunk slot.
 pub const CHUNK_SLOT: usize = 128 << 10;
@@ -110,6 +110,8 @@ pub struct Pool {
     /// memory which was never needed is never touched.
     free: Mutex<Vec<u32>>,
     capacity: usize,
+    /// Called when a slot comes back that no request ended with.
+    returned: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl Arena {
@@ -147,6 +149,7 @@ impl Arena {
                 reserve,
                 free: Mutex::new(numbers.rev().collect()),
                 capacity: capacity - reserve,
+                returned: OnceLock::new(),
             })
         };
         Ok(Self {
@@ -193,6 +196,23 @@ impl Pool {
             pool: Arc::clone(self),
             number,
         })
+    }
+
+    /// Has `hook` called whenever a slot comes back that no request ended with:
+    /// one that an attempt held which was given up. Whoever waits for a slot
+    /// may have one now. The hook must neither block nor call the source. Only
+    /// the first one counts.
+    pub fn when_returned(&self, hook: impl Fn() + Send + Sync + 'static) {
+        let _ = self.returned.set(Box::new(hook));
+    }
+
+    /// Takes such a slot back.
+    pub(crate) fn take_back(slot: Slot) {
+        let pool = Arc::clone(&slot.pool);
+        drop(slot);
+        if let Some(hook) = pool.returned.get() {
+            hook();
+        }
     }
 
     /// Number of slots for ordinary use.

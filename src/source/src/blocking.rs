@@ -4,7 +4,7 @@ use crate::{FileName, Operation, Patience, Pool, Request, Source, SourceError};
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn run<T>(
     source: &dyn Source,
@@ -14,11 +14,22 @@ fn run<T>(
     patience: Patience,
     take: impl FnOnce(&[u8]) -> T,
 ) -> Result<T, SourceError> {
+    let since = Instant::now();
     let slot = loop {
         // These few reads use the memory that repeated reads also use; it is
-        // free again as soon as one of them ends.
+        // free again as soon as one of them ends, which may take as long as a
+        // source is silent.
         match pool.take_reserved() {
             Some(slot) => break slot,
+            None if patience.whole.is_some_and(|limit| since.elapsed() >= limit) => {
+                return Err(SourceError::GaveUp {
+                    file: file.clone(),
+                    origin: source.name().into(),
+                    attempts: 0,
+                    seconds: since.elapsed().as_secs(),
+                    last: "all memory is held by reads that are not answered".to_owned(),
+                });
+            }
             None => thread::sleep(Duration::from_millis(1)),
         }
     };

@@ -354,8 +354,9 @@ impl State {
                 && Arc::ptr_eq(&pending.pool, slot.pool())
                 && !self.sent.values().any(|s| s.request == **id && !s.late)
         });
-        if let Some((_, pending)) = needy {
-            pending.slot = Some(slot);
+        match needy {
+            Some((_, pending)) => pending.slot = Some(slot),
+            None => Pool::take_back(slot),
         }
     }
 

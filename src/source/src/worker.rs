@@ -396,7 +396,7 @@ impl Worker {
             (None, Err(error)) => self.end(index, &job, Err(error)),
             (Some(file), Err(Errno::INVAL)) if file.direct.get() => {
                 file.direct.set(false);
-                match rustix::fs::fcntl_setfl(&file.fd, OFlags::NONBLOCK) {
+                match rustix::fs::fcntl_setfl(&file.fd, OFlags::empty()) {
                     Ok(()) => self.issue(index, job),
                     Err(error) => self.end(index, &job, Err(error)),
                 }
@@ -432,6 +432,16 @@ impl Worker {
             FileType::Directory => return Err(Errno::ISDIR),
             _ => return Err(Errno::INVAL),
         }
+        // NONBLOCK was for the open alone (of a FIFO). io_uring takes it as a
+        // promise that reads never wait: it would begin them on this thread, and
+        // wait here where a file system has no such notion, as NFS, or hand back
+        // EAGAIN instead of waiting elsewhere.
+        let flags = if job.direct {
+            OFlags::DIRECT
+        } else {
+            OFlags::empty()
+        };
+        rustix::fs::fcntl_setfl(&fd, flags)?;
         if job.fresh {
             // Only a hint: a file system may ignore it.
             let _ = rustix::fs::fadvise(&fd, 0, None, Advice::DontNeed);

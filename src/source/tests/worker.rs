@@ -26,7 +26,7 @@ fn main() -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         };
     }
-    let tests: [(&str, fn()); 10] = [
+    let tests: [(&str, fn()); 13] = [
         ("reads_every_range", reads_every_range),
         ("small_files_and_listings", small_files_and_listings),
         (
@@ -40,6 +40,9 @@ fn main() -> ExitCode {
         ("no_patience_is_endless", gives_up),
         ("a_missing_directory_is_named", missing_directory),
         ("faults_decorate", faults),
+        ("files_are_read_by_waiting", waiting_reads),
+        ("memory_is_not_awaited_for_ever", no_memory),
+        ("late_slots_are_announced", late_slots),
     ];
     let trials = tests.map(|(name, test)| {
         Trial::test(name, move || {
@@ -304,4 +307,72 @@ fn faults() {
     assert!(next().unwrap_err().to_string().contains("os error 5"));
     assert_eq!(next().unwrap(), [0; 8]);
     assert_eq!(next().unwrap(), [0; 8]);
+}
+
+fn waiting_reads() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("file");
+    fs::write(&file, [1; 4096]).unwrap();
+    let (arena, source) = start(directory.path(), 1);
+    let receiver = submit(&arena, &source, "file", at(0, 4096), Patience::DATA);
+    receiver.recv().unwrap().unwrap();
+    let process = format!("/proc/{}", source.worker_pid().unwrap());
+    let open = fs::read_dir(format!("{process}/fd")).unwrap();
+    let open = open.map(|entry| entry.unwrap());
+    let open = open.filter(|entry| fs::read_link(entry.path()).is_ok_and(|path| path == file));
+    let numbers: Vec<_> = open.map(|entry| entry.file_name()).collect();
+    assert_eq!(numbers.len(), 1);
+    let info = format!("{process}/fdinfo/{}", numbers[0].to_str().unwrap());
+    let info = fs::read_to_string(info).unwrap();
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+    let flags = u32::from_str_radix(flags.unwrap().trim(), 8).unwrap();
+    assert_eq!(flags & rustix::fs::OFlags::NONBLOCK.bits(), 0, "{info}");
+}
+
+fn no_memory() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(directory.path().join("file"), [1; 4096]).unwrap();
+    let (arena, source) = start(directory.path(), 1);
+    source.wait_ready(Duration::from_secs(30)).unwrap();
+    kill(source.worker_pid().unwrap(), rustix::process::Signal::STOP);
+    let short = |attempt| Patience {
+        attempt,
+        whole: Some(Duration::from_millis(300)),
+        await_file: false,
+    };
+    // Attempts that are given up while nobody answers hold all slots there are.
+    let name = FileName::new("file");
+    let read = |attempt| read_file(&source, arena.chunks(), &name, 4096, short(attempt));
+    let mut errors = Vec::new();
+    for _ in 0..20 {
+        errors.push(read(Duration::from_secs(60)).unwrap_err().to_string());
+    }
+    assert!(errors[0].contains("gave up after 1 attempts"), "{errors:?}");
+    assert!(errors[19].contains("all memory is held"), "{errors:?}");
+    kill(source.worker_pid().unwrap(), rustix::process::Signal::KILL);
+    while read(Duration::from_secs(60)).is_err() {}
+}
+
+fn late_slots() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(directory.path().join("file"), [1; 4096]).unwrap();
+    let (arena, source) = start(directory.path(), 1);
+    source.wait_ready(Duration::from_secs(30)).unwrap();
+    let (sender, returned) = mpsc::channel();
+    let count = Arc::downgrade(arena.chunks());
+    arena.chunks().when_returned(move || {
+        let free = count.upgrade().and_then(|pool| pool.take()).is_some();
+        sender.send(free).unwrap();
+    });
+    kill(source.worker_pid().unwrap(), rustix::process::Signal::STOP);
+    let patience = Patience {
+        attempt: Duration::from_secs(60),
+        whole: Some(Duration::from_millis(100)),
+        await_file: false,
+    };
+    let receiver = submit(&arena, &source, "file", at(0, 4096), patience);
+    assert!(receiver.recv().unwrap().is_err());
+    assert!(arena.chunks().take().is_none(), "it may still be written");
+    kill(source.worker_pid().unwrap(), rustix::process::Signal::CONT);
+    assert!(returned.recv().unwrap(), "the slot is not free yet");
 }

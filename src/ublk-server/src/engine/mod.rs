@@ -86,14 +86,26 @@ impl Engine {
         for _ in 0..VERIFIERS {
             verify::start(Arc::clone(&jobs))?;
         }
-        Ok(Arc::new(Self {
+        let engine = Arc::new(Self {
             chunks: Cache::new(chunk_pool.capacity(), move || chunk_pool.take()),
             pages: Cache::new(page_pool.capacity(), move || page_pool.take()),
             source,
             arena,
             jobs,
             unanswered: AtomicUsize::new(0),
-        }))
+        });
+        // A slot that an attempt held which was given up comes back long after
+        // its request has failed: loads that wait for memory hear of it here.
+        for pool in [engine.arena.chunks(), engine.arena.pages()] {
+            let engine = Arc::downgrade(&engine);
+            pool.when_returned(move || {
+                if let Some(engine) = engine.upgrade() {
+                    let jobs = Arc::clone(&engine.jobs);
+                    jobs.push(Job::waiting(engine));
+                }
+            });
+        }
+        Ok(engine)
     }
 
     /// Where the bytes come from.

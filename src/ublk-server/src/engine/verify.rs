@@ -42,6 +42,14 @@ impl Job {
         }))
     }
 
+    /// Memory came back: loads that had found none may start.
+    pub(super) fn waiting(engine: Arc<Engine>) -> Self {
+        Self(Box::new(move || {
+            engine.start_waiting_chunks();
+            engine.start_waiting_pages();
+        }))
+    }
+
     pub(super) fn zeros(engine: Arc<Engine>, piece: Piece, value: ChunkValue) -> Self {
         Self(Box::new(move || engine.check_zeros(piece, value)))
     }
