@@ -130,6 +130,23 @@ impl Journal {
         self.directory.join(format!("{root}.json"))
     }
 
+    /// Makes sure that nothing is noted about this layer yet: an entry that is
+    /// there is all that a later daemon knows of a device which waits for it.
+    pub fn check_vacant(&self, root: Root) -> io::Result<()> {
+        let path = self.path(root);
+        if !path.try_exists()? {
+            return Ok(());
+        }
+        Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            format!(
+                "an earlier daemon's device of this layer was not recovered (see {} and the log): \
+                 restart the daemon to try again, or delete the device and then this file",
+                path.display()
+            ),
+        ))
+    }
+
     /// Writes an entry; when this returns it is on disk.
     pub fn write(&self, entry: &Entry) -> io::Result<()> {
         let temporary = self.directory.join(format!(".{}.tmp", entry.root));
@@ -200,7 +217,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let journal = Journal::open(directory.path(), Path::new("/ufs")).unwrap();
         let mut entry = entry(&journal);
+        journal.check_vacant(entry.root).unwrap();
         journal.write(&entry).unwrap();
+        let error = journal.check_vacant(entry.root).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
         entry.state = State::Live;
         journal.write(&entry).unwrap();
         assert_eq!(journal.load().unwrap(), [entry.clone()]);

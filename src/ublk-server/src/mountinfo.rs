@@ -30,16 +30,30 @@ pub fn unescape(text: &str) -> PathBuf {
     PathBuf::from(OsString::from_vec(plain))
 }
 
+/// The mounts of this process's namespace, one a line. Not every mount point's
+/// name is UTF-8; all of ours are, and the others must not hide them.
+pub fn read() -> io::Result<String> {
+    Ok(text(fs::read("/proc/self/mountinfo")?))
+}
+
+fn text(bytes: Vec<u8>) -> String {
+    String::from_utf8(bytes)
+        .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
+}
+
 /// File system types of what is mounted at `path` (a real path), lowest first.
 pub fn kinds_at(path: &Path) -> io::Result<Vec<String>> {
-    let text = fs::read_to_string("/proc/self/mountinfo")?;
+    Ok(kinds_in(&read()?, path))
+}
+
+fn kinds_in(text: &str, path: &Path) -> Vec<String> {
     let at = |line: &str| {
         let (front, back) = line.split_once(" - ")?;
         let point = unescape(front.split(' ').nth(4)?);
         let kind = back.split(' ').next()?;
         (point == path).then(|| kind.to_owned())
     };
-    Ok(text.lines().filter_map(at).collect())
+    text.lines().filter_map(at).collect()
 }
 
 #[cfg(test)]
@@ -50,6 +64,13 @@ mod tests {
     fn octal_is_undone() {
         assert_eq!(unescape("/a\\040b\\134"), Path::new("/a b\\"));
         assert_eq!(unescape("/a\\x\\04"), Path::new("/a\\x\\04"));
+    }
+
+    #[test]
+    fn a_name_that_is_not_utf8_hides_no_other() {
+        let bytes = b"1 0 8:1 / /media/M\xfcll rw - vfat a rw\n2 0 0:5 / /mnt rw - erofs b ro\n";
+        let text = text(bytes.to_vec());
+        assert_eq!(kinds_in(&text, Path::new("/mnt")), ["erofs"]);
     }
 
     #[test]

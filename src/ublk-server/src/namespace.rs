@@ -14,7 +14,6 @@
 
 use anyhow::{Context, Result};
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
-use std::fs;
 use std::path::{Path, PathBuf};
 
 /// A line of `mountinfo`, as far as we look at it.
@@ -51,7 +50,7 @@ fn unshare() -> rustix::io::Result<()> {
 }
 
 fn pins(run: &Path, needed: &[&Path]) -> Result<Vec<PathBuf>> {
-    let text = fs::read_to_string("/proc/self/mountinfo").context("cannot read mountinfo")?;
+    let text = crate::mountinfo::read().context("cannot read mountinfo")?;
     let run = run.canonicalize().unwrap_or_else(|_| run.to_owned());
     let needed: Vec<_> = needed
         .iter()

@@ -12,8 +12,10 @@
 //!
 //! Names of layers are short because the option string of an overlay mount is.
 
+use accel_oci::Digest;
 use accel_ufs::index::Root;
 use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 /// Where the socket is unless something else is said.
@@ -59,6 +61,17 @@ impl Paths {
     /// One file per mounted image.
     pub fn mounts(&self) -> PathBuf {
         self.run.join("mounts")
+    }
+
+    /// The file of the image mounted at `directory`.
+    pub fn note(&self, directory: &Path) -> PathBuf {
+        let name = Digest::of(directory.as_os_str().as_bytes()).hex();
+        self.mounts().join(format!("{name}.json"))
+    }
+
+    /// Where such a file is written before it gets its name.
+    pub fn unfinished_note(&self) -> PathBuf {
+        self.run.join("mount.tmp")
     }
 
     /// Directory of FUSE files.

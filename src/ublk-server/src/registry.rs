@@ -12,6 +12,7 @@ use crate::catalog::{Catalog, Image, Layer};
 use crate::devices::{Device, Devices};
 use crate::engine::{Engine, Export, ExportReader, Warmer};
 use crate::journal::{Entry, HolderEntry, Journal, State as JournalState};
+use crate::paths::Paths;
 use crate::protocol::{
     Attached, AttachedLayer, Detached, Ended, ExportStatus, Holder, HolderStatus,
 };
@@ -23,7 +24,7 @@ use accel_ufs::resolve::ImageName;
 use anyhow::{Context, Result, anyhow, bail};
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -43,6 +44,8 @@ pub struct Registry {
 struct State {
     exports: HashMap<Root, Served>,
     holders: BTreeMap<String, Holding>,
+    /// The daemon ends: nothing new is exported.
+    closed: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -103,6 +106,9 @@ impl Registry {
     pub fn attach(&self, image: &str, holder: Option<String>) -> Result<Attached> {
         let name: ImageName = image.parse()?;
         let _one = self.operate();
+        if self.state().closed {
+            bail!("the daemon is ending");
+        }
         let catalog = Catalog {
             source: &**self.engine.source(),
             pool: self.engine.arena().chunks(),
@@ -136,7 +142,6 @@ impl Registry {
                 Ok(Attached { digest, layers })
             }
             Err(error) => {
-                self.state().holders.remove(&holder);
                 for root in added {
                     if let Err(error) = self.end(root) {
                         tracing::error!(%root, error = format!("{error:#}"), "cannot undo an export");
@@ -183,6 +188,7 @@ impl Registry {
             entry.device = device.id;
             entry.features = device.features.bits();
             entry.queue_depth = device.queue_depth;
+            self.journal.check_vacant(root)?;
             noted = true;
             self.journal.write(&entry)
         });
@@ -205,12 +211,25 @@ impl Registry {
         })
     }
 
-    /// Notes a holder, in the journal of all its layers first.
+    /// Notes a holder, also in the journal of all its layers. If that fails, what
+    /// it held before counts.
     fn hold(&self, holder: &str, holding: Holding) -> Result<()> {
         let mut state = self.state();
         let layers = holding.layers.clone();
-        state.holders.insert(holder.to_owned(), holding);
-        self.note_holders(&mut state, &layers)
+        let before = state.holders.insert(holder.to_owned(), holding);
+        self.note_holders(&mut state, &layers).inspect_err(|_| {
+            match before {
+                Some(before) => state.holders.insert(holder.to_owned(), before),
+                None => state.holders.remove(holder),
+            };
+            if let Err(error) = self.note_holders(&mut state, &layers) {
+                tracing::error!(
+                    holder,
+                    error = format!("{error:#}"),
+                    "the journal is out of date"
+                );
+            }
+        })
     }
 
     /// Rewrites the journal entries of `layers` with the holders of now.
@@ -232,11 +251,14 @@ impl Registry {
             if let Some(entry) = &mut served.entry
                 && (entry.state != JournalState::Live || entry.holders != holders)
             {
-                entry.state = JournalState::Live;
-                entry.holders = holders;
+                let mut next = entry.clone();
+                next.state = JournalState::Live;
+                next.holders = holders;
                 self.journal
-                    .write(entry)
+                    .write(&next)
                     .context("cannot write the journal")?;
+                // Not before: what is not on disk must be written next time.
+                *entry = next;
             }
         }
         Ok(())
@@ -266,8 +288,8 @@ impl Registry {
                 continue;
             };
             if let Err(error) = self.end(root) {
-                // What is left can be tried again.
-                self.hold(&holder, holding)?;
+                // What is left can be tried again; its journal names the holder.
+                self.state().holders.insert(holder, holding);
                 return Err(error);
             }
             ended.push(Ended { root, device });
@@ -357,8 +379,41 @@ impl Registry {
     }
 
     /// Takes over the devices that an earlier daemon left. One that cannot be
-    /// recovered is told and left; the others go on.
-    pub fn recover(&self) -> Result<()> {
+    /// recovered is told and left; the others go on. Mounts that were undone
+    /// meanwhile are forgotten.
+    pub fn recover(&self, paths: &Paths) -> Result<()> {
+        self.recover_devices()?;
+        self.forget_unmounted(paths);
+        Ok(())
+    }
+
+    /// Ends what mounts held of which the clients have no note any more: they
+    /// were unmounted while no daemon served.
+    fn forget_unmounted(&self, paths: &Paths) {
+        let unmounted: Vec<_> = {
+            let state = self.state();
+            let mounts = state
+                .holders
+                .keys()
+                .filter(|holder| holder.starts_with('/'));
+            let gone = |holder: &&String| {
+                let noted = paths.note(Path::new(holder)).try_exists();
+                matches!(noted, Ok(false))
+            };
+            mounts.filter(gone).cloned().collect()
+        };
+        for holder in unmounted {
+            if let Err(error) = self.detach(&Holder::Mount(holder.clone())) {
+                tracing::warn!(
+                    holder,
+                    error = format!("{error:#}"),
+                    "cannot end what an unmounted image held; unmount its directory again"
+                );
+            }
+        }
+    }
+
+    fn recover_devices(&self) -> Result<()> {
         let entries = self.journal.load().context("cannot read the journal")?;
         let Some(ublk) = self.devices.ublk() else {
             for entry in entries {
@@ -433,6 +488,7 @@ impl Registry {
     /// for the next daemon; their number is returned.
     pub fn shut_down(&self) -> usize {
         let _one = self.operate();
+        self.state().closed = true;
         let roots: Vec<_> = self.state().exports.keys().copied().collect();
         let mut left = 0;
         for root in roots {
@@ -481,5 +537,125 @@ impl Registry {
             layers: holding.layers.clone(),
         });
         (exports, holders.collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use accel_oci::DiffId;
+    use accel_source::{Arena, Done, Request, Source};
+    use accel_transport::Wanted;
+    use accel_ufs::index::ImageSize;
+    use accel_ufs::names::LayerName;
+    use std::fs;
+
+    const ROOT: Root = Root([7; 32]);
+
+    struct NoSource;
+
+    impl Source for NoSource {
+        fn submit(&self, _: Request, _: Done) {}
+
+        fn name(&self) -> &str {
+            "nothing"
+        }
+    }
+
+    /// A registry with one export, whose journal is real and whose device is not.
+    fn registry(paths: &Paths) -> Registry {
+        let engine = Engine::start(Arc::new(NoSource), Arc::new(Arena::new(1, 1).unwrap()));
+        let engine = engine.unwrap();
+        let devices = Devices::start(Wanted::Fuse).unwrap();
+        let journal = Journal::open(&paths.run, Path::new("/ufs")).unwrap();
+        let name = LayerName::Layer(DiffId(Digest::of(b"layer")));
+        let size = ImageSize::new(4096).unwrap();
+        let served = Served {
+            export: Arc::new(Export::recovered(name, ROOT, size)),
+            device: Device::Fuse,
+            entry: Some(Entry::new(&journal, name, ROOT, size)),
+        };
+        let registry = Registry::new(engine, devices, journal, "/ufs".into()).unwrap();
+        registry.state().exports.insert(ROOT, served);
+        registry
+    }
+
+    fn paths(directory: &Path) -> Paths {
+        Paths::new(&directory.join("socket"), Some(directory.to_owned()))
+    }
+
+    fn holding() -> Holding {
+        Holding {
+            image: "oci:/x".to_owned(),
+            manifest: Digest::of(b"manifest"),
+            layers: vec![ROOT],
+        }
+    }
+
+    /// Holders in memory and on disk.
+    fn holders(registry: &Registry) -> (Vec<String>, Vec<String>) {
+        let memory = registry.state().holders.keys().cloned().collect();
+        let entries = registry.journal.load().unwrap();
+        let disk = entries.iter().flat_map(|entry| &entry.holders);
+        (memory, disk.map(|holder| holder.holder.clone()).collect())
+    }
+
+    #[test]
+    fn memory_and_journal_agree_also_after_a_failed_write() {
+        let directory = tempfile::tempdir().unwrap();
+        let registry = registry(&paths(directory.path()));
+        let journal = directory.path().join("journal");
+        let broken = |what: &dyn Fn() -> Result<()>| {
+            fs::rename(&journal, directory.path().join("away")).unwrap();
+            assert!(what().is_err());
+            fs::rename(directory.path().join("away"), &journal).unwrap();
+        };
+        broken(&|| registry.hold("/a", holding()));
+        assert_eq!(holders(&registry), (vec![], vec![]));
+        registry.hold("/a", holding()).unwrap();
+        let a = vec!["/a".to_owned()];
+        assert_eq!(holders(&registry), (a.clone(), a.clone()));
+        // Whoever holds it already still does when asking again fails.
+        broken(&|| {
+            registry
+                .hold("/a", holding())
+                .and(registry.hold("/b", holding()))
+        });
+        assert_eq!(holders(&registry), (a.clone(), a.clone()));
+        registry.hold("/b", holding()).unwrap();
+        broken(&|| registry.detach(&Holder::Mount("/b".to_owned())).map(drop));
+        registry.hold("/a", holding()).unwrap();
+        assert_eq!(holders(&registry), (a.clone(), a));
+    }
+
+    #[test]
+    fn what_was_unmounted_without_a_daemon_ends() {
+        let directory = tempfile::tempdir().unwrap();
+        let paths = paths(directory.path());
+        let registry = registry(&paths);
+        let attach = operator(&holding().manifest);
+        for holder in ["/gone", "/there", &attach] {
+            registry.hold(holder, holding()).unwrap();
+        }
+        fs::create_dir(paths.mounts()).unwrap();
+        fs::write(paths.note(Path::new("/there")), "{}").unwrap();
+        registry.forget_unmounted(&paths);
+        let left = vec!["/there".to_owned(), attach.clone()];
+        assert_eq!(holders(&registry), (left.clone(), left));
+        registry.state().holders.remove(&attach);
+        fs::remove_file(paths.note(Path::new("/there"))).unwrap();
+        registry.forget_unmounted(&paths);
+        assert_eq!(holders(&registry), (vec![], vec![]));
+        assert!(registry.state().exports.is_empty());
+    }
+
+    #[test]
+    fn nothing_is_attached_once_the_daemon_ends() {
+        let directory = tempfile::tempdir().unwrap();
+        let registry = registry(&paths(directory.path()));
+        assert_eq!(registry.shut_down(), 0);
+        let image = Digest::of(b"manifest").to_string();
+        let error = registry.attach(&image, None).unwrap_err().to_string();
+        assert!(error.contains("ending"), "{error}");
     }
 }

@@ -89,7 +89,7 @@ fn serve(options: &Options, ufs: &Path) -> Result<()> {
         .context("cannot read the journal")?
         .is_empty();
     let daemon = start(options, ufs, journal, leftovers)?;
-    daemon.registry.recover()?;
+    daemon.registry.recover(paths)?;
     let listener = listen(&paths.socket)?;
     let (signals, from_signals) = UnixStream::pair().context("cannot make a pipe")?;
     for signal in [SIGTERM, SIGINT] {

@@ -6,8 +6,9 @@ mod common;
 use common::{Entry, Layer, noise, publish_image, publish_tree};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -443,6 +444,34 @@ fn a_second_daemon_is_refused_and_a_dead_ones_mounts_can_be_taken_back() {
     node.await_daemon();
     node.ask(&["mount", &image, &root]);
     node.ask(&["unmount", &root]);
+    node.stop();
+}
+
+#[test]
+fn a_client_that_died_before_it_noted_anything_can_be_taken_back() {
+    let mut images = Vec::new();
+    let node = Node::start(|ufs| {
+        let layer = base(ufs).0;
+        images.push(publish_image(ufs, &[layer]));
+        let other = publish_tree(ufs, "other", &[("file", Some(b"other"))]);
+        images.push(publish_image(ufs, &[layer, other]));
+    });
+    let root = node.directory("root");
+    let mut stream = UnixStream::connect(node.path("socket")).unwrap();
+    let attach = serde_json::json!({
+        "op": "attach", "image": images[0].to_string(), "holder": root
+    });
+    writeln!(stream, "{attach}").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("{\"ok\""), "{answer}");
+    let other = images[1].to_string();
+    let message = node.refused(&["mount", &other, &root]);
+    assert!(message.contains("already holds"), "{message}");
+    node.ask(&["unmount", &root]);
+    node.ask(&["mount", &other, &root]);
+    node.ask(&["unmount", &root]);
+    node.refused(&["unmount", &root]);
     node.stop();
 }
 

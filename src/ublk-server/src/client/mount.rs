@@ -16,7 +16,6 @@ use crate::lock::Lock;
 use crate::paths::Paths;
 use crate::protocol::{Attached, Command, Holder};
 use crate::wire;
-use accel_oci::Digest;
 use accel_ufs::index::Root;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -24,7 +23,6 @@ use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 /// An empty directory below the only layer of an image: an overlay has two.
@@ -39,11 +37,6 @@ struct Noted {
     image: String,
     /// Lowest first.
     layers: Vec<Root>,
-}
-
-fn note_path(paths: &Paths, directory: &Path) -> PathBuf {
-    let name = Digest::of(directory.as_os_str().as_bytes()).hex();
-    paths.mounts().join(format!("{name}.json"))
 }
 
 fn noted(paths: &Paths) -> Result<Vec<Noted>> {
@@ -84,10 +77,13 @@ pub fn mount(paths: &Paths, image: &str, directory: &Path, upper: Option<&Path>)
     check_daemon(paths)?;
     let image = image_name(image)?;
     let directory = real_directory(directory)?;
-    if system::is_mount_point(&directory)? {
+    let lock = lock(paths)?;
+    let taken = system::is_mount_point(&directory);
+    if !matches!(taken, Ok(false)) {
+        leave(paths, lock);
+        taken?;
         bail!("something is already mounted at {}", directory.display());
     }
-    let lock = lock(paths)?;
     let holder = directory.to_string_lossy().into_owned();
     let command = Command::Attach {
         image: image.clone(),
@@ -128,8 +124,11 @@ fn mount_attached(
         bail!("the image has no layers");
     }
     fs::create_dir_all(paths.mounts())?;
-    let path = note_path(paths, &note.directory);
-    fs::write(&path, serde_json::to_vec_pretty(note)?)
+    let path = paths.note(&note.directory);
+    // Half a note would be in the way of every other mount.
+    let unfinished = paths.unfinished_note();
+    fs::write(&unfinished, serde_json::to_vec_pretty(note)?)
+        .and_then(|()| fs::rename(&unfinished, &path))
         .with_context(|| format!("cannot write {}", path.display()))?;
     for layer in &attached.layers {
         let device = device(paths, layer)?;
@@ -170,8 +169,11 @@ pub fn unmount(paths: &Paths, directory: &Path) -> Result<()> {
     // A mount whose daemon or device is gone may refuse to be looked at.
     let real = directory.canonicalize();
     let directory = real.or_else(|_| std::path::absolute(directory))?;
-    let path = note_path(paths, &directory);
+    let path = paths.note(&directory);
     if !path.exists() {
+        if release_unnoted(paths, &directory)? {
+            return Ok(());
+        }
         bail!(
             "no image is mounted at {} by way of {}",
             directory.display(),
@@ -188,6 +190,19 @@ pub fn unmount(paths: &Paths, directory: &Path) -> Result<()> {
         });
     leave(paths, lock);
     result.with_context(|| format!("cannot unmount {}", directory.display()))
+}
+
+/// Releases what a client had asked for that died before it noted anything, or
+/// that was unmounted while no daemon served. False if there is no such thing.
+fn release_unnoted(paths: &Paths, directory: &Path) -> Result<bool> {
+    if system::is_mount_point(directory)? || check_daemon(paths).is_err() {
+        return Ok(false);
+    }
+    let lock = lock(paths)?;
+    let holder = Holder::Mount(directory.to_string_lossy().into_owned());
+    let released = release(paths, holder);
+    leave(paths, lock);
+    released
 }
 
 /// Undoes a mount, whole or in part. May be repeated after an error.
@@ -216,7 +231,7 @@ fn take_back(paths: &Paths, note: &Noted) -> Result<()> {
     } else {
         release(paths, holder)?;
     }
-    match fs::remove_file(note_path(paths, &note.directory)) {
+    match fs::remove_file(paths.note(&note.directory)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
         _ => Ok(()),
     }
@@ -228,6 +243,7 @@ fn leave(paths: &Paths, lock: Lock) {
         // Some overlay may still have it otherwise.
         let _ = fs::remove_dir(paths.layers().join(EMPTY));
     }
+    let _ = fs::remove_file(paths.unfinished_note());
     lock.remove();
     paths.tidy();
 }
