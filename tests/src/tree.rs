@@ -34,6 +34,10 @@ use anyhow::{Context as _, Result};
 const LONG_VALUE: usize = 64;
 
 const ANY_TIME: &str = "-";
+/// Also the kernel's limit for a list of extended attributes.
+const BUFFER: usize = 64 * 1024;
+/// The kernel's limit for the value of one.
+const XATTR_SIZE_MAX: usize = 64 * 1024;
 
 /// How a manifest is written.
 #[derive(Debug, Clone, Copy, Default)]
@@ -51,6 +55,8 @@ pub fn write_manifest(root: &Path, options: Options, out: &mut dyn Write) -> Res
     Walk {
         root,
         options,
+        buffer: vec![0; BUFFER],
+        value: vec![0; XATTR_SIZE_MAX],
         first_names: HashMap::new(),
     }
     .entry(Path::new("."), out)
@@ -121,6 +127,10 @@ pub fn difference(wanted: &[String], found: &[String]) -> Option<String> {
 struct Walk<'a> {
     root: &'a Path,
     options: Options,
+    /// For contents and lists of attributes; made once, because there are many files.
+    buffer: Vec<u8>,
+    /// For values of attributes.
+    value: Vec<u8>,
     /// (device, inode) of files with several names, and the first of them.
     first_names: HashMap<(u64, u64), String>,
 }
@@ -161,7 +171,14 @@ impl Walk<'_> {
             format!("{}.{:09}", meta.mtime(), meta.mtime_nsec())
         };
         let (letter, detail) = if kind.is_file() {
-            ('f', format!(" {} blake3:{}", meta.len(), hash_file(&full)?))
+            (
+                'f',
+                format!(
+                    " {} blake3:{}",
+                    meta.len(),
+                    hash_file(&full, &mut self.buffer)?
+                ),
+            )
         } else if kind.is_dir() {
             ('d', String::new())
         } else if kind.is_symlink() {
@@ -204,7 +221,7 @@ impl Walk<'_> {
                 write!(out, " ={first}")?;
             }
         }
-        for (attribute, value) in xattrs(&full)? {
+        for (attribute, value) in xattrs(&full, &mut self.buffer, &mut self.value)? {
             write!(out, " {}={value}", escape(attribute.as_bytes()))?;
         }
         writeln!(out)?;
@@ -224,12 +241,11 @@ fn escape(bytes: &[u8]) -> String {
     text
 }
 
-fn hash_file(path: &Path) -> Result<String> {
+fn hash_file(path: &Path, buffer: &mut [u8]) -> Result<String> {
     let mut file = File::open(path)?;
     let mut hasher = blake3::Hasher::new();
-    let mut buffer = vec![0; 256 * 1024];
     loop {
-        match file.read(&mut buffer)? {
+        match file.read(buffer)? {
             0 => return Ok(hasher.finalize().to_hex()[..32].to_owned()),
             n => {
                 hasher.update(&buffer[..n]);
@@ -238,9 +254,8 @@ fn hash_file(path: &Path) -> Result<String> {
     }
 }
 
-fn xattrs(path: &Path) -> Result<Vec<(OsString, String)>> {
-    let mut list = vec![0; 64 * 1024];
-    let length = match rustix::fs::llistxattr(path, &mut list) {
+fn xattrs(path: &Path, list: &mut [u8], value: &mut [u8]) -> Result<Vec<(OsString, String)>> {
+    let length = match rustix::fs::llistxattr(path, &mut *list) {
         Err(rustix::io::Errno::OPNOTSUPP) => 0,
         other => other.context("listing extended attributes")?,
     };
@@ -250,11 +265,10 @@ fn xattrs(path: &Path) -> Result<Vec<(OsString, String)>> {
         .map(OsStr::from_bytes)
         .collect();
     names.sort_unstable();
-    let mut value = vec![0; 64 * 1024];
     names
         .into_iter()
         .map(|name| {
-            let length = rustix::fs::lgetxattr(path, name, &mut value)
+            let length = rustix::fs::lgetxattr(path, name, &mut *value)
                 .with_context(|| format!("extended attribute {}", PathBuf::from(name).display()))?;
             let value = &value[..length];
             let shown = if length > LONG_VALUE {

@@ -29,7 +29,7 @@ _run_undo() {
     local status=$? i
     trap '' INT TERM HUP
     set +e
-    [ -z "$_child" ] || stop_process "$_child"
+    [ -z "$_child" ] || stop_tree "$_child"
     for ((i = ${#_undo[@]} - 1; i >= 0; i--)); do
         eval "${_undo[i]}" || say "cleaning up: failed: ${_undo[i]}"
     done
@@ -58,7 +58,7 @@ interruptible() {
 # shell; one that is gone is fine, also when its number has another owner now.
 stop_process() {
     local pid=$1 i
-    grep -qsx "PPid:[[:space:]]*$$" "/proc/$pid/status" || return 0
+    _is_child "$pid" || return 0
     kill "$pid" 2>/dev/null || return 0
     for ((i = 0; i < 100; i++)); do
         kill -0 "$pid" 2>/dev/null || break
@@ -70,6 +70,31 @@ stop_process() {
 
 # Milliseconds since some moment.
 now_ms() { echo "$((${EPOCHREALTIME/[.,]/} / 1000))"; }
+
+_is_child() { grep -qsx "PPid:[[:space:]]*$$" "/proc/$1/status"; }
+
+# stop_tree PID: the same with everything that it has started.
+stop_tree() {
+    local below pid
+    _is_child "$1" || return 0
+    below=$(_descendants "$1")
+    # shellcheck disable=SC2086 # a list of numbers
+    [ -z "$below" ] || kill $below 2>/dev/null || true
+    stop_process "$1"
+    for pid in $below; do
+        for _ in {1..100}; do
+            kill -0 "$pid" 2>/dev/null || break
+            sleep 0.1
+        done
+    done
+}
+_descendants() {
+    local pid
+    for pid in $(cat "/proc/$1/task/"*/children 2>/dev/null); do
+        echo "$pid"
+        _descendants "$pid"
+    done
+}
 
 # locked NAME CMD…: one at a time on this machine, for filling the cache.
 locked() {
