@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shared by the scripts under tools/: where things are, how they report, what
 # they clean up. Sourced by bash scripts that have set -euo pipefail.
 #

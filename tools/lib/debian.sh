@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Debian's packages without naming any archive: addresses, suites and keys come
 # from this machine's own apt configuration.
 

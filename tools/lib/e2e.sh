@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Running the end-to-end checks (crate accel-tests). Needs common.sh.
 #
 # In: work, a directory with bin/ (build_programs) and fixtures/ (tests/fixtures);

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Measures how long an image takes from "start" to its program's first output, the
 # lazy way and the ordinary way, on the machine that this runs on. The demo uses it
 # here and in the test guest. Needs common.sh; undo_on_exit must be on.

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # The programs of others that ours have to agree with, from Debian's packages:
 # a registry and containerd. They run as they are, in a directory of their own, and
 # end with the script. Needs common.sh and debian.sh; undo_on_exit must be on.
