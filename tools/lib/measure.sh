@@ -17,14 +17,18 @@ drop_caches() {
     echo 3 >/proc/sys/vm/drop_caches
 }
 
-# first_output DIR START: runs the program with DIR as its root, in PID and mount
-# namespaces of its own; prints the milliseconds from START to its first line, and the
-# line.
+# first_output DIR START: runs the program with DIR as its root and with /dev and /proc,
+# in PID and mount namespaces of its own; prints the milliseconds from START to its
+# first line, and the line.
 first_output() {
     local line status=0
     coproc container {
-        exec unshare --mount --pid --fork --kill-child env -i PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin \
-            chroot "$1" /bin/sh -c "$program" </dev/null
+        # shellcheck disable=SC2016 # expanded by the inner shell
+        exec unshare --mount --pid --fork --kill-child /bin/sh -ec '
+            [ ! -d "$1/dev" ] || mount --rbind /dev "$1/dev"
+            [ ! -d "$1/proc" ] || mount -t proc proc "$1/proc"
+            exec env -i PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin chroot "$1" /bin/sh -c "$2"' \
+            sh "$1" "$program" </dev/null
     }
     local pid=$container_PID
     IFS= read -r line <&"${container[0]}" || line=
