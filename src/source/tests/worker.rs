@@ -265,8 +265,10 @@ fn stopped_worker() {
 fn gives_up() {
     let directory = tempfile::tempdir().unwrap();
     let (arena, source) = start(directory.path(), 1);
+    source.wait_ready(Duration::from_secs(30)).unwrap();
+    // Enough for an answer on a busy machine; the reason is that of the last attempt.
     let patience = Patience {
-        whole: Some(Duration::from_millis(300)),
+        whole: Some(Duration::from_secs(3)),
         ..Patience::DATA
     };
     let receiver = submit(&arena, &source, "never", at(0, CHUNK), patience);
