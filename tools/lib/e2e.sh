@@ -27,12 +27,17 @@ e2e_here() {
     "$work/bin/accel-e2e" --bin "$work/bin" --fixtures "$work/fixtures" --transport "$1" --scratch "$work" "${filter[@]}"
 }
 
-# e2e_in_guest KERNEL: the same programs and fixtures, over ublk.
+# e2e_in_guest KERNEL TRANSPORT [FILTER…]: the same programs and fixtures. The filter
+# counts if the caller has none of its own.
 e2e_in_guest() {
-    "$repo/tools/guest/run" --kernel "$1" --timeout 1800 \
+    local kernel=$1 transport=$2 modules
+    shift 2
+    [ ${#filter[@]} = 0 ] || set -- "${filter[@]}"
+    case $transport in ublk) modules='ublk_drv' ;; fuse) modules='loop fuse' ;; esac
+    "$repo/tools/guest/run" --kernel "$kernel" --timeout 1800 \
         --share "$work/bin=/accel/bin:ro" --share "$work/fixtures=/accel/fixtures:ro" -- \
-        sh -c 'modprobe ublk_drv && exec /accel/bin/accel-e2e "$@"' accel-e2e \
-        --bin /accel/bin --fixtures /accel/fixtures --transport ublk --scratch /var/tmp "${filter[@]}"
+        sh -c "modprobe -a $modules"' && exec /accel/bin/accel-e2e "$@"' accel-e2e \
+        --bin /accel/bin --fixtures /accel/fixtures --transport "$transport" --scratch /var/tmp "$@"
 }
 
 # The tests of single crates whose result depends on the kernel, PACKAGE:TEST.

@@ -71,7 +71,7 @@ pub struct PaxSparse {
     pub map: Vec<u64>,
 }
 
-/// Splits "<length> <key>=<value>\n" records.
+/// Splits `<length> <key>=<value>\n` records.
 pub fn parse_records(mut bytes: &[u8]) -> Result<Vec<Record>, &'static str> {
     const PROBLEM: &str = "a pax record that is none";
     let mut records = Vec::new();
