@@ -370,8 +370,16 @@ fn readers_do_not_notice_killed_workers() {
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
+            // A worker is killed once it has read something: on a slow machine one
+            // that dies as soon as it starts would never get anywhere.
+            let mut reads = 0;
             while !over.load(Relaxed) {
-                if let Some(pid) = node.status()["source"]["worker"].as_i64() {
+                let source = &node.status()["source"];
+                let now = source["reads"].as_u64().unwrap();
+                if let Some(pid) = source["worker"].as_i64()
+                    && now > reads
+                {
+                    reads = now;
                     let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
                     // It may have been replaced meanwhile.
                     let _ = kill_process(pid, Signal::KILL);
@@ -385,6 +393,8 @@ fn readers_do_not_notice_killed_workers() {
         }
         over.store(true, Relaxed);
     });
+    let workers = node.status()["source"]["workers"].as_u64().unwrap();
+    assert!(workers > 1, "no worker was killed");
     node.ask(&["unmount", &root]);
     node.stop();
 }
