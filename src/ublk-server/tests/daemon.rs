@@ -370,16 +370,16 @@ fn readers_do_not_notice_killed_workers() {
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            // A worker is killed once it has read something: on a slow machine one
-            // that dies as soon as it starts would never get anywhere.
-            let mut reads = 0;
-            while !over.load(Relaxed) {
+            // A worker is killed once it has read something, and not more than 20
+            // are: on a slow machine the reader would hardly get anywhere.
+            let (mut reads, mut kills) = (0, 0);
+            while !over.load(Relaxed) && kills < 20 {
                 let source = &node.status()["source"];
                 let now = source["reads"].as_u64().unwrap();
                 if let Some(pid) = source["worker"].as_i64()
                     && now > reads
                 {
-                    reads = now;
+                    (reads, kills) = (now, kills + 1);
                     let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
                     // It may have been replaced meanwhile.
                     let _ = kill_process(pid, Signal::KILL);
