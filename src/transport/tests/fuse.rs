@@ -211,10 +211,15 @@ fn a_removed_export_ends_its_connection_even_with_reads_under_way() {
     assert!(transport.is_connected(id).unwrap());
     transport.remove(id).unwrap();
     assert!(waiting.join().unwrap().is_err());
+    // ENOTCONN once the connection has ended. A file opened just before that reads through the page
+    // cache, which tells of the end as EIO on kernels that fill it through iomap.
     let error = File::open(&mounted.path).and_then(|file| read_at(&file, 0, 4096));
-    assert_eq!(
-        error.unwrap_err().raw_os_error(),
-        Some(rustix::io::Errno::NOTCONN.raw_os_error())
+    let errno = error.unwrap_err().raw_os_error();
+    assert!(
+        [rustix::io::Errno::NOTCONN, rustix::io::Errno::IO]
+            .map(|errno| Some(errno.raw_os_error()))
+            .contains(&errno),
+        "{errno:?}"
     );
     assert!(transport.remove(id).is_err());
     unmount_file(&mounted.path).unwrap();
