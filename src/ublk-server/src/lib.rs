@@ -19,13 +19,10 @@ pub mod client;
 pub mod devices;
 pub mod engine;
 pub mod journal;
-pub mod lock;
-pub mod mountinfo;
 pub mod namespace;
-pub mod paths;
-pub mod protocol;
 pub mod registry;
 pub mod serve;
 pub mod size;
 mod sys;
-pub mod wire;
+
+pub use accel_client::{lock, mountinfo, paths, protocol, wire};

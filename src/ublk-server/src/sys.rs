@@ -1,104 +1,11 @@
 //! System calls for which no safe wrapper exists: the crate's only unsafe code.
 #![allow(unsafe_code)]
 
-use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, Setter};
 use rustix::thread::UnshareFlags;
-use std::ffi::c_void;
-use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
 
 /// Gives this thread, and those it starts, a mount namespace of its own.
 pub(crate) fn unshare_mounts() -> rustix::io::Result<()> {
     // SAFETY: NEWNS separates mounts, root and working directory of this thread
     // from others; it takes no descriptor or memory away from anyone.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }
-}
-
-const LOOP_CONFIGURE: Opcode = 0x4C0A;
-const LOOP_CTL_GET_FREE: Opcode = 0x4C82;
-const LO_FLAGS_READ_ONLY: u32 = 1;
-const LO_FLAGS_AUTOCLEAR: u32 = 4;
-
-/// `struct loop_config` of `linux/loop.h`, with its `struct loop_info64`.
-#[repr(C)]
-struct LoopConfig {
-    fd: u32,
-    block_size: u32,
-    /// lo_device, lo_inode, lo_rdevice, lo_offset, lo_sizelimit
-    places: [u64; 5],
-    number: u32,
-    encrypt_type: u32,
-    encrypt_key_size: u32,
-    flags: u32,
-    file_name: [u8; 64],
-    crypt_name: [u8; 64],
-    encrypt_key: [u8; 32],
-    init: [u64; 2],
-    reserved: [u64; 8],
-}
-
-const _: () = assert!(size_of::<LoopConfig>() == 304);
-
-/// LOOP_CTL_GET_FREE: the answer is the call's result.
-struct GetFree;
-
-// SAFETY: the command takes no argument and writes no memory; its result is a
-// number.
-unsafe impl Ioctl for GetFree {
-    type Output = i32;
-    const IS_MUTATING: bool = false;
-
-    fn opcode(&self) -> Opcode {
-        LOOP_CTL_GET_FREE
-    }
-
-    fn as_ptr(&mut self) -> *mut c_void {
-        std::ptr::null_mut()
-    }
-
-    unsafe fn output_from_ptr(out: IoctlOutput, _: *mut c_void) -> rustix::io::Result<i32> {
-        Ok(out)
-    }
-}
-
-/// A read-only loop device over `file` that goes away with its last user. Keep
-/// the returned file open until the device is mounted.
-pub(crate) fn loop_device(file: &Path) -> io::Result<(PathBuf, File)> {
-    let backing = File::open(file)?;
-    let control = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/loop-control")?;
-    loop {
-        // SAFETY: `GetFree` describes the command as linux/loop.h does.
-        let number = unsafe { rustix::ioctl::ioctl(&control, GetFree) }?;
-        let path = PathBuf::from(format!("/dev/loop{number}"));
-        let device = File::open(&path)?;
-        let config = LoopConfig {
-            fd: u32::try_from(backing.as_raw_fd()).map_err(io::Error::other)?,
-            block_size: 0,
-            places: [0; 5],
-            number: 0,
-            encrypt_type: 0,
-            encrypt_key_size: 0,
-            flags: LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR,
-            file_name: [0; 64],
-            crypt_name: [0; 64],
-            encrypt_key: [0; 32],
-            init: [0; 2],
-            reserved: [0; 8],
-        };
-        // SAFETY: LOOP_CONFIGURE reads one `struct loop_config`, which
-        // `LoopConfig` is, field by field.
-        let setter = unsafe { Setter::<LOOP_CONFIGURE, LoopConfig>::new(config) };
-        // SAFETY: as above; the command keeps no pointer.
-        match unsafe { rustix::ioctl::ioctl(&device, setter) } {
-            Ok(()) => return Ok((path, device)),
-            // Another was faster with this number.
-            Err(rustix::io::Errno::BUSY) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
 }

@@ -5,15 +5,15 @@
 
 mod mount;
 mod show;
-mod system;
 
 pub use mount::{mount, unmount};
 pub use show::{list, status};
 
 use crate::lock::Lock;
 use crate::paths::Paths;
-use crate::protocol::{Attached, AttachedLayer, Command, Detached, DeviceView, Ended, Holder};
+use crate::protocol::{Attached, Command, Holder};
 use crate::wire;
+use accel_client::exports::{device, release};
 use accel_ufs::resolve::{ImageName, canonical};
 use anyhow::{Context, Result, bail};
 use std::os::unix::net::UnixStream;
@@ -80,33 +80,4 @@ pub fn detach(paths: &Paths, image: &str) -> Result<()> {
         bail!("{image} is not attached at {}", paths.socket.display());
     }
     Ok(())
-}
-
-/// Tells the daemon that a holder is gone, and unmounts the FUSE files that
-/// nobody needs any more. False if the daemon did not know the holder.
-fn release(paths: &Paths, holder: Holder) -> Result<bool> {
-    let command = Command::Detach { holder };
-    let detached: Detached = wire::ask(&paths.socket, &command, None)?;
-    for Ended { root, device } in detached.ended {
-        if matches!(device, DeviceView::Fuse { .. }) {
-            system::unmount_file(&paths.export(root))?;
-        }
-    }
-    Ok(detached.known)
-}
-
-/// Where a layer's bytes are: a block device, or a file on FUSE, which is
-/// mounted here if need be.
-fn device(paths: &Paths, layer: &AttachedLayer) -> Result<PathBuf> {
-    match &layer.device {
-        DeviceView::Ublk { path } => Ok(path.clone()),
-        DeviceView::Fuse { served } => {
-            let path = paths.export(layer.root);
-            if !served {
-                system::serve_file(&paths.socket, layer.root, &path)
-                    .with_context(|| format!("cannot mount the FUSE file of {}", layer.name))?;
-            }
-            Ok(path)
-        }
-    }
 }

@@ -10,12 +10,13 @@
 //! `unmount` can take back whatever a client that died had done. Both are the
 //! same procedure: a failed mount is undone by an unmount.
 
-use super::system::{self, Overlay};
-use super::{check_daemon, device, image_name, lock, release};
+use super::{check_daemon, image_name, lock};
 use crate::lock::Lock;
 use crate::paths::Paths;
 use crate::protocol::{Attached, Command, Holder};
 use crate::wire;
+use accel_client::exports::{device, release};
+use accel_client::system::{self, Overlay};
 use accel_ufs::index::Root;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};

@@ -1,8 +1,8 @@
-//! What the client does to the kernel: EROFS, overlay and FUSE mounts.
+//! What a client does to the kernel: EROFS, overlay and FUSE mounts.
 
+use crate::loop_device::loop_device;
 use crate::mountinfo;
 use crate::protocol::Command;
-use crate::sys;
 use crate::wire;
 use accel_transport::fuse;
 use accel_ufs::index::Root;
@@ -30,7 +30,7 @@ const OPTIONS: usize = 4000;
 
 /// Mounts a layer's device, or file, at `point`, which is made; nothing happens
 /// if it is there already.
-pub(super) fn mount_layer(device: &Path, point: &Path, uuid: Uuid) -> Result<()> {
+pub fn mount_layer(device: &Path, point: &Path, uuid: Uuid) -> Result<()> {
     if is_mounted(point, "erofs")? {
         return Ok(());
     }
@@ -40,7 +40,7 @@ pub(super) fn mount_layer(device: &Path, point: &Path, uuid: Uuid) -> Result<()>
         Ok(()) => {}
         // Before 6.12 EROFS wants a block device.
         Err(Errno::NOTBLK) => {
-            let (path, _held) = sys::loop_device(device)
+            let (path, _held) = loop_device(device)
                 .with_context(|| format!("cannot make a loop device of {}", device.display()))?;
             mount_erofs(&path, point).with_context(failed)?;
         }
@@ -67,7 +67,7 @@ fn mount_erofs(device: &Path, point: &Path) -> rustix::io::Result<()> {
 
 /// The directories of an overlay.
 #[derive(Debug)]
-pub(super) struct Overlay<'a> {
+pub struct Overlay<'a> {
     /// Lower directories by name in `base`, topmost first.
     pub lower: Vec<OsString>,
     /// Where the lower directories are.
@@ -77,7 +77,7 @@ pub(super) struct Overlay<'a> {
 }
 
 /// Mounts an overlay. Device nodes do not work in it: they come from an image.
-pub(super) fn mount_overlay(overlay: &Overlay<'_>, point: &Path) -> Result<()> {
+pub fn mount_overlay(overlay: &Overlay<'_>, point: &Path) -> Result<()> {
     // Short relative names keep the option string short.
     rustix::process::chdir(overlay.base)
         .with_context(|| format!("cannot enter {}", overlay.base.display()))?;
@@ -154,7 +154,7 @@ fn mount_by_parts(overlay: &Overlay<'_>, point: &Path) -> Result<()> {
 }
 
 /// Whether the topmost mount at `point` is of this kind.
-pub(super) fn is_mounted(point: &Path, kind: &str) -> Result<bool> {
+pub fn is_mounted(point: &Path, kind: &str) -> Result<bool> {
     let point = match point.canonicalize() {
         Ok(point) => point,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -166,13 +166,13 @@ pub(super) fn is_mounted(point: &Path, kind: &str) -> Result<bool> {
 }
 
 /// Whether anything is mounted at `point`.
-pub(super) fn is_mount_point(point: &Path) -> Result<bool> {
+pub fn is_mount_point(point: &Path) -> Result<bool> {
     let kinds = mountinfo::kinds_at(point).context("cannot read the list of mounts")?;
     Ok(!kinds.is_empty())
 }
 
 /// Unmounts what is at `point`, if anything is.
-pub(super) fn unmount_point(point: &Path) -> Result<()> {
+pub fn unmount_point(point: &Path) -> Result<()> {
     let since = Instant::now();
     loop {
         match rustix::mount::unmount(point, UnmountFlags::NOFOLLOW) {
@@ -191,7 +191,7 @@ pub(super) fn unmount_point(point: &Path) -> Result<()> {
 }
 
 /// Unmounts `point` and removes the directory.
-pub(super) fn unmount_directory(point: &Path) -> Result<()> {
+pub fn unmount_directory(point: &Path) -> Result<()> {
     unmount_point(point)?;
     match fs::remove_dir(point) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -202,7 +202,7 @@ pub(super) fn unmount_directory(point: &Path) -> Result<()> {
 }
 
 /// Unmounts the FUSE file at `path` and removes its mount point.
-pub(super) fn unmount_file(path: &Path) -> Result<()> {
+pub fn unmount_file(path: &Path) -> Result<()> {
     unmount_point(path)?;
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -213,7 +213,7 @@ pub(super) fn unmount_file(path: &Path) -> Result<()> {
 }
 
 /// Mounts a FUSE file for a layer and gives its connection to the daemon.
-pub(super) fn serve_file(socket: &Path, root: Root, path: &Path) -> Result<()> {
+pub fn serve_file(socket: &Path, root: Root, path: &Path) -> Result<()> {
     // One that an earlier daemon left is dead.
     unmount_file(path)?;
     if let Some(directory) = path.parent() {

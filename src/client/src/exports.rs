@@ -1,0 +1,36 @@
+//! From an export of the daemon to something that can be mounted, and back.
+
+use crate::paths::Paths;
+use crate::protocol::{AttachedLayer, Command, Detached, DeviceView, Ended, Holder};
+use crate::{system, wire};
+use anyhow::{Context, Result};
+use std::path::PathBuf;
+
+/// Where a layer's bytes are: a block device, or a file on FUSE, which is
+/// mounted here if need be.
+pub fn device(paths: &Paths, layer: &AttachedLayer) -> Result<PathBuf> {
+    match &layer.device {
+        DeviceView::Ublk { path } => Ok(path.clone()),
+        DeviceView::Fuse { served } => {
+            let path = paths.export(layer.root);
+            if !served {
+                system::serve_file(&paths.socket, layer.root, &path)
+                    .with_context(|| format!("cannot mount the FUSE file of {}", layer.name))?;
+            }
+            Ok(path)
+        }
+    }
+}
+
+/// Tells the daemon that a holder is gone, and unmounts the FUSE files that
+/// nobody needs any more. False if the daemon did not know the holder.
+pub fn release(paths: &Paths, holder: Holder) -> Result<bool> {
+    let command = Command::Detach { holder };
+    let detached: Detached = wire::ask(&paths.socket, &command, None)?;
+    for Ended { root, device } in detached.ended {
+        if matches!(device, DeviceView::Fuse { .. }) {
+            system::unmount_file(&paths.export(root))?;
+        }
+    }
+    Ok(detached.known)
+}
