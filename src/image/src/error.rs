@@ -60,6 +60,9 @@ pub enum ImageError {
         /// Why it was not had, and what to do.
         why: String,
     },
+    /// Nothing is wanted any more; see [`Image::stop`](crate::Image::stop).
+    #[error("the download was given up")]
+    Stopped,
     /// Bytes that are not those the digest promises.
     #[error("{what} is damaged: its digest is {found}, expected {expected}")]
     Digest {

@@ -66,14 +66,16 @@ pub struct Layer {
     pub size: u64,
 }
 
-/// Where manifests and blobs come from.
-pub(crate) trait Origin: Send {
+/// Where manifests and blobs come from, several at a time.
+pub(crate) trait Origin: Send + Sync {
     /// What the source names.
     fn start(&self) -> Result<Start, ImageError>;
     /// A manifest or index that an index led to; not yet verified.
     fn manifest(&self, pointer: &Pointer) -> Result<Vec<u8>, ImageError>;
     /// A blob, to be read to its end; not verified.
     fn blob(&self, what: &str, pointer: &Pointer) -> Result<Box<dyn Read + Send>, ImageError>;
+    /// Ends what waits for something far away; see [`Image::stop`].
+    fn stop(&self) {}
 }
 
 /// What a source names.
@@ -229,6 +231,12 @@ impl Image {
         };
         let what = format!("the layer {}", layer.digest);
         self.origin.blob(&what, &pointer)
+    }
+
+    /// Ends every download at once, whatever it waits for: its reader gets an
+    /// error. For a user who gave up, or for one layer that failed.
+    pub fn stop(&self) {
+        self.origin.stop();
     }
 }
 

@@ -15,16 +15,19 @@ use crate::manifest::{ACCEPTED, Pointer};
 use accel_oci::{RegistryReference, Version};
 use docker_credential::{CredentialRetrievalError, DockerCredential};
 use futures_util::StreamExt;
+use futures_util::future::{self, Either};
 use futures_util::stream::BoxStream;
 use oci_client::client::{BlobResponse, ClientConfig, ClientProtocol};
 use oci_client::errors::{OciDistributionError, OciErrorCode};
 use oci_client::secrets::RegistryAuth;
 use oci_client::{Client, Reference, RegistryOperation};
+use std::future::Future;
 use std::io::{self, Read};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Runtime;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 /// Pieces of a blob between network and reader; each is some tens of KiB.
 const PIECES: usize = 64;
@@ -39,6 +42,8 @@ pub(crate) struct Registry {
     runtime: Runtime,
     connection: Arc<Connection>,
     source: RegistryReference,
+    /// Becomes true when nothing is wanted any more.
+    stop: watch::Sender<bool>,
 }
 
 /// What a download needs.
@@ -87,6 +92,7 @@ impl Registry {
                 plain_http,
             }),
             source: source.clone(),
+            stop: watch::channel(false).0,
         };
         opened.log_in()?;
         Ok(opened)
@@ -165,15 +171,45 @@ impl Origin for Registry {
             offset: 0,
         };
         // The first request here, so that a missing blob is an error at once.
-        let stream = self.runtime.block_on(download.request());
-        let stream = stream.map_err(|error| download.connection.error(what, &error))?;
+        let stop = self.stop.subscribe();
+        let stream = self
+            .runtime
+            .block_on(unless_stopped(stop.clone(), download.request()));
+        let stream = match stream {
+            Some(Ok(stream)) => stream,
+            Some(Err(error)) => return Err(download.connection.error(what, &error)),
+            None => return Err(ImageError::Stopped),
+        };
         let (sender, pieces) = mpsc::channel(PIECES);
-        self.runtime.spawn(download.run(stream, sender));
+        self.runtime.spawn(async move {
+            let stopped = sender.clone();
+            let done = unless_stopped(stop, download.run(stream, sender)).await;
+            if done.is_none() {
+                // Nobody reads what is in front of it if there is no room.
+                let _ = stopped.try_send(Err(io::Error::other(ImageError::Stopped)));
+            }
+        });
         Ok(Box::new(Blob {
             pieces,
             piece: Piece::default(),
             used: 0,
         }))
+    }
+
+    fn stop(&self) {
+        self.stop.send_replace(true);
+    }
+}
+
+/// What `work` gives, or `None` as soon as `stop` is true.
+async fn unless_stopped<T>(
+    mut stop: watch::Receiver<bool>,
+    work: impl Future<Output = T>,
+) -> Option<T> {
+    let stopped = pin!(stop.wait_for(|stop| *stop));
+    match future::select(stopped, pin!(work)).await {
+        Either::Left(_) => None,
+        Either::Right((done, _)) => Some(done),
     }
 }
 

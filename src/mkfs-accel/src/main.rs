@@ -2,7 +2,10 @@
 
 mod commands;
 mod interrupt;
+mod jobs;
+mod layers;
 mod output;
+mod progress;
 mod published;
 mod sink;
 

@@ -1,8 +1,8 @@
 //! What people read: sizes, times, lines.
 
 use std::fmt;
-use std::io::{self, IsTerminal, Read, Write};
-use std::time::{Duration, Instant};
+use std::io;
+use std::time::Duration;
 
 /// Writes a line to standard output; unlike `println!`, a reader that went away
 /// is an error and no panic.
@@ -43,57 +43,6 @@ pub struct Seconds(pub Duration);
 impl fmt::Display for Seconds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:.1} s", self.0.as_secs_f64())
-    }
-}
-
-/// Passes bytes through and, on a terminal, shows how many came.
-#[derive(Debug)]
-pub struct Progress<R> {
-    inner: R,
-    label: String,
-    total: u64,
-    done: u64,
-    /// When to show it next; `None` if nobody looks.
-    next: Option<Instant>,
-}
-
-const PERIOD: Duration = Duration::from_millis(200);
-
-impl<R> Progress<R> {
-    /// Shows `label` and how many of `total` bytes came, if `show` and stderr is
-    /// a terminal.
-    pub fn new(inner: R, label: String, total: u64, show: bool) -> Self {
-        let visible = show && io::stderr().is_terminal();
-        Self {
-            inner,
-            label,
-            total,
-            done: 0,
-            next: visible.then(|| Instant::now() + PERIOD),
-        }
-    }
-}
-
-impl<R: Read> Read for Progress<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let length = self.inner.read(buffer)?;
-        self.done += length as u64;
-        if let Some(next) = self.next
-            && Instant::now() >= next
-        {
-            let (done, total) = (Bytes(self.done), Bytes(self.total));
-            let _ = write!(io::stderr(), "\r\x1b[K{}: {done} of {total}", self.label);
-            self.next = Some(Instant::now() + PERIOD);
-        }
-        Ok(length)
-    }
-}
-
-impl<R> Drop for Progress<R> {
-    fn drop(&mut self) {
-        if self.next.is_some() {
-            let _ = write!(io::stderr(), "\r\x1b[K");
-        }
     }
 }
 

@@ -178,35 +178,44 @@ fn read_at(
         })
 }
 
-/// The layers below the one that is converted, opened when they are asked for.
-#[derive(Debug)]
+/// The names of an image's layers, which other threads are converting.
+pub trait Names: Sync {
+    /// The name of layer `number` (0 for the lowest), as soon as it is published.
+    ///
+    /// # Errors
+    /// It will not be.
+    fn wait_for(&self, number: usize) -> Result<LayerName, LowerError>;
+}
+
+/// The layers below the one that is converted, waited for and opened when they
+/// are asked for, the nearest first.
 pub struct Below<'a> {
     ufs: &'a Ufs,
+    names: &'a dyn Names,
     /// Lowest first.
-    layers: Vec<(LayerName, Option<ErofsLower<Published>>)>,
+    opened: Vec<Option<ErofsLower<Published>>>,
 }
 
 impl<'a> Below<'a> {
-    /// No layers yet.
-    pub const fn new(ufs: &'a Ufs) -> Self {
+    /// The layers below layer `number` of an image.
+    pub fn new(ufs: &'a Ufs, names: &'a dyn Names, number: usize) -> Self {
         Self {
             ufs,
-            layers: Vec::new(),
+            names,
+            opened: (0..number).map(|_| None).collect(),
         }
-    }
-
-    /// Puts the next layer on top; it is published.
-    pub fn push(&mut self, name: LayerName) {
-        self.layers.push((name, None));
     }
 }
 
 impl LowerLookup for Below<'_> {
     fn directory(&mut self, path: &[&[u8]]) -> Result<LowerDirectory, LowerError> {
-        for (name, opened) in self.layers.iter_mut().rev() {
+        for (number, opened) in self.opened.iter_mut().enumerate().rev() {
             let lower = match opened {
                 Some(lower) => lower,
-                None => opened.insert(ErofsLower::open(Published::open(self.ufs, name)?)?),
+                None => {
+                    let name = self.names.wait_for(number)?;
+                    opened.insert(ErofsLower::open(Published::open(self.ufs, &name)?)?)
+                }
             };
             match lower.directory(path)? {
                 LowerDirectory::Absent => {}

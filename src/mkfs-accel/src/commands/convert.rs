@@ -1,25 +1,20 @@
-//! `mkfs-accel convert`: an image, layer by layer, lowest first.
+//! `mkfs-accel convert`: an image and all of its layers.
 
-use crate::interrupt;
-use crate::output::{Bytes, Progress, Seconds, say};
-use crate::published::Below;
-use crate::sink::{self, Converted};
-use accel_image::{Image, Layer, OpenOptions};
-use accel_layer::{Compression, Expected, LayerOptions};
-use accel_oci::{ChainId, Digest, ImageSource, Platform};
+use crate::layers::{self, Done, Fate};
+use crate::output::{Bytes, Seconds, say};
+use crate::{interrupt, jobs};
+use accel_image::{Image, OpenOptions};
+use accel_oci::{Digest, ImageSource, Platform};
 use accel_ufs::UfsError;
-use accel_ufs::index::{ImageSize, Layout, Root};
-use accel_ufs::names::{self, LayerName};
-use accel_ufs::publish::{Outcome, Publication, Ufs};
-use accel_ufs::record::{
-    self, DigestRecord, ErofsRecord, ImageRecord, LayerRecord, NameRecord, Process,
-};
+use accel_ufs::names;
+use accel_ufs::publish::{Outcome, Ufs};
+use accel_ufs::record::{self, ImageRecord, LayerRecord, NameRecord, Process};
 use accel_ufs::resolve::{ImageName, canonical};
 use anyhow::{bail, ensure};
 use serde::Serialize;
-use std::io::{self, Read, Seek};
+use std::num::NonZeroU16;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -38,21 +33,15 @@ pub struct Arguments {
         help = "Which image of a multi-platform one [default: linux and this machine's architecture]"
     )]
     platform: Option<Platform>,
+    #[arg(
+        long,
+        value_name = "N",
+        help = "How many layers to work on at a time [default: one per processor, as far as memory reaches]"
+    )]
+    jobs: Option<NonZeroU16>,
     /// Print one JSON object instead of lines
     #[arg(long)]
     json: bool,
-}
-
-/// What became of a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-enum Fate {
-    /// It was there before.
-    Present,
-    /// It was read and published.
-    Converted,
-    /// It was read, but another converter had published it meanwhile.
-    Overtaken,
 }
 
 /// What `--json` prints.
@@ -72,11 +61,14 @@ struct LayerReport<'a> {
     record: &'a LayerRecord,
 }
 
-/// A layer that is on UFS now.
-struct Done {
-    fate: Fate,
-    record: LayerRecord,
-    took: Duration,
+impl<'a> LayerReport<'a> {
+    fn new(done: &'a Done) -> Self {
+        Self {
+            fate: done.fate,
+            seconds: done.took.as_secs_f64(),
+            record: &done.record,
+        }
+    }
 }
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
@@ -98,26 +90,10 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         record::MAX_LAYERS,
     );
 
-    let mut below = Below::new(&ufs);
-    let mut parent = None;
-    let mut all = Vec::new();
-    for (number, layer) in (1..).zip(&image.layers) {
-        let work = LayerWork {
-            ufs: &ufs,
-            image: &image,
-            layer,
-            parent,
-            label: format!("layer {number}/{layers} {}", layer.digest),
-            show: !arguments.json,
-        };
-        let done = work.run(&mut below)?;
-        if !arguments.json {
-            say!("{}: {done}", work.label)?;
-        }
-        parent = Some(layer.chain_id);
-        all.push(done);
-    }
-
+    let jobs = arguments
+        .jobs
+        .map_or_else(jobs::default, |jobs| jobs.get().into());
+    let all = layers::convert_all(&ufs, &image, jobs, !arguments.json)?;
     publish_image(&ufs, &source, &image, &all)?;
     let took = started.elapsed();
     if arguments.json {
@@ -125,7 +101,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             source: source.to_string(),
             manifest: image.manifest,
             seconds: took.as_secs_f64(),
-            layers: all.iter().map(Done::report).collect(),
+            layers: all.iter().map(LayerReport::new).collect(),
         };
         say!("{}", serde_json::to_string_pretty(&report)?)?;
         return Ok(());
@@ -139,152 +115,6 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Seconds(took),
     )?;
     Ok(())
-}
-
-impl Done {
-    fn report(&self) -> LayerReport<'_> {
-        LayerReport {
-            fate: self.fate,
-            seconds: self.took.as_secs_f64(),
-            record: &self.record,
-        }
-    }
-}
-
-impl std::fmt::Display for Done {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let erofs = &self.record.erofs;
-        let (from, to) = (Bytes(self.record.size), Bytes(erofs.size.bytes()));
-        match self.fate {
-            Fate::Present => write!(f, "already on UFS ({to})"),
-            Fate::Converted => write!(f, "{from} -> {to} in {}", Seconds(self.took)),
-            Fate::Overtaken => write!(
-                f,
-                "{from} -> {to} in {}, but another converter published it first",
-                Seconds(self.took)
-            ),
-        }
-    }
-}
-
-/// What is known about a layer before it is read.
-struct LayerWork<'a> {
-    ufs: &'a Ufs,
-    image: &'a Image,
-    layer: &'a Layer,
-    parent: Option<ChainId>,
-    label: String,
-    show: bool,
-}
-
-impl LayerWork<'_> {
-    /// Sees to it that the layer is on UFS, and puts it onto `below`.
-    fn run(&self, below: &mut Below<'_>) -> anyhow::Result<Done> {
-        let started = Instant::now();
-        let (diff_id, chain_id) = (self.layer.diff_id, self.layer.chain_id);
-        let (name, fate, root, size) = match self.ufs.find_layer(diff_id, chain_id)? {
-            Some(name) => {
-                let header = self.ufs.index_header(&name)?;
-                (name, Fate::Present, header.root(), header.image_size())
-            }
-            None => self.convert(below)?,
-        };
-        below.push(name);
-        Ok(Done {
-            fate,
-            took: started.elapsed(),
-            record: LayerRecord {
-                diff_id,
-                chain_id,
-                digest: self.layer.digest,
-                media_type: self.layer.media_type.clone(),
-                size: self.layer.size,
-                erofs: ErofsRecord {
-                    path: name.image(),
-                    root,
-                    size,
-                    uuid: name.uuid(),
-                    index_size: Layout::new(size).index_size(),
-                },
-            },
-        })
-    }
-
-    /// Reads the layer and publishes what it becomes.
-    fn convert(&self, below: &mut Below<'_>) -> anyhow::Result<(LayerName, Fate, Root, ImageSize)> {
-        let publication = self.ufs.create("erofs")?;
-        let blob = self.image.open_layer(self.layer)?;
-        let progress = Progress::new(blob, self.label.clone(), self.layer.size, self.show);
-        let options = LayerOptions {
-            compression: Some(Compression::from_media_type(&self.layer.media_type)?),
-            expected: Expected {
-                digest: Some(self.layer.digest),
-                size: Some(self.layer.size),
-                diff_id: Some(self.layer.diff_id),
-            },
-            parent: self.parent,
-            ..LayerOptions::new(self.layer.digest.to_string())
-        };
-        let (file, path) = (publication.file(), publication.path());
-        let Converted {
-            summary,
-            root,
-            index,
-        } = sink::convert_layer(progress, &options, below, file, path)?;
-        let name = match summary.needs_lower {
-            true => LayerName::Chain(self.layer.chain_id),
-            false => LayerName::Layer(self.layer.diff_id),
-        };
-        let size = ImageSize::new(summary.image.size)?;
-        ensure!(
-            summary.uuid.0 == name.uuid().0,
-            "layer {}: the image's UUID does not follow from its name {name}",
-            self.layer.digest,
-        );
-        self.publish_layer(publication, &name, root, &index)
-            .map(|fate| (name, fate, root, size))
-    }
-
-    /// The image first, its index last: the index is the commit.
-    fn publish_layer(
-        &self,
-        publication: Publication,
-        name: &LayerName,
-        root: Root,
-        index: &[u8],
-    ) -> anyhow::Result<Fate> {
-        let image = publication.commit(&name.image())?;
-        if image == Outcome::AlreadyThere {
-            // Of a converter that works on the same layer now, or that died
-            // before it came to its index.
-            let path = self.ufs.path(&name.image());
-            let mut there = std::fs::File::open(&path).map_err(UfsError::io("open", &path))?;
-            let found = hash(&mut there).map_err(UfsError::io("read", &path))?;
-            if found != root {
-                bail!(
-                    "{path:?} is already there, but has the root {found} instead of {root}: it is damaged, or was made by another version of the converter; look at it, then remove it and its index"
-                );
-            }
-        }
-        let outcome = self.ufs.publish(&name.index(), index)?;
-        let digest = DigestRecord {
-            layout: record::LAYOUT,
-            digest: self.layer.digest,
-            diff_id: self.layer.diff_id,
-        };
-        let path = names::by_digest(&self.layer.digest);
-        self.ufs.publish(&path, &digest.to_json())?;
-        Ok(match outcome {
-            Outcome::Published => Fate::Converted,
-            Outcome::AlreadyThere => Fate::Overtaken,
-        })
-    }
-}
-
-fn hash(file: &mut (impl Read + Seek)) -> io::Result<Root> {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(file)?;
-    Ok(Root(*hasher.finalize().as_bytes()))
 }
 
 /// Ties the layers together, and remembers where they came from.

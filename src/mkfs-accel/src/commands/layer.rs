@@ -1,13 +1,15 @@
 //! `mkfs-accel layer`: one tar, without registry or UFS.
 
 use crate::interrupt;
-use crate::output::{Bytes, Progress, Seconds, say};
+use crate::output::{Bytes, Seconds, say};
+use crate::progress::Bars;
 use crate::sink::{self, Converted};
 use accel_layer::{LayerOptions, NoLower};
 use accel_ufs::UfsError;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 #[derive(Debug, clap::Args)]
@@ -32,18 +34,23 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     };
     let image = New::create(&arguments.output)?;
     let index = New::create(&arguments.output.with_extension("idx"))?;
-    let progress = Progress::new(blob, input.display().to_string(), size, size > 0);
+    let bars = Bars::new(true, size);
+    let never = AtomicBool::new(false);
+    let blob = bars
+        .bar(input.display().to_string(), size)
+        .watch(blob, &never);
     let options = LayerOptions::new(input.display().to_string());
     let Converted {
         summary,
         root,
         index: bytes,
-    } = sink::convert_layer(progress, &options, &mut NoLower, &image.file, &image.path)?;
+    } = sink::convert_layer(blob, &options, &mut NoLower, &image.file, &image.path)?;
     (&index.file)
         .write_all(&bytes)
         .map_err(UfsError::io("write", &index.path))?;
     image.keep()?;
     index.keep()?;
+    drop(bars);
     say!("diffID  {}", summary.diff_id)?;
     say!("root    {root}")?;
     say!("UUID    {}", accel_ufs::names::Uuid(summary.uuid.0))?;

@@ -235,8 +235,16 @@ impl Ufs {
 
     #[track_caller]
     pub fn convert(&self, source: &str) -> Value {
-        let output = good(&[&"convert", &source, &"--ufs", &self.path(), &"--json"]);
-        serde_json::from_str(&output).unwrap()
+        self.convert_with(source, &[])
+    }
+
+    #[track_caller]
+    pub fn convert_with(&self, source: &str, more: &[&str]) -> Value {
+        let mut arguments: Vec<&dyn AsRef<OsStr>> = vec![&"convert", &source, &"--json"];
+        let ufs = self.path();
+        arguments.extend([&"--ufs" as &dyn AsRef<OsStr>, &ufs]);
+        arguments.extend(more.iter().map(|one| one as &dyn AsRef<OsStr>));
+        serde_json::from_str(&good(&arguments)).unwrap()
     }
 
     #[track_caller]

@@ -1,0 +1,354 @@
+//! The layers of an image, several at a time.
+//!
+//! Threads take the layers lowest first. A layer waits for another only
+//!
+//! * when it asks for the attributes of a directory below it, for the nearest
+//!   layers one after the other, and
+//! * when it has the same diffID as a lower one: that may already be all of it.
+//!
+//! Both are lower layers, which were taken before it; so the lowest unfinished
+//! layer never waits, and all of them come to their end. What is published does
+//! not depend on the number of threads.
+//!
+//! The first error stops the others where they are. What was published before
+//! stays: the next run goes on from there.
+
+use crate::output::{Bytes, Seconds, say};
+use crate::progress::{Bar, Bars};
+use crate::published::{Below, Names};
+use crate::sink::{self, Converted};
+use accel_image::{Image, Layer};
+use accel_layer::{Compression, Expected, LayerOptions, LowerError};
+use accel_ufs::UfsError;
+use accel_ufs::index::{ImageSize, Layout, Root};
+use accel_ufs::names::{self, LayerName};
+use accel_ufs::publish::{Outcome, Publication, Ufs};
+use accel_ufs::record::{self, DigestRecord, ErofsRecord, LayerRecord};
+use anyhow::{Context, bail, ensure};
+use serde::Serialize;
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// What became of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fate {
+    /// It was there before.
+    Present,
+    /// It was read and published.
+    Converted,
+    /// It was read, but another converter had published it meanwhile.
+    Overtaken,
+}
+
+/// A layer that is on UFS now.
+#[derive(Debug)]
+pub struct Done {
+    /// How it came there.
+    pub fate: Fate,
+    /// What it is.
+    pub record: LayerRecord,
+    /// How long it took.
+    pub took: Duration,
+}
+
+impl std::fmt::Display for Done {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let erofs = &self.record.erofs;
+        let (from, to) = (Bytes(self.record.size), Bytes(erofs.size.bytes()));
+        match self.fate {
+            Fate::Present => write!(f, "already on UFS ({to})"),
+            Fate::Converted => write!(f, "{from} -> {to} in {}", Seconds(self.took)),
+            Fate::Overtaken => write!(
+                f,
+                "{from} -> {to} in {}, but another converter published it first",
+                Seconds(self.took)
+            ),
+        }
+    }
+}
+
+/// Sees to it that every layer of `image` is on UFS, `jobs` at a time. With
+/// `show`, tells of each.
+pub fn convert_all(ufs: &Ufs, image: &Image, jobs: usize, show: bool) -> anyhow::Result<Vec<Done>> {
+    let size = image.layers.iter().map(|layer| layer.size).sum();
+    let work = Work {
+        ufs,
+        image,
+        bars: Bars::new(show, size),
+        show,
+        stop: AtomicBool::new(false),
+        state: Mutex::new(State {
+            next: 0,
+            done: image.layers.iter().map(|_| None).collect(),
+            failed: None,
+        }),
+        changed: Condvar::new(),
+    };
+    thread::scope(|scope| {
+        // The caller's thread is one of them.
+        for _ in 1..jobs.min(image.layers.len()) {
+            scope.spawn(|| work.run());
+        }
+        work.run();
+    });
+    let state = work
+        .state
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner);
+    if let Some(error) = state.failed {
+        return Err(error);
+    }
+    let done: Option<Vec<_>> = state.done.into_iter().collect();
+    done.context("a layer was left out")
+}
+
+/// What the threads share.
+struct Work<'a> {
+    ufs: &'a Ufs,
+    image: &'a Image,
+    bars: Bars,
+    show: bool,
+    /// Set with the first error, for those who only look now and then.
+    stop: AtomicBool,
+    state: Mutex<State>,
+    /// A layer is done, or has failed.
+    changed: Condvar,
+}
+
+struct State {
+    /// The lowest layer that nobody has taken yet.
+    next: usize,
+    /// The layers that are on UFS.
+    done: Vec<Option<Done>>,
+    /// The first error.
+    failed: Option<anyhow::Error>,
+}
+
+/// Another layer has failed.
+#[derive(Debug, thiserror::Error)]
+#[error("another layer failed")]
+struct GivenUp;
+
+impl Work<'_> {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One thread: takes layers until there are no more, or one failed.
+    fn run(&self) {
+        while let Some(number) = self.take() {
+            let guard = Unwinding(self);
+            let result = self.layer(number);
+            std::mem::forget(guard);
+            match result {
+                Ok(done) => self.lock().done[number] = Some(done),
+                Err(error) => self.fail(error),
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    fn take(&self) -> Option<usize> {
+        let mut state = self.lock();
+        if state.failed.is_some() || state.next == state.done.len() {
+            return None;
+        }
+        state.next += 1;
+        Some(state.next - 1)
+    }
+
+    /// Has everything end; the first error is the one that counts.
+    fn fail(&self, error: anyhow::Error) {
+        self.lock().failed.get_or_insert(error);
+        self.stop.store(true, Ordering::Relaxed);
+        self.image.stop();
+        self.changed.notify_all();
+    }
+
+    /// The name of a lower layer, once it is on UFS.
+    fn wait(&self, number: usize) -> Result<LayerName, GivenUp> {
+        let mut state = self.lock();
+        loop {
+            if state.failed.is_some() {
+                return Err(GivenUp);
+            }
+            let done = state.done.get(number).and_then(Option::as_ref);
+            if let Some(name) = done.and_then(|done| done.record.name()) {
+                return Ok(name);
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Sees to it that the layer is on UFS.
+    fn layer(&self, number: usize) -> anyhow::Result<Done> {
+        let layers = &self.image.layers;
+        let layer = &layers[number];
+        // The nearest that is the same: it has waited for those below it.
+        if let Some(same) = (0..number)
+            .rev()
+            .find(|lower| layers[*lower].diff_id == layer.diff_id)
+        {
+            self.wait(same)?;
+        }
+        let started = Instant::now();
+        let (name, fate, root, size) = match self.ufs.find_layer(layer.diff_id, layer.chain_id)? {
+            Some(name) => {
+                let header = self.ufs.index_header(&name)?;
+                self.bars.skip(layer.size);
+                (name, Fate::Present, header.root(), header.image_size())
+            }
+            None => {
+                let label = format!("layer {}/{}", number + 1, layers.len());
+                let bar = self.bars.bar(label, layer.size);
+                self.convert(number, bar)?
+            }
+        };
+        let done = Done {
+            fate,
+            took: started.elapsed(),
+            record: LayerRecord {
+                diff_id: layer.diff_id,
+                chain_id: layer.chain_id,
+                digest: layer.digest,
+                media_type: layer.media_type.clone(),
+                size: layer.size,
+                erofs: ErofsRecord {
+                    path: name.image(),
+                    root,
+                    size,
+                    uuid: name.uuid(),
+                    index_size: Layout::new(size).index_size(),
+                },
+            },
+        };
+        if self.show {
+            let (count, digest) = (layers.len(), layer.digest);
+            self.bars
+                .say(|| say!("layer {}/{count} {digest}: {done}", number + 1))?;
+        }
+        Ok(done)
+    }
+
+    /// Reads the layer and publishes what it becomes.
+    fn convert(
+        &self,
+        number: usize,
+        bar: Bar,
+    ) -> anyhow::Result<(LayerName, Fate, Root, ImageSize)> {
+        let layer = &self.image.layers[number];
+        let publication = self.ufs.create("erofs")?;
+        let blob = self.image.open_layer(layer)?;
+        let options = LayerOptions {
+            compression: compression(&layer.media_type)?,
+            expected: Expected {
+                digest: Some(layer.digest),
+                size: Some(layer.size),
+                diff_id: Some(layer.diff_id),
+            },
+            parent: number
+                .checked_sub(1)
+                .map(|below| self.image.layers[below].chain_id),
+            ..LayerOptions::new(layer.digest.to_string())
+        };
+        let (file, path) = (publication.file(), publication.path());
+        let mut below = Below::new(self.ufs, self, number);
+        let Converted {
+            summary,
+            root,
+            index,
+        } = sink::convert_layer(
+            bar.watch(blob, &self.stop),
+            &options,
+            &mut below,
+            file,
+            path,
+        )?;
+        let name = match summary.needs_lower {
+            true => LayerName::Chain(layer.chain_id),
+            false => LayerName::Layer(layer.diff_id),
+        };
+        let size = ImageSize::new(summary.image.size)?;
+        ensure!(
+            summary.uuid.0 == name.uuid().0,
+            "layer {}: the image's UUID does not follow from its name {name}",
+            layer.digest,
+        );
+        self.publish(layer, publication, &name, root, &index)
+            .map(|fate| (name, fate, root, size))
+    }
+
+    /// The image first, its index last: the index is the commit.
+    fn publish(
+        &self,
+        layer: &Layer,
+        publication: Publication,
+        name: &LayerName,
+        root: Root,
+        index: &[u8],
+    ) -> anyhow::Result<Fate> {
+        let image = publication.commit(&name.image())?;
+        if image == Outcome::AlreadyThere {
+            // Of a converter that works on the same layer now, or that died
+            // before it came to its index.
+            let path = self.ufs.path(&name.image());
+            let mut there = File::open(&path).map_err(UfsError::io("open", &path))?;
+            let found = hash(&mut there).map_err(UfsError::io("read", &path))?;
+            if found != root {
+                bail!(
+                    "{path:?} is already there, but has the root {found} instead of {root}: it is damaged, or was made by another version of the converter; look at it, then remove it and its index"
+                );
+            }
+        }
+        let outcome = self.ufs.publish(&name.index(), index)?;
+        let digest = DigestRecord {
+            layout: record::LAYOUT,
+            digest: layer.digest,
+            diff_id: layer.diff_id,
+        };
+        let path = names::by_digest(&layer.digest);
+        self.ufs.publish(&path, &digest.to_json())?;
+        Ok(match outcome {
+            Outcome::Published => Fate::Converted,
+            Outcome::AlreadyThere => Fate::Overtaken,
+        })
+    }
+}
+
+impl Names for Work<'_> {
+    fn wait_for(&self, number: usize) -> Result<LayerName, LowerError> {
+        Ok(self.wait(number)?)
+    }
+}
+
+/// Lets the other threads go when one panics: the panic goes on when they have
+/// ended.
+struct Unwinding<'a, 'b>(&'a Work<'b>);
+
+impl Drop for Unwinding<'_, '_> {
+    fn drop(&mut self) {
+        self.0.fail(GivenUp.into());
+    }
+}
+
+/// How the blob must be compressed, if that matters. As in containerd, OCI's
+/// plain tar is one, and with every other type the blob's first bytes count.
+fn compression(media_type: &str) -> anyhow::Result<Option<Compression>> {
+    let named = Compression::from_media_type(media_type)?;
+    let plain = named == Compression::None && media_type.contains(".oci.");
+    Ok(plain.then_some(Compression::None))
+}
+
+fn hash(file: &mut (impl Read + Seek)) -> io::Result<Root> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(file)?;
+    Ok(Root(*hasher.finalize().as_bytes()))
+}
