@@ -212,6 +212,7 @@ impl Work<'_> {
                 self.convert(number, bar)?
             }
         };
+        self.note_digest(layer)?;
         let done = Done {
             fate,
             took: started.elapsed(),
@@ -282,15 +283,29 @@ impl Work<'_> {
             "layer {}: the image's UUID does not follow from its name {name}",
             layer.digest,
         );
-        self.publish(layer, publication, &name, root, &index)
-            .map(|fate| (name, fate, root, size))
+        let fate = self.publish(&publication, &name, root, &index)?;
+        Ok((name, fate, root, size))
+    }
+
+    /// Notes the diffID of the layer's blob, also for a converter that ended
+    /// before it came to that.
+    fn note_digest(&self, layer: &Layer) -> Result<(), UfsError> {
+        let path = names::by_digest(&layer.digest);
+        if self.ufs.read_record(&path)?.is_none() {
+            let digest = DigestRecord {
+                layout: record::LAYOUT,
+                digest: layer.digest,
+                diff_id: layer.diff_id,
+            };
+            self.ufs.publish(&path, &digest.to_json())?;
+        }
+        Ok(())
     }
 
     /// The image first, its index last: the index is the commit.
     fn publish(
         &self,
-        layer: &Layer,
-        publication: Publication,
+        publication: &Publication,
         name: &LayerName,
         root: Root,
         index: &[u8],
@@ -309,13 +324,10 @@ impl Work<'_> {
             }
         }
         let outcome = self.ufs.publish(&name.index(), index)?;
-        let digest = DigestRecord {
-            layout: record::LAYOUT,
-            digest: layer.digest,
-            diff_id: layer.diff_id,
-        };
-        let path = names::by_digest(&layer.digest);
-        self.ufs.publish(&path, &digest.to_json())?;
+        if image == Outcome::AlreadyThere {
+            // Before its index was there, gc may have taken it for nobody's.
+            publication.commit(&name.image())?;
+        }
         Ok(match outcome {
             Outcome::Published => Fate::Converted,
             Outcome::AlreadyThere => Fate::Overtaken,

@@ -106,33 +106,6 @@ fn verify_finds_every_kind_of_damage() {
 }
 
 #[test]
-fn gc_removes_what_nobody_works_on() {
-    let ufs = Ufs::new();
-    let tmp = ufs.path().join("tmp");
-    fs::create_dir(&tmp).unwrap();
-    let own = accel_ufs::publish::Owner::this_process().unwrap();
-    let gone = {
-        // A process of this boot that is certainly gone.
-        let mut child = std::process::Command::new("true").spawn().unwrap();
-        child.wait().unwrap();
-        child.id()
-    };
-    let dead = tmp.join(format!("{}.{}.{gone}.00.erofs", own.host, own.boot_id));
-    let alive = tmp.join(format!("{own}.00.erofs"));
-    let foreign = tmp.join(format!("other.{}.1.00.erofs", own.boot_id));
-    for path in [&dead, &alive, &foreign] {
-        fs::write(path, b"x").unwrap();
-    }
-    let text = good(&[&"gc", &"--dry-run", &"--ufs", &ufs.path()]);
-    assert!(text.contains("would remove") && dead.exists(), "{text}");
-    let text = good(&[&"gc", &"--ufs", &ufs.path()]);
-    assert!(text.contains("1 unfinished files removed"), "{text}");
-    assert!(!dead.exists() && alive.exists() && foreign.exists());
-    good(&[&"gc", &"--older-than", &"0", &"--ufs", &ufs.path()]);
-    assert!(alive.exists() && !foreign.exists());
-}
-
-#[test]
 fn help_tells_the_exit_codes() {
     let text = good(&[&"--help"]);
     assert!(

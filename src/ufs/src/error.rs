@@ -23,6 +23,22 @@ pub enum UfsError {
         /// What was given.
         path: PathBuf,
     },
+    /// The UFS path leads elsewhere than when it was opened.
+    #[error(
+        "the UFS directory {path:?} is not the one any more that it was at the start: it was unmounted, removed or mounted over; mount it again, then start anew"
+    )]
+    Vanished {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A temporary file of this process was removed by somebody else.
+    #[error(
+        "the unfinished file {path:?} was removed by somebody else: this process was suspended, or could not reach UFS, for so long that mkfs-accel gc took it for dead; start anew"
+    )]
+    TakenForDead {
+        /// The temporary file.
+        path: PathBuf,
+    },
     /// An operation on a file failed.
     #[error("cannot {doing} {path:?}: {error}{}", hint(.error))]
     Io {

@@ -6,12 +6,14 @@
 //! * [`record`]: image records and the smaller records beside them.
 //! * [`publish`]: how files get their final names: complete, durable, and never
 //!   replacing anything.
+//! * [`lease`]: which processes are at work, so that what the others left can go.
 //! * [`resolve`]: from what a user calls an image to its record.
 //!
 //! The bytes and names are specified in `ARCHITECTURE.md`, "Formats"; this is
 //! layout 1.
 
 pub mod index;
+pub mod lease;
 pub mod names;
 pub mod publish;
 pub mod record;

@@ -12,6 +12,8 @@ use std::str::FromStr;
 
 /// Where unfinished files live; nothing refers to them.
 pub const TMP: &str = "tmp";
+/// Where processes say that they are at work.
+pub const LEASES: &str = "leases";
 /// Where image records live.
 pub const IMAGES: &str = "images";
 /// Where sources are remembered.

@@ -9,12 +9,13 @@
 //! Converters do not wait for each other. If the final name is taken when a
 //! converter gets there, another was faster, and its bytes are the same.
 //!
-//! Temporaries are called `<host>.<boot id>.<pid>.<random>.<what>`, so that
-//! [`Ufs::temporaries`] can say which process each belongs to.
+//! Temporaries are called `<lease>.<number>.<what>`, after the [`lease`](crate::lease)
+//! of the process that makes them, so that [`Ufs::temporaries`] can say whose each is.
 
 use crate::error::UfsError;
 use crate::index::{Header, Page};
-use crate::names::{self, LayerName, Nanoseconds, RelPath, TMP};
+use crate::lease::{FoundLease, Lease, Owner};
+use crate::names::{self, LEASES, LayerName, Nanoseconds, RelPath, TMP};
 use crate::record::{MAX_RECORD, RecordError};
 use accel_oci::{ChainId, DiffId, ImageSource};
 use std::collections::HashSet;
@@ -32,15 +33,26 @@ use std::time::{SystemTime, UNIX_EPOCH};
 #[derive(Debug, Clone)]
 pub struct Ufs {
     root: PathBuf,
-    /// `<host>.<boot id>.<pid>` of this process.
-    owner: Arc<str>,
-    open: Arc<Mutex<Open>>,
+    shared: Arc<Shared>,
+}
+
+/// What all clones of a [`Ufs`] have in common.
+#[derive(Debug)]
+struct Shared {
+    owner: Owner,
+    /// Device and inode of the UFS directory.
+    identity: (u64, u64),
+    open: Mutex<Open>,
 }
 
 /// Temporaries that this process has.
 #[derive(Debug, Default)]
 struct Open {
     paths: HashSet<PathBuf>,
+    /// How many there ever were.
+    made: u64,
+    /// From the first temporary on.
+    lease: Option<Lease>,
     closed: bool,
 }
 
@@ -57,18 +69,21 @@ impl Ufs {
     /// Opens the UFS directory at `root`, which must exist.
     pub fn open(root: &Path) -> Result<Self, UfsError> {
         let path = root.to_owned();
-        match fs::metadata(root) {
-            Ok(found) if found.is_dir() => {}
+        let found = match fs::metadata(root) {
+            Ok(found) if found.is_dir() => found,
             Ok(_) => return Err(UfsError::NotADirectory { path }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(UfsError::Missing { path });
             }
             Err(error) => return Err(UfsError::io("open", root)(error)),
-        }
+        };
         Ok(Self {
             root: fs::canonicalize(root).map_err(UfsError::io("open", root))?,
-            owner: Owner::this_process()?.to_string().into(),
-            open: Arc::default(),
+            shared: Arc::new(Shared {
+                owner: Owner::new()?,
+                identity: (found.dev(), found.ino()),
+                open: Mutex::default(),
+            }),
         })
     }
 
@@ -137,15 +152,15 @@ impl Ufs {
 
     /// Starts a file. `what` ends its temporary name, for people who look.
     pub fn create(&self, what: &str) -> Result<Publication, UfsError> {
+        self.check_there()?;
         let directory = self.root.join(TMP);
         make_directory(&directory)?;
         // The lock is held over the creation: remove_temporaries() then either
         // sees the file or prevents it.
         let mut open = self.lock();
-        if open.closed {
-            return Err(UfsError::Interrupted);
-        }
-        let path = directory.join(format!("{}.{}.{what}", self.owner, random()?));
+        self.hold_lease(&mut open)?;
+        open.made += 1;
+        let path = directory.join(format!("{}.{}.{what}", self.shared.owner, open.made));
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -160,6 +175,60 @@ impl Ufs {
             file,
             path,
         })
+    }
+
+    /// Takes the lease if this process does not have it yet.
+    fn hold_lease<'a>(&self, open: &'a mut Open) -> Result<&'a Lease, UfsError> {
+        if open.closed {
+            return Err(UfsError::Interrupted);
+        }
+        let lease = match open.lease.take() {
+            Some(lease) => lease,
+            None => {
+                let directory = self.root.join(LEASES);
+                make_directory(&directory)?;
+                Lease::take(&directory, &self.shared.owner)?
+            }
+        };
+        Ok(open.lease.insert(lease))
+    }
+
+    /// Whether the path still leads to the directory that was opened: without
+    /// this, a file system that was unmounted meanwhile would go on as a directory
+    /// of the local disk.
+    fn check_there(&self) -> Result<(), UfsError> {
+        let vanished = || UfsError::Vanished {
+            path: self.root.clone(),
+        };
+        match fs::metadata(&self.root) {
+            Ok(found) if (found.dev(), found.ino()) == self.shared.identity => Ok(()),
+            Ok(_) => Err(vanished()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(vanished()),
+            Err(error) => Err(UfsError::io("look at", &self.root)(error)),
+        }
+    }
+
+    /// What time it is on the file system. Takes this process's lease.
+    pub fn clock(&self) -> Result<SystemTime, UfsError> {
+        self.check_there()?;
+        self.hold_lease(&mut self.lock())?.renew()
+    }
+
+    /// Who holds this process's lease.
+    pub fn owner(&self) -> &Owner {
+        &self.shared.owner
+    }
+
+    /// The leases on UFS, of whatever process. Whoever wants to know which
+    /// temporaries are alive lists those first.
+    pub fn leases(&self) -> Result<Vec<FoundLease>, UfsError> {
+        let names = self.list_path(&self.root.join(LEASES))?;
+        let mut found: Vec<_> = names
+            .iter()
+            .map(|name| FoundLease::new(&self.root, name))
+            .collect();
+        found.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok(found)
     }
 
     /// Publishes a small file: a record, or an index.
@@ -237,9 +306,35 @@ impl Ufs {
         Ok(found)
     }
 
-    /// Unlinks every temporary of this process and lets it make no more. For a
-    /// signal's sake: the process is to exit right after.
+    /// Unlinks every temporary of this process, gives up its lease and lets it
+    /// make no more. For a signal's sake: the process is to exit right after.
     pub fn remove_temporaries(&self) {
+        self.shared.close();
+    }
+
+    /// Does [`Ufs::remove_temporaries`] when it is called, if there still is
+    /// anything of this UFS then; does not keep its lease.
+    pub fn closer(&self) -> impl Fn() + Send + 'static + use<> {
+        let shared = Arc::downgrade(&self.shared);
+        move || {
+            if let Some(shared) = shared.upgrade() {
+                shared.close();
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Open> {
+        self.shared.lock()
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Open> {
+        // The set stays usable whatever a thread that held it did.
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn close(&self) {
         let mut open = self.lock();
         open.closed = true;
         for path in open.paths.drain() {
@@ -247,21 +342,13 @@ impl Ufs {
                 tracing::warn!(?path, %error, "cannot remove a temporary file");
             }
         }
-    }
-
-    /// Whether [`Ufs::remove_temporaries`] was called.
-    pub fn is_interrupted(&self) -> bool {
-        self.lock().closed
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Open> {
-        // The set stays usable whatever a thread that held it did.
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+        // After the temporaries: whoever finds one finds its lease too.
+        open.lease = None;
     }
 }
 
-/// A file on its way to its final name. Dropped before [`Publication::commit`],
-/// it is gone.
+/// A file on its way to its final name. Dropped, what is left of it is what
+/// [`Publication::commit`] made.
 #[derive(Debug)]
 pub struct Publication {
     ufs: Ufs,
@@ -286,9 +373,11 @@ impl Publication {
         UfsError::io(doing, &self.path)
     }
 
-    /// Makes the file durable and gives it its final name.
-    pub fn commit(self, name: &RelPath) -> Result<Outcome, UfsError> {
+    /// Makes the file durable and gives it its final name. The temporary name
+    /// stays until the value is dropped.
+    pub fn commit(&self, name: &RelPath) -> Result<Outcome, UfsError> {
         self.file.sync_all().map_err(self.error("sync"))?;
+        self.ufs.check_there()?;
         let path = self.ufs.path(name);
         let directory = path.parent().unwrap_or(&self.ufs.root);
         make_directories(&self.ufs.root, directory)?;
@@ -302,6 +391,11 @@ impl Publication {
         let outcome = match linked {
             Ok(()) => Outcome::Published,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => self.compare(&path)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !self.path.exists() => {
+                return Err(UfsError::TakenForDead {
+                    path: self.path.clone(),
+                });
+            }
             Err(error) => return Err(UfsError::io("publish", &path)(error)),
         };
         // Also if another made the link: it may not have come to this yet, and
@@ -352,61 +446,6 @@ pub struct Temporary {
     pub size: u64,
     /// When it was written to last, by the clock of the file system.
     pub modified: Option<SystemTime>,
-}
-
-/// Which process made a temporary.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Owner {
-    /// The host's name, with `-` for what is not a letter, a digit or `-`.
-    pub host: String,
-    /// The host's boot.
-    pub boot_id: String,
-    /// The process, in its own pid namespace.
-    pub pid: u32,
-}
-
-impl Owner {
-    /// This process.
-    pub fn this_process() -> Result<Self, UfsError> {
-        let read = |path: &str| {
-            let text = fs::read_to_string(path).map_err(UfsError::io("read", Path::new(path)))?;
-            let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
-            Ok(text.trim().chars().map(plain).collect::<String>())
-        };
-        Ok(Self {
-            host: read("/proc/sys/kernel/hostname")?,
-            boot_id: read("/proc/sys/kernel/random/boot_id")?,
-            pid: std::process::id(),
-        })
-    }
-
-    fn of_file(name: &str) -> Option<Self> {
-        let mut parts = name.splitn(5, '.');
-        let mut part = || parts.next().filter(|part| !part.is_empty());
-        let owner = Self {
-            host: part()?.to_owned(),
-            boot_id: part()?.to_owned(),
-            pid: part()?.parse().ok()?,
-        };
-        part()?;
-        part()?;
-        Some(owner)
-    }
-}
-
-impl std::fmt::Display for Owner {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}.{}.{}", self.host, self.boot_id, self.pid)
-    }
-}
-
-fn random() -> Result<String, UfsError> {
-    let path = Path::new("/dev/urandom");
-    let mut bytes = [0; 8];
-    File::open(path)
-        .and_then(|mut file| file.read_exact(&mut bytes))
-        .map_err(UfsError::io("read", path))?;
-    Ok(crate::hex::encode(&bytes))
 }
 
 fn now() -> Nanoseconds {

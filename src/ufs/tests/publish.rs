@@ -3,8 +3,9 @@
 use accel_oci::{ChainId, DiffId, Digest, ImageSource, Platform};
 use accel_ufs::UfsError;
 use accel_ufs::index::{ByteRange, ChunkNo, IndexBuilder};
+use accel_ufs::lease::{self, FoundLease, Sign};
 use accel_ufs::names::{self, LayerName, Nanoseconds, RelPath};
-use accel_ufs::publish::{Outcome, Owner, Ufs};
+use accel_ufs::publish::{Outcome, Ufs};
 use accel_ufs::record::{ImageRecord, NameRecord, Process};
 use accel_ufs::resolve::{ImageName, canonical};
 use std::fs;
@@ -60,6 +61,7 @@ fn a_published_file_is_whole_and_its_temporary_is_gone() {
     assert!(!ufs.path(&name).exists());
     assert_eq!(temporaries(directory.path()), 1);
     assert_eq!(publication.commit(&name).unwrap(), Outcome::Published);
+    drop(publication);
     assert_eq!(fs::read(ufs.path(&name)).unwrap(), b"bytes");
     assert_eq!(temporaries(directory.path()), 0);
 }
@@ -98,19 +100,83 @@ fn what_is_not_committed_is_gone() {
 }
 
 #[test]
-fn a_temporary_names_the_process_that_makes_it() {
+fn a_temporary_names_the_lease_of_its_maker() {
     let (directory, ufs) = ufs();
+    assert!(ufs.leases().unwrap().is_empty());
     let open = ufs.create("a.b.erofs").unwrap();
     let stranger = directory.path().join("tmp/stranger");
     fs::write(&stranger, b"").unwrap();
     let found = ufs.temporaries().unwrap();
     let ours = found.iter().find(|t| t.path == open.path()).unwrap();
-    assert_eq!(ours.owner, Some(Owner::this_process().unwrap()));
+    assert_eq!(ours.owner.as_ref(), Some(ufs.owner()));
     assert!(
         found
             .iter()
             .any(|t| t.path == stranger && t.owner.is_none())
     );
+    let [lease] = &ufs.leases().unwrap()[..] else {
+        panic!("not one lease");
+    };
+    assert_eq!(lease.owner.as_ref(), Some(ufs.owner()));
+    assert_eq!(lease.look().unwrap(), Some(Sign::Held));
+    // The next in the same process has another lease.
+    let other = Ufs::open(directory.path()).unwrap();
+    let _open = other.create("x").unwrap();
+    assert_eq!(ufs.leases().unwrap().len(), 2);
+    drop((open, ufs));
+    assert_eq!(other.leases().unwrap().len(), 1);
+    assert_eq!(lease.look().unwrap(), None);
+}
+
+#[test]
+fn a_lease_is_known_by_its_lock_here_and_by_its_renewal_elsewhere() {
+    let (directory, ufs) = ufs();
+    let now = ufs.clock().unwrap();
+    let path = |name: &str| directory.path().join("leases").join(name);
+    let owner = ufs.owner();
+    let sign = |name: &str, age| {
+        let path = path(name);
+        let file = fs::File::create(&path).unwrap();
+        file.set_modified(now - age).unwrap();
+        drop(file);
+        let found = ufs.leases().unwrap();
+        let found: Vec<&FoundLease> = found.iter().filter(|l| l.path == path).collect();
+        found[0].look().unwrap().unwrap()
+    };
+    let age = lease::EXPIRY;
+    let here = format!("other-name.{}.1.00", owner.boot_id);
+    assert_eq!(sign(&here, age), Sign::Abandoned);
+    let there = format!("{}.another-boot.{}.00", owner.host, owner.pid);
+    assert_eq!(sign(&there, age), Sign::Renewed(now - age));
+    assert!(ufs.clock().unwrap() >= now);
+}
+
+#[test]
+fn a_temporary_that_gc_removed_is_said_to_be_and_gets_no_name() {
+    let (directory, ufs) = ufs();
+    let open = ufs.create("x").unwrap();
+    fs::remove_file(open.path()).unwrap();
+    let error = open.commit(&rel("x")).unwrap_err();
+    assert!(matches!(error, UfsError::TakenForDead { .. }), "{error}");
+    assert!(!directory.path().join("x").exists());
+}
+
+#[test]
+fn a_ufs_that_vanished_is_not_made_anew() {
+    let (directory, ufs) = ufs();
+    let open = ufs.create("x").unwrap();
+    let moved = directory.path().with_extension("moved");
+    fs::rename(directory.path(), &moved).unwrap();
+    fs::create_dir(directory.path()).unwrap();
+    for error in [
+        open.commit(&rel("a/x")).unwrap_err(),
+        ufs.create("y").unwrap_err(),
+        ufs.clock().unwrap_err(),
+    ] {
+        assert!(matches!(error, UfsError::Vanished { .. }), "{error}");
+    }
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    fs::remove_dir_all(moved).unwrap();
 }
 
 #[test]

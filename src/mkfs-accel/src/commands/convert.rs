@@ -74,8 +74,7 @@ impl<'a> LayerReport<'a> {
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let started = Instant::now();
     let ufs = Ufs::open(&arguments.ufs)?;
-    let signal = ufs.clone();
-    interrupt::on_interrupt(move || signal.remove_temporaries());
+    interrupt::on_interrupt(ufs.closer());
     let source = canonical(&arguments.source)?;
     let options = OpenOptions {
         plain_http: arguments.plain_http,

@@ -1,15 +1,27 @@
-//! `mkfs-accel gc`: unfinished files that nobody works on any more.
+//! `mkfs-accel gc`: what converters that are no more left unfinished.
 //!
-//! A temporary's name says which process made it. On the same boot of the same
-//! host the process is looked for; of others nothing can be known, so that their
-//! files go by age.
+//! Temporaries go with the lease of their maker (`accel_ufs::lease`): what a living
+//! process works on is never touched, on whatever machine it is. A temporary without
+//! any lease, which no converter leaves, goes when it has not changed for as long as
+//! a lease may be silent.
+//!
+//! An image without an index lies under its final name but is not published: its
+//! maker ended between the two. The next conversion of the layer would complete it.
+//! If there is none, and nobody else is at work, it goes too. (A converter that
+//! begins just then and meets the image looks after it again once its index is
+//! there.)
 
+use crate::interrupt;
 use crate::output::{Bytes, say};
 use accel_ufs::UfsError;
-use accel_ufs::publish::{Owner, Temporary, Ufs};
+use accel_ufs::lease::{EXPIRY, FoundLease, Owner, Sign};
+use accel_ufs::publish::Ufs;
+use serde::Serialize;
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, SystemTime};
 
 #[derive(Debug, clap::Args)]
@@ -17,81 +29,220 @@ pub struct Arguments {
     /// The shared file system's directory
     #[arg(long, value_name = "DIR")]
     ufs: PathBuf,
-    /// Remove other hosts' unfinished files that were not written to for so many
-    /// days
-    #[arg(long, value_name = "DAYS", default_value_t = 7)]
-    older_than: u32,
+    /// How long to watch a process of another machine that seems to be dead,
+    /// before its files are removed. Living ones say so every 20 seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    watch: u64,
     /// Only say what would be removed
     #[arg(long)]
     dry_run: bool,
+    /// Print one JSON object instead of lines
+    #[arg(long)]
+    json: bool,
 }
 
-pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let ufs = Ufs::open(&arguments.ufs)?;
-    let here = Owner::this_process()?;
-    let now = SystemTime::now();
-    let old = Duration::from_hours(24) * arguments.older_than;
-    let (mut count, mut bytes) = (0, 0);
-    for temporary in ufs.temporaries()? {
-        let verdict = judge(&temporary, &here, now, old, is_alive);
-        let path = temporary.path.display();
-        match verdict {
-            Judgement::Keep(why) => say!("kept {path}: {why}")?,
-            Judgement::Remove(why) => {
-                if !arguments.dry_run {
-                    remove(&temporary.path)?;
-                }
-                count += 1;
-                bytes += temporary.size;
-                let done = match arguments.dry_run {
-                    true => "would remove",
-                    false => "removed",
-                };
-                say!("{done} {path} ({}): {why}", Bytes(temporary.size))?;
-            }
-        }
-    }
-    let done = match arguments.dry_run {
-        true => "to remove",
-        false => "removed",
-    };
-    say!("{count} unfinished files {done}, {}", Bytes(bytes))?;
-    Ok(())
+/// What `--json` prints.
+#[derive(Debug, Serialize)]
+struct Report {
+    dry_run: bool,
+    /// Bytes of what was removed.
+    bytes: u64,
+    removed: Vec<Item>,
+    kept: Vec<Item>,
+}
+
+#[derive(Debug, Serialize)]
+struct Item {
+    path: PathBuf,
+    /// In bytes.
+    size: u64,
+    why: &'static str,
 }
 
 /// What is to become of a file, and why.
-#[derive(Debug, PartialEq, Eq)]
-enum Judgement {
-    Keep(&'static str),
-    Remove(&'static str),
-}
+type Judgement = Result<Keep, Remove>;
+#[derive(Debug, Clone, Copy)]
+struct Keep(&'static str);
+#[derive(Debug, Clone, Copy)]
+struct Remove(&'static str);
 
-fn judge(
-    temporary: &Temporary,
-    here: &Owner,
-    now: SystemTime,
-    old: Duration,
-    is_alive: impl Fn(u32) -> bool,
-) -> Judgement {
-    if let Some(owner) = &temporary.owner
-        && (&owner.host, &owner.boot_id) == (&here.host, &here.boot_id)
-    {
-        return match is_alive(owner.pid) {
-            true => Judgement::Keep("the process that makes it is running"),
-            false => Judgement::Remove("the process that made it is gone"),
+const GONE: Remove = Remove("the process that made it is gone");
+const SILENT: Remove = Remove("the process that made it, on another machine, was silent for long");
+const OWNERLESS: Remove = Remove("nobody's, and unchanged for long");
+const INDEXLESS: Remove = Remove("an image without its index, which nobody works on");
+const ALIVE: Keep = Keep("the process that makes it is at work");
+const YOUNG: Keep = Keep("nobody's that is known, but changed not long ago");
+
+pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let ufs = Ufs::open(&arguments.ufs)?;
+    interrupt::on_interrupt(ufs.closer());
+    // In this order: a living process's lease is older than its temporaries.
+    let temporaries = ufs.temporaries()?;
+    let clock = ufs.clock()?;
+    let leases = judge_leases(&ufs, clock, Duration::from_secs(arguments.watch))?;
+    let mut sweep = Sweep {
+        report: Report {
+            dry_run: arguments.dry_run,
+            bytes: 0,
+            removed: Vec::new(),
+            kept: Vec::new(),
+        },
+        lines: !arguments.json,
+    };
+    for temporary in temporaries {
+        let lease = temporary.owner.as_ref().and_then(|owner| leases.get(owner));
+        let judgement = match lease {
+            Some((_, judgement)) => *judgement,
+            None => match is_old(temporary.modified, clock) {
+                true => Err(OWNERLESS),
+                false => Ok(YOUNG),
+            },
         };
+        sweep.file(&temporary.path, temporary.size, judgement)?;
     }
-    let age = temporary.modified.and_then(|m| now.duration_since(m).ok());
-    match (age.is_some_and(|age| age >= old), &temporary.owner) {
-        (true, Some(_)) => Judgement::Remove("another host's, not written to for long"),
-        (true, None) => Judgement::Remove("nobody's that we know, not written to for long"),
-        (false, Some(_)) => Judgement::Keep("another host's, which may be at work"),
-        (false, None) => Judgement::Keep("nobody's that we know, but young"),
+    // Behind the temporaries that they are about.
+    for (path, judgement) in leases.values() {
+        match judgement {
+            Ok(_) => {}
+            Err(_) if arguments.dry_run => {}
+            Err(_) => remove(path)?,
+        }
     }
+    let is_dead = |lease: &FoundLease| {
+        let owner = lease.owner.as_ref();
+        let judged = owner.and_then(|owner| leases.get(owner));
+        owner == Some(ufs.owner()) || judged.is_some_and(|(_, judgement)| judgement.is_err())
+    };
+    if ufs.leases()?.iter().all(is_dead) {
+        for (path, size) in indexless(&ufs, clock)? {
+            sweep.file(&path, size, Err(INDEXLESS))?;
+        }
+    }
+    sweep.finish()
 }
 
-fn is_alive(pid: u32) -> bool {
-    Path::new("/proc").join(pid.to_string()).exists()
+/// Every lease but our own, and whether its holder lives.
+type Leases = HashMap<Owner, (PathBuf, Judgement)>;
+
+fn judge_leases(ufs: &Ufs, clock: SystemTime, watch: Duration) -> anyhow::Result<Leases> {
+    let mut all = Leases::new();
+    let mut silent: Vec<(FoundLease, Owner, SystemTime)> = Vec::new();
+    for lease in ufs.leases()? {
+        let Some(owner) = lease.owner.clone().filter(|owner| owner != ufs.owner()) else {
+            continue;
+        };
+        let judgement = match lease.look()? {
+            // Given up since, and its temporaries before it.
+            None => continue,
+            Some(Sign::Held) => Ok(ALIVE),
+            Some(Sign::Abandoned) => Err(GONE),
+            Some(Sign::Renewed(time)) if is_old(Some(time), clock) => {
+                silent.push((lease, owner, time));
+                continue;
+            }
+            Some(Sign::Renewed(_)) => Ok(ALIVE),
+        };
+        all.insert(owner, (lease.path, judgement));
+    }
+    if silent.is_empty() {
+        return Ok(all);
+    }
+    // A clock may be wrong; a change is a change.
+    thread::sleep(watch);
+    for (lease, owner, time) in silent {
+        let judgement = match lease.look()? {
+            None => continue,
+            Some(Sign::Renewed(again)) if again == time => Err(SILENT),
+            Some(_) => Ok(ALIVE),
+        };
+        all.insert(owner, (lease.path, judgement));
+    }
+    Ok(all)
+}
+
+fn is_old(modified: Option<SystemTime>, clock: SystemTime) -> bool {
+    modified
+        .and_then(|modified| clock.duration_since(modified).ok())
+        .is_some_and(|age| age >= EXPIRY)
+}
+
+/// Images without an index that have been lying there for long, with their sizes.
+fn indexless(ufs: &Ufs, clock: SystemTime) -> anyhow::Result<Vec<(PathBuf, u64)>> {
+    let mut found = Vec::new();
+    for room in ["layers", "chains"] {
+        let room: accel_ufs::names::RelPath = format!("{room}/sha256").parse()?;
+        for shard in ufs.list(&room)? {
+            let Ok(shard) = format!("{room}/{shard}").parse() else {
+                continue;
+            };
+            for name in ufs.list(&shard)? {
+                let path = ufs.path(&shard).join(name);
+                if path.extension() != Some("erofs".as_ref())
+                    || path.with_extension("idx").try_exists()?
+                {
+                    continue;
+                }
+                let metadata = fs::metadata(&path).map_err(UfsError::io("look at", &path))?;
+                if is_old(metadata.modified().ok(), clock) {
+                    found.push((path, metadata.len()));
+                }
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Removes files and tells of them.
+struct Sweep {
+    report: Report,
+    lines: bool,
+}
+
+impl Sweep {
+    fn file(&mut self, path: &Path, size: u64, judgement: Judgement) -> anyhow::Result<()> {
+        let item = |why| Item {
+            path: path.to_owned(),
+            size,
+            why,
+        };
+        let (done, Ok(Keep(why)) | Err(Remove(why))) = (
+            match judgement {
+                Ok(_) => "kept",
+                Err(_) if self.report.dry_run => "would remove",
+                Err(_) => "removed",
+            },
+            judgement,
+        );
+        match judgement {
+            Ok(Keep(why)) => self.report.kept.push(item(why)),
+            Err(Remove(why)) => {
+                if !self.report.dry_run {
+                    remove(path)?;
+                }
+                self.report.bytes += size;
+                self.report.removed.push(item(why));
+            }
+        }
+        if self.lines {
+            say!("{done} {} ({}): {why}", path.display(), Bytes(size))?;
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> anyhow::Result<()> {
+        let report = self.report;
+        if !self.lines {
+            say!("{}", serde_json::to_string_pretty(&report)?)?;
+            return Ok(());
+        }
+        let done = match report.dry_run {
+            true => "to remove",
+            false => "removed",
+        };
+        let (count, bytes) = (report.removed.len(), Bytes(report.bytes));
+        say!("{count} unfinished files {done}, {bytes}")?;
+        Ok(())
+    }
 }
 
 fn remove(path: &Path) -> Result<(), UfsError> {
@@ -99,43 +250,5 @@ fn remove(path: &Path) -> Result<(), UfsError> {
         // Its maker was faster.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result.map_err(UfsError::io("remove", path)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn files_go_by_their_process_here_and_by_age_elsewhere() {
-        let here = Owner {
-            host: "h".into(),
-            boot_id: "b".into(),
-            pid: 1,
-        };
-        let now = SystemTime::now();
-        let day = Duration::from_hours(24);
-        let removed = |host: Option<&str>, boot_id: &str, pid, age| {
-            let temporary = Temporary {
-                path: PathBuf::new(),
-                owner: host.map(|host| Owner {
-                    host: host.into(),
-                    boot_id: boot_id.into(),
-                    pid,
-                }),
-                size: 0,
-                modified: Some(now - age),
-            };
-            let judgement = judge(&temporary, &here, now, 7 * day, |pid| pid == 42);
-            matches!(judgement, Judgement::Remove(_))
-        };
-        assert!(!removed(Some("h"), "b", 42, 100 * day));
-        assert!(removed(Some("h"), "b", 43, Duration::ZERO));
-        // Two machines may have the same name: another boot is another host.
-        assert!(!removed(Some("h"), "c", 43, 6 * day));
-        assert!(removed(Some("h"), "c", 42, 7 * day));
-        assert!(!removed(Some("g"), "b", 43, 6 * day));
-        assert!(!removed(None, "", 0, 6 * day));
-        assert!(removed(None, "", 0, 8 * day));
     }
 }
