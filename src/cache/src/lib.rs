@@ -212,6 +212,31 @@ impl<K: Copy + Eq + Hash, S, W, L> Cache<K, S, W, L> {
         None
     }
 
+    /// Gives up one entry, so that its slot comes back; false if there is none.
+    pub fn evict(&self) -> bool {
+        let evicted = (0..self.shards.len()).find_map(|at| self.shard(at).evict());
+        let some = evicted.is_some();
+        self.counters
+            .evicted
+            .fetch_add(u64::from(some), Ordering::Relaxed);
+        some
+    }
+
+    /// How many loads wait for a slot.
+    pub fn queued(&self) -> usize {
+        self.queued.load(Ordering::SeqCst)
+    }
+
+    /// Takes the loads that wait for a slot and for which `over` holds out of the
+    /// queue: [`Cache::fail`] must follow for each.
+    pub fn withdraw(&self, over: impl Fn(&L) -> bool) -> Vec<(K, L)> {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let (out, rest): (VecDeque<_>, _) = queue.drain(..).partition(|(_, what)| over(what));
+        *queue = rest;
+        self.queued.fetch_sub(out.len(), Ordering::SeqCst);
+        out.into()
+    }
+
     /// Number of entries.
     pub fn len(&self) -> usize {
         (0..self.shards.len()).map(|at| self.shard(at).len()).sum()

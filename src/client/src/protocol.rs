@@ -142,8 +142,10 @@ pub struct Status {
     pub fetched_bytes: u64,
     /// The memory cache.
     pub cache: CacheStatus,
-    /// The source.
-    pub source: SourceStatus,
+    /// The sources, best first.
+    pub sources: Vec<SourceStatus>,
+    /// Reads that failed at every source.
+    pub failed_reads: u64,
     /// What is exported.
     pub exports: Vec<ExportStatus>,
     /// Who needs it.
@@ -167,21 +169,29 @@ pub struct CacheStatus {
     pub evicted: u64,
 }
 
-/// The source.
+/// One source.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SourceStatus {
     /// Its name.
     pub name: String,
+    /// Whether it is in use, or set aside, why, and until when; for people.
+    pub state: String,
+    /// Whether it is in use.
+    pub in_use: bool,
+    /// How often it was set aside.
+    pub set_aside: u64,
     /// Process id of its worker.
     pub worker: Option<u32>,
     /// Workers started so far.
     pub workers: u64,
+    /// Workers that were killed and have not ended: stuck in the kernel.
+    pub dying: usize,
     /// Reads that went well.
     pub reads: u64,
+    /// Bytes that it gave.
+    pub bytes: u64,
     /// Attempts that failed or ran out of time.
     pub failed_attempts: u64,
-    /// Reads that failed.
-    pub failed: u64,
 }
 
 /// One export.

@@ -112,7 +112,12 @@ pub struct Pool {
     capacity: usize,
     /// Called when a slot comes back that no request ended with.
     returned: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    /// Called when a repeated read finds no slot: true if one may be free now.
+    short: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
 }
+
+/// How often a repeated read has room made for it before it waits.
+const EVICTIONS: usize = 4;
 
 impl Arena {
     /// Makes memory for `chunks` slots of 128 KiB and `pages` slots of 4 KiB,
@@ -150,6 +155,7 @@ impl Arena {
                 free: Mutex::new(numbers.rev().collect()),
                 capacity: capacity - reserve,
                 returned: OnceLock::new(),
+                short: OnceLock::new(),
             })
         };
         Ok(Self {
@@ -184,6 +190,14 @@ impl Pool {
     /// A free slot, from the reserve if need be: for a read whose own slot is
     /// held by an attempt that was given up.
     pub(crate) fn take_reserved(self: &Arc<Self>) -> Option<Slot> {
+        for _ in 0..EVICTIONS {
+            if let Some(slot) = self.take_leaving(0) {
+                return Some(slot);
+            }
+            if !self.short.get().is_some_and(|make_room| make_room()) {
+                return None;
+            }
+        }
         self.take_leaving(0)
     }
 
@@ -206,7 +220,14 @@ impl Pool {
         let _ = self.returned.set(Box::new(hook));
     }
 
-    /// Takes such a slot back.
+    /// Has `make_room` called when a read that must be repeated finds no slot: it
+    /// gives up content and says whether there was any. It must neither block nor
+    /// call the source. Only the first one counts.
+    pub fn when_short(&self, make_room: impl Fn() -> bool + Send + Sync + 'static) {
+        let _ = self.short.set(Box::new(make_room));
+    }
+
+    /// Takes a slot back that no request ended with.
     pub(crate) fn take_back(slot: Slot) {
         let pool = Arc::clone(&slot.pool);
         drop(slot);

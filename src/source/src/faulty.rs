@@ -18,6 +18,8 @@ pub enum Fault {
     Truncate(usize),
     /// The answer comes later.
     Delay(Duration),
+    /// No answer ever comes.
+    Stall,
 }
 
 /// Decides, for every request, what goes wrong.
@@ -43,7 +45,7 @@ impl<S> fmt::Debug for Faulty<S> {
 }
 
 impl<S: Source> Source for Faulty<S> {
-    fn submit(&self, request: Request, done: Done) {
+    fn submit(&self, mut request: Request, done: Done) {
         let fault = (self.plan)(request.file.as_str(), request.operation);
         let done: Done = match fault {
             Fault::None => done,
@@ -70,12 +72,31 @@ impl<S: Source> Source for Faulty<S> {
                 }
                 done(outcome);
             }),
-            Fault::Delay(time) => Box::new(move |outcome| {
+            Fault::Delay(time) => {
+                let (attempt, late) = (request.patience.attempt, request.late.take());
+                Box::new(move |outcome| {
+                    std::thread::spawn(move || {
+                        std::thread::sleep(time.min(attempt));
+                        if let Some(late) = late.filter(|_| time > attempt) {
+                            late();
+                            std::thread::sleep(time - attempt);
+                        }
+                        done(outcome);
+                    });
+                })
+            }
+            Fault::Stall => {
+                let (attempt, late) = (request.patience.attempt, request.late.take());
                 std::thread::spawn(move || {
-                    std::thread::sleep(time);
-                    done(outcome);
+                    std::thread::sleep(attempt);
+                    if let Some(late) = late {
+                        late();
+                    }
+                    // Whoever asked has the right to an answer some day.
+                    std::mem::forget((done, request.slot));
                 });
-            }),
+                return;
+            }
         };
         self.inner.submit(request, done);
     }

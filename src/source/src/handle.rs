@@ -1,10 +1,13 @@
-//! The daemon's end of a worker: requests in flight, deadlines, retries.
+//! The daemon's end of a worker: attempts in flight, and their time.
 //!
-//! A request owns its slot from `submit` to `done`. When an attempt runs out of
-//! time its slot stays with that attempt ([`Sent`]), because the worker may
-//! still write it; the request goes on with a slot from the pool's reserve, or
-//! waits for one. A late answer that is good still counts. Slots held by a worker
-//! that died come back, with fresh pages, when the process is really gone.
+//! A request here is one attempt. It owns its slot from `submit` to `done`. If the
+//! worker has it and does not answer in time, whoever asked is told (`late`), and
+//! the attempt stays: the worker may still write its slot, and a late answer may
+//! still be good. It ends when the worker answers, or is given up. Slots held by a
+//! worker that died come back, with fresh pages, when the process is really gone.
+//!
+//! Attempts of a worker that died are sent to the next one, unless they are late.
+//! Errors are passed on as they come: whether to try again is not decided here.
 //!
 //! Locking: one mutex per source, held for bookkeeping and one non-blocking
 //! `send`; callbacks run outside it.
@@ -12,7 +15,7 @@
 use crate::request::Errno as SourceErrno;
 use crate::supervise::{self, Worker};
 use crate::wire::{WireReply, WireRequest};
-use crate::{Arena, Done, FileName, Filled, Operation, Patience, Pool, Request, Slot};
+use crate::{Arena, Done, FileName, Filled, Late, Operation, Origin, Request, Slot};
 use crate::{Source, SourceError};
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
@@ -22,18 +25,16 @@ use std::ffi::OsString;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// Attempts that a worker has at once.
-const IN_FLIGHT: usize = 128;
-/// Attempts of one request that may be out, unanswered, in one worker.
-pub(crate) const UNANSWERED: usize = 3;
-/// Pause after a failed attempt; doubles up to [`LONGEST_PAUSE`].
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Attempts that a worker has at once, at least and at most. In between, those of
+/// one source may hold a quarter of the memory: what a source that stalls keeps
+/// must not be missing elsewhere.
+const FEWEST_IN_FLIGHT: usize = 8;
+const MOST_IN_FLIGHT: usize = 128;
 
 /// How to start a worker. Standard input and output are taken.
 #[derive(Debug, Clone)]
@@ -82,10 +83,10 @@ pub struct Counters {
     pub reads: AtomicU64,
     /// Attempts that failed or ran out of time.
     pub failed_attempts: AtomicU64,
-    /// Requests that failed.
-    pub failed: AtomicU64,
     /// Workers started.
     pub workers: AtomicU64,
+    /// Workers that were killed and have not ended yet.
+    pub dying: AtomicUsize,
 }
 
 /// A source that is read by a worker process.
@@ -114,8 +115,10 @@ impl WorkerSource {
         };
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| failed("cannot make an eventfd", &error))?;
+        let least = arena.chunks().capacity().min(arena.pages().capacity());
         let shared = Arc::new(Shared {
             name: Arc::clone(&name),
+            in_flight: (least / 4).clamp(FEWEST_IN_FLIGHT, MOST_IN_FLIGHT),
             arena,
             command,
             wake,
@@ -141,7 +144,7 @@ impl WorkerSource {
             .shared
             .changed
             .wait_timeout_while(state, limit, |state| {
-                state.trouble.is_none() && !state.worker.as_ref().is_some_and(|worker| worker.ready)
+                state.refused.is_none() && !state.worker.as_ref().is_some_and(|worker| worker.ready)
             });
         let (state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
         let origin = Arc::clone(&self.shared.name);
@@ -149,7 +152,7 @@ impl WorkerSource {
             let seconds = limit.as_secs();
             return Err(StartError::Silent { origin, seconds });
         }
-        match state.trouble.clone() {
+        match state.refused.clone() {
             Some(reason) => Err(StartError::Worker { origin, reason }),
             None => Ok(()),
         }
@@ -169,31 +172,28 @@ impl WorkerSource {
 impl Source for WorkerSource {
     fn submit(&self, request: Request, done: Done) {
         let mut state = self.shared.lock();
-        if state.closed {
+        let refused = state.refused.clone();
+        if state.closed || refused.is_some() {
             drop(state);
-            return done(Err(SourceError::Closed {
-                origin: Arc::clone(&self.shared.name),
+            let origin = Arc::clone(&self.shared.name);
+            drop(request.slot);
+            return done(Err(match refused {
+                Some(reason) => SourceError::Unavailable { origin, reason },
+                None => SourceError::Closed { origin },
             }));
         }
         // The supervisor sleeps without a timeout while nothing is under way.
-        let mut wake = state.operations.is_empty();
-        let id = state.new_id();
-        let operation = Pending {
+        let mut wake = state.is_idle();
+        state.waiting.push_back(Pending {
             file: request.file,
             operation: request.operation,
-            pool: Arc::clone(request.slot.pool()),
-            slot: Some(request.slot),
-            patience: request.patience,
+            attempt: request.patience.attempt,
+            since: Instant::now(),
+            slot: request.slot,
+            late: request.late,
             done,
-            started: Instant::now(),
-            attempts: 0,
-            last: "not sent".to_owned(),
-            pause: FIRST_PAUSE,
-            until: None,
-        };
-        state.operations.insert(id, operation);
-        state.queue.push_back(id);
-        state.send_queued();
+        });
+        state.send_waiting(&self.shared);
         wake |= state.blocked;
         drop(state);
         if wake {
@@ -210,7 +210,9 @@ impl Drop for WorkerSource {
     fn drop(&mut self) {
         self.shared.lock().closed = true;
         self.shared.wake();
+        // A callback on that thread may have been the last to know this source.
         if let Some(thread) = self.supervisor.take()
+            && thread.thread().id() != thread::current().id()
             && thread.join().is_err()
         {
             tracing::error!(source = %self.shared.name, "the source's thread panicked");
@@ -227,6 +229,8 @@ pub(crate) struct Shared {
     /// Signalled when the worker becomes ready or fails.
     pub changed: Condvar,
     pub counters: Counters,
+    /// Attempts that the worker may have at once.
+    in_flight: usize,
 }
 
 impl Shared {
@@ -240,305 +244,244 @@ impl Shared {
     }
 }
 
-/// A request that is not answered yet.
+/// An attempt that is not over.
 pub(crate) struct Pending {
     file: FileName,
     operation: Operation,
-    pool: Arc<Pool>,
-    /// None while an attempt that is out has it.
-    slot: Option<Slot>,
-    patience: Patience,
+    attempt: Duration,
+    /// When it was made; once a worker has it, when it was sent.
+    since: Instant,
+    slot: Slot,
+    late: Option<Late>,
     done: Done,
-    started: Instant,
-    attempts: u32,
-    /// What the last attempt met.
-    last: String,
-    pause: Duration,
-    /// Not to be sent before.
-    until: Option<Instant>,
 }
 
 /// An attempt that a worker has.
 pub(crate) struct Sent {
-    /// The request it is for, which may be over by now.
-    request: u64,
-    pub slot: Slot,
-    since: Instant,
-    attempt: Duration,
-    /// Its time ran out; the request goes on without it.
+    pending: Pending,
+    /// Its time ran out, and whoever asked knows.
     late: bool,
 }
 
 #[derive(Default)]
 pub(crate) struct State {
     pub closed: bool,
-    /// Requests by id, oldest first.
-    pub operations: BTreeMap<u64, Pending>,
-    /// Ids of requests to be sent; some may be over.
-    queue: VecDeque<u64>,
-    /// Attempts by their id.
-    pub sent: BTreeMap<u64, Sent>,
+    /// Attempts to be sent, oldest first.
+    waiting: VecDeque<Pending>,
+    /// Attempts by their id, oldest first.
+    sent: BTreeMap<u64, Sent>,
     pub worker: Option<Worker>,
-    /// Why there is no worker.
-    pub trouble: Option<String>,
+    /// Why no worker can be had: its own words, or the system's.
+    pub refused: Option<String>,
     /// The socket was full: send again when it has room.
     pub blocked: bool,
+    /// Slots that workers hold which are dying.
+    pub buried: usize,
+    /// When a worker was last heard of, or started.
+    pub heard: Option<Instant>,
     last_id: u64,
 }
 
 /// A callback and its argument, to be run without the lock.
-pub(crate) type Ending = (Done, Result<Filled, SourceError>);
+pub(crate) enum Event {
+    Late(Late),
+    Over(Done, Result<Filled, SourceError>),
+}
+
+impl Event {
+    pub(crate) fn run(self) {
+        match self {
+            Self::Late(late) => late(),
+            Self::Over(done, outcome) => done(outcome),
+        }
+    }
+}
+
+impl Pending {
+    fn over(self, error: SourceError) -> Event {
+        drop(self.slot);
+        Event::Over(self.done, Err(error))
+    }
+}
 
 impl State {
-    fn new_id(&mut self) -> u64 {
-        self.last_id += 1;
-        self.last_id
+    /// Whether nothing is under way.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.sent.is_empty()
     }
 
-    /// Sends what waits, as far as worker and slots allow.
-    pub(crate) fn send_queued(&mut self) {
+    /// Sends what waits, as far as the worker allows.
+    pub(crate) fn send_waiting(&mut self, shared: &Shared) {
         let Some(worker) = self.worker.as_ref().filter(|worker| worker.ready) else {
             return;
         };
-        while self.sent.len() < IN_FLIGHT
-            && let Some(&id) = self.queue.front()
+        let room = shared.in_flight.saturating_sub(self.buried);
+        while self.sent.len() < room.max(FEWEST_IN_FLIGHT)
+            && let Some(pending) = self.waiting.front_mut()
         {
-            let Some(pending) = self.operations.get_mut(&id) else {
-                self.queue.pop_front();
-                continue;
-            };
-            let Some(slot) = pending.slot.take().or_else(|| pending.pool.take_reserved()) else {
-                // Waits for a slot; let others pass that have one.
-                let Some(at) = self.queue.iter().position(|id| {
-                    let other = self.operations.get(id);
-                    other.is_some_and(|other| other.slot.is_some())
-                }) else {
-                    return;
-                };
-                self.queue.swap(0, at);
-                continue;
-            };
-            self.last_id += 1;
-            let attempt = self.last_id;
+            let id = self.last_id + 1;
             let request = WireRequest {
-                id: attempt,
+                id,
                 operation: pending.operation,
-                room: slot.size(),
-                position: slot.position(),
+                room: pending.slot.size(),
+                position: pending.slot.position(),
                 path: pending.file.as_str().to_owned(),
             };
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             if let Err(error) = rustix::net::send(&*worker.socket, &request.encode(), flags) {
                 // Full, or the worker is gone: the supervisor sees to both.
-                pending.slot = Some(slot);
                 self.blocked = error == Errno::AGAIN;
                 return;
             }
-            self.queue.pop_front();
-            pending.attempts += 1;
-            let sent = Sent {
-                request: id,
-                slot,
-                since: Instant::now(),
-                attempt: pending.patience.attempt,
-                late: false,
-            };
-            self.sent.insert(attempt, sent);
-        }
-    }
-
-    /// A slot is free again: a request without one gets it, else its pool.
-    pub(crate) fn give(&mut self, slot: Slot) {
-        let needy = self.operations.iter_mut().find(|(id, pending)| {
-            pending.slot.is_none()
-                && Arc::ptr_eq(&pending.pool, slot.pool())
-                && !self.sent.values().any(|s| s.request == **id && !s.late)
-        });
-        match needy {
-            Some((_, pending)) => pending.slot = Some(slot),
-            None => Pool::take_back(slot),
+            self.last_id = id;
+            pending.since = Instant::now();
+            if let Some(pending) = self.waiting.pop_front() {
+                let late = false;
+                self.sent.insert(id, Sent { pending, late });
+            }
         }
     }
 
     /// Takes in what the worker answered.
-    pub(crate) fn answered(&mut self, reply: &WireReply, shared: &Shared) -> Option<Ending> {
-        let sent = self.sent.remove(&reply.id)?;
-        let late = sent.late;
+    pub(crate) fn answered(&mut self, reply: &WireReply, shared: &Shared) -> Option<Event> {
+        let Sent { pending, late } = self.sent.remove(&reply.id)?;
+        let origin = Arc::clone(&shared.name);
         match &reply.result {
             Ok(len) => {
-                let Some(pending) = self.operations.remove(&sent.request) else {
-                    self.give(sent.slot);
-                    return None;
-                };
-                // The request may have taken a second slot by now.
-                let spare = pending.slot;
-                let len = (*len).min(sent.slot.size());
+                let len = (*len).min(pending.slot.size());
                 shared.counters.reads.fetch_add(1, Relaxed);
                 shared.counters.bytes.fetch_add(len as u64, Relaxed);
-                if let Some(spare) = spare {
-                    self.give(spare);
-                }
                 let filled = Filled {
-                    slot: sent.slot,
                     len,
+                    origin: Origin {
+                        name: origin,
+                        member: 0,
+                        fresh: matches!(pending.operation, Operation::Read { fresh: true, .. }),
+                    },
+                    asked: pending.since,
+                    slot: pending.slot,
                 };
-                Some((pending.done, Ok(filled)))
+                Some(Event::Over(pending.done, Ok(filled)))
             }
             Err((errno, _)) => {
-                let errno = *errno;
-                shared.counters.failed_attempts.fetch_add(1, Relaxed);
-                let Some(pending) = self.operations.get_mut(&sent.request).filter(|_| !late) else {
-                    self.give(sent.slot);
-                    return None;
-                };
-                pending.slot = Some(sent.slot);
-                if is_final(errno, pending.patience) {
-                    let pending = self.operations.remove(&sent.request)?;
-                    shared.counters.failed.fetch_add(1, Relaxed);
-                    let error = SourceError::Failed {
-                        file: pending.file,
-                        origin: Arc::clone(&shared.name),
-                        error: SourceErrno(errno),
-                    };
-                    return Some((pending.done, Err(error)));
+                if !late {
+                    shared.counters.failed_attempts.fetch_add(1, Relaxed);
                 }
-                if pending.attempts == 1 {
-                    tracing::warn!(
-                        file = %pending.file, source = %shared.name, error = %SourceErrno(errno),
-                        "a read failed; trying again"
-                    );
-                }
-                pending.last = SourceErrno(errno).to_string();
-                pending.until = Some(Instant::now() + pending.pause);
-                pending.pause = (pending.pause * 2).min(LONGEST_PAUSE);
-                None
+                let (file, error) = (pending.file.clone(), SourceErrno(*errno));
+                Some(pending.over(SourceError::Failed {
+                    file,
+                    origin,
+                    error,
+                }))
             }
         }
     }
 
-    /// Lets time pass: attempts that are late, requests out of patience, pauses
-    /// that are over.
-    pub(crate) fn tick(&mut self, now: Instant, shared: &Shared) -> Vec<Ending> {
+    /// Lets time pass: attempts that are late, and those that no worker took.
+    pub(crate) fn tick(&mut self, now: Instant, shared: &Shared) -> Vec<Event> {
+        let mut events = Vec::new();
         for sent in self.sent.values_mut() {
-            if !sent.late && now >= sent.since + sent.attempt {
+            if !sent.late && now >= sent.pending.since + sent.pending.attempt {
                 sent.late = true;
                 shared.counters.failed_attempts.fetch_add(1, Relaxed);
-                if let Some(pending) = self.operations.get_mut(&sent.request) {
-                    tracing::warn!(
-                        file = %pending.file, source = %shared.name, attempt = pending.attempts,
-                        "no answer within {:?}; trying again", sent.attempt
-                    );
-                    pending.last = format!("no answer within {:?}", sent.attempt);
-                    pending.until = Some(now);
-                }
+                events.extend(sent.pending.late.take().map(Event::Late));
             }
         }
-        let mut over = Vec::new();
-        for (&id, pending) in &mut self.operations {
-            let given_up = |limit| now >= pending.started + limit;
-            if pending.patience.whole.is_some_and(given_up) {
-                over.push(id);
-            } else if pending.until.is_some_and(|until| now >= until) {
-                let out = self.sent.values().filter(|sent| sent.request == id);
-                if out.count() < UNANSWERED {
-                    pending.until = None;
-                    self.queue.push_back(id);
-                } else {
-                    pending.until = Some(now + LONGEST_PAUSE);
-                }
-            }
-        }
-        let give_up = |id| {
-            let pending = self.operations.remove(&id)?;
-            shared.counters.failed.fetch_add(1, Relaxed);
-            let error = SourceError::GaveUp {
-                file: pending.file,
-                origin: Arc::clone(&shared.name),
-                attempts: pending.attempts,
-                seconds: pending.started.elapsed().as_secs(),
-                last: pending.last,
-            };
-            Some((pending.done, Err(error)))
+        let refused = self.refused.clone();
+        let heard = self.heard;
+        let in_vain = |pending: &Pending| {
+            let since = heard.map_or(pending.since, |heard| pending.since.max(heard));
+            refused.is_some() || now >= since + pending.attempt
         };
-        over.into_iter().filter_map(give_up).collect()
+        while let Some(pending) = self.waiting.pop_front() {
+            if !in_vain(&pending) {
+                self.waiting.push_front(pending);
+                break;
+            }
+            shared.counters.failed_attempts.fetch_add(1, Relaxed);
+            let (file, origin) = (pending.file.clone(), Arc::clone(&shared.name));
+            let error = match refused.clone() {
+                Some(reason) => SourceError::Unavailable { origin, reason },
+                None => SourceError::Silent {
+                    file,
+                    origin,
+                    reason: format!("no answer to anything within {:?}", pending.attempt),
+                },
+            };
+            events.push(pending.over(error));
+        }
+        events
     }
 
     /// When `tick` has something to do next.
     pub(crate) fn next_tick(&self) -> Option<Instant> {
         let late = self.sent.values().filter(|sent| !sent.late);
-        let late = late.map(|sent| sent.since + sent.attempt);
-        let pauses = self.operations.values().filter_map(|p| p.until);
-        let limits = self.operations.values().filter_map(|pending| {
-            let limit = pending.patience.whole?;
-            Some(pending.started + limit)
+        let late = late.map(|sent| sent.pending.since + sent.pending.attempt);
+        let waiting = self.waiting.front().map(|pending| {
+            let since = self.heard.map_or(pending.since, |at| at.max(pending.since));
+            since + pending.attempt
         });
-        late.chain(pauses).chain(limits).min()
+        late.chain(waiting).min()
     }
 
     /// Whether the worker has stopped answering: for three attempts' time it has
-    /// said nothing, or one request has all its attempts out and late.
-    pub(crate) fn is_stuck(&self, now: Instant) -> bool {
+    /// said nothing, or something is unanswered for twelve and no other worker is
+    /// stuck yet.
+    pub(crate) fn is_stuck(&self, now: Instant, alone: bool) -> bool {
         let Some(worker) = &self.worker else {
             return false;
         };
-        let mut out = BTreeMap::new();
-        for sent in self.sent.values() {
-            let silence = now.saturating_duration_since(sent.since.max(worker.heard));
-            if silence >= sent.attempt * 3 {
-                return true;
-            }
-            *out.entry(sent.request).or_insert(0) += usize::from(sent.late);
-        }
-        out.iter()
-            .any(|(id, &late)| late >= UNANSWERED && self.operations.contains_key(id))
+        self.sent.values().any(|Sent { pending, .. }| {
+            let silence = now.saturating_duration_since(pending.since.max(worker.heard));
+            let age = now.saturating_duration_since(pending.since);
+            silence >= pending.attempt * 3 || (alone && age >= pending.attempt * 12)
+        })
     }
 
-    /// The worker is gone or given up: its attempts are to be sent again. What
-    /// it may still write is returned, to be kept until the process has ended.
-    pub(crate) fn abandon_worker(&mut self) -> Vec<Slot> {
+    /// The worker is gone or given up: its attempts are to be sent again, unless
+    /// they were late already. What it may still write is returned, to be kept
+    /// until the process has ended.
+    pub(crate) fn abandon_worker(&mut self, shared: &Shared) -> (Vec<Slot>, Vec<Event>) {
         let sent = std::mem::take(&mut self.sent);
-        let mut held = Vec::with_capacity(sent.len());
-        let mut again = Vec::new();
-        for sent in sent.into_values() {
-            held.push(sent.slot);
-            if let Some(pending) = self.operations.get_mut(&sent.request)
-                && !again.contains(&sent.request)
-                && !self.queue.contains(&sent.request)
-            {
-                pending.until = None;
-                again.push(sent.request);
+        let (mut held, mut events) = (Vec::with_capacity(sent.len()), Vec::new());
+        for Sent { mut pending, late } in sent.into_values().rev() {
+            let other = pending.slot.pool().take_reserved().filter(|_| !late);
+            match other {
+                Some(slot) => {
+                    held.push(std::mem::replace(&mut pending.slot, slot));
+                    self.waiting.push_front(pending);
+                }
+                None => {
+                    let Pending {
+                        slot, done, file, ..
+                    } = pending;
+                    held.push(slot);
+                    let error = SourceError::Silent {
+                        file,
+                        origin: Arc::clone(&shared.name),
+                        reason: "its worker process stopped answering and was replaced".to_owned(),
+                    };
+                    events.push(Event::Over(done, Err(error)));
+                }
             }
-        }
-        for id in again.into_iter().rev() {
-            self.queue.push_front(id);
         }
         self.blocked = false;
-        held
+        self.buried += held.len();
+        (held, events)
     }
 
-    /// Ends every request: the source closes.
-    pub(crate) fn end_all(&mut self, shared: &Shared) -> Vec<Ending> {
-        let all = std::mem::take(&mut self.operations);
-        let closed = |pending: Pending| {
+    /// Ends every attempt: the source closes.
+    pub(crate) fn end_all(&mut self, shared: &Shared) -> Vec<Event> {
+        let closed = |slot, done| {
+            // The worker may still write it: it is not used again.
+            std::mem::forget::<Option<Slot>>(slot);
             let origin = Arc::clone(&shared.name);
-            (pending.done, Err(SourceError::Closed { origin }))
+            Event::Over(done, Err(SourceError::Closed { origin }))
         };
-        all.into_values().map(closed).collect()
-    }
-}
-
-/// Errors that no later attempt mends.
-fn is_final(errno: Errno, patience: Patience) -> bool {
-    match errno {
-        Errno::NOENT => !patience.await_file,
-        Errno::ACCESS
-        | Errno::PERM
-        | Errno::LOOP
-        | Errno::XDEV
-        | Errno::INVAL
-        | Errno::ISDIR
-        | Errno::NOTDIR
-        | Errno::NAMETOOLONG => true,
-        _ => false,
+        let sent = std::mem::take(&mut self.sent).into_values();
+        let sent = sent.map(|sent| closed(Some(sent.pending.slot), sent.pending.done));
+        let waiting = std::mem::take(&mut self.waiting).into_iter();
+        let waiting = waiting.map(|pending| closed(None, pending.done));
+        sent.chain(waiting).collect()
     }
 }

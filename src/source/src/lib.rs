@@ -8,9 +8,11 @@
 //!
 //! ```text
 //!  Source::submit(Request { slot, .. }, done)
+//!        ▼
+//!  Sources ── which source, deadlines, retries
 //!        │  id, path, offset, place in the arena         SOCK_SEQPACKET
 //!        ▼                                                     │
-//!  WorkerSource ── deadlines, retries, restarts ───────────────┼──► worker process
+//!  WorkerSource ── one attempt, restarts of the worker ────────┼──► worker process
 //!        ▲                                                     │    openat2 + io_uring
 //!        └── done(Filled { slot, len }) ◄── id, length or errno┘         │
 //!                         └────────── Arena (memfd) ◄────────────────────┘
@@ -21,7 +23,7 @@
 //! worker has answered or is gone, and then leaves the old pages behind.
 //!
 //! What a source delivers is *not* trusted here: digests are checked by whoever
-//! asked. [`Faulty`] decorates any source with faults, for tests.
+//! asked, who gives back what was wrong ([`Rejected`]) to have another source asked. [`Faulty`] decorates any source with faults, for tests.
 
 // The arena maps memory that another process writes, and the worker hands
 // addresses to the kernel.
@@ -31,16 +33,23 @@ mod arena;
 mod blocking;
 mod faulty;
 mod handle;
+mod health;
 mod request;
+mod sources;
 mod supervise;
 mod wire;
 pub mod worker;
 
 pub use arena::{Arena, ArenaError, Pool, Slot};
-pub use blocking::{list, read_file};
+pub use blocking::{list, read_checked, read_file};
 pub use faulty::{Fault, Faulty};
 pub use handle::{Counters, StartError, WorkerCommand, WorkerSource};
-pub use request::{Done, FileName, Filled, Operation, Patience, Request, Source, SourceError};
+pub use health::{Condition, Fault as SourceFault, Standing};
+pub use request::{
+    Done, FileName, Filled, Late, Operation, Origin, Patience, Rejected, Request, Source,
+    SourceError,
+};
+pub use sources::Sources;
 
 /// Reads start and end on multiples of this in file and memory, so that
 /// O_DIRECT is possible.

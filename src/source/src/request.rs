@@ -4,7 +4,7 @@ use crate::Slot;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A file of a source: a relative path, with `/` between its components.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -52,12 +52,12 @@ pub enum Operation {
 /// How long to try.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Patience {
-    /// One attempt.
+    /// One attempt at one source, from when its worker has it.
     pub attempt: Duration,
-    /// The whole request, all attempts; `None` for ever.
+    /// The whole request, all attempts at all sources; `None` for ever.
     pub whole: Option<Duration>,
-    /// Whether a file that does not exist may still appear. If not, `ENOENT`
-    /// is an answer.
+    /// Whether a file that no source has may still appear. If not, `ENOENT` is
+    /// an answer.
     pub await_file: bool,
 }
 
@@ -76,10 +76,19 @@ impl Patience {
         whole: Some(Duration::from_secs(20)),
         await_file: false,
     };
+
+    /// [`LOOKUP`](Self::LOOKUP) with attempts as long as these: all sources can
+    /// be asked a few times.
+    pub fn lookup(self) -> Self {
+        Self {
+            attempt: self.attempt,
+            whole: Some(self.attempt * 4),
+            await_file: false,
+        }
+    }
 }
 
 /// One request to a source.
-#[derive(Debug)]
 pub struct Request {
     /// Which file, or directory.
     pub file: FileName,
@@ -89,6 +98,63 @@ pub struct Request {
     pub slot: Slot,
     /// How long to try.
     pub patience: Patience,
+    /// Answers to the same request that were no good.
+    pub rejected: Rejected,
+    /// Called when the source has not answered within an attempt's time. It may
+    /// still answer, and `done` is called in any case.
+    pub late: Option<Late>,
+}
+
+impl Request {
+    /// A first request.
+    pub fn new(file: FileName, operation: Operation, slot: Slot, patience: Patience) -> Self {
+        Self {
+            file,
+            operation,
+            slot,
+            patience,
+            rejected: Rejected::default(),
+            late: None,
+        }
+    }
+}
+
+impl fmt::Debug for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Request({}, {:?})", self.file, self.operation)
+    }
+}
+
+/// Who gave an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin {
+    /// Name of the source.
+    pub name: Arc<str>,
+    /// Its place among several.
+    pub(crate) member: usize,
+    /// Whether it had been asked to look again.
+    pub(crate) fresh: bool,
+}
+
+/// Answers that were no good, and why. A request that carries them is not
+/// answered in the same way by the same source again.
+#[derive(Debug, Clone, Default)]
+pub struct Rejected {
+    /// When the first request was made.
+    pub(crate) since: Option<Instant>,
+    pub(crate) answers: Vec<(Origin, String)>,
+}
+
+impl Rejected {
+    /// Adds an answer: bytes that `problem` is wrong with.
+    pub fn add(&mut self, filled: &Filled, problem: String) {
+        self.add_origin(filled.origin.clone(), filled.asked, problem);
+    }
+
+    pub(crate) fn add_origin(&mut self, origin: Origin, asked: Instant, problem: String) {
+        self.since = self.since.or(Some(asked));
+        self.answers.push((origin, problem));
+    }
 }
 
 /// Bytes from a source, unverified.
@@ -98,12 +164,23 @@ pub struct Filled {
     pub slot: Slot,
     /// How many bytes are valid.
     pub len: usize,
+    /// Who gave them.
+    pub origin: Origin,
+    /// When they were first asked for.
+    pub(crate) asked: Instant,
+}
+
+impl Filled {
+    /// The valid bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.slot.bytes()[..self.len]
+    }
 }
 
 /// Why a source gave nothing.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum SourceError {
-    /// The source answered, and this is final.
+    /// The source answered with an error.
     #[error("{file} in {origin}: {error}")]
     Failed {
         /// Which file.
@@ -113,19 +190,33 @@ pub enum SourceError {
         /// What the source said.
         error: Errno,
     },
-    /// Nothing good came before the request's deadline.
-    #[error("{file} in {origin}: gave up after {attempts} attempts in {seconds} s; last: {last}")]
-    GaveUp {
+    /// The source did not answer.
+    #[error("{file} in {origin}: {reason}")]
+    Silent {
         /// Which file.
         file: FileName,
         /// Name of the source.
         origin: Arc<str>,
-        /// Attempts made.
-        attempts: u32,
+        /// What is known about why.
+        reason: String,
+    },
+    /// The source cannot be read at all.
+    #[error("{origin}: {reason}")]
+    Unavailable {
+        /// Name of the source.
+        origin: Arc<str>,
+        /// Why.
+        reason: String,
+    },
+    /// No source has good bytes.
+    #[error("{file}: {answers} (asked for {seconds} s)")]
+    Exhausted {
+        /// Which file.
+        file: FileName,
+        /// What each source said, by name.
+        answers: String,
         /// Time spent.
         seconds: u64,
-        /// What the last attempt met.
-        last: String,
     },
     /// The source was shut down.
     #[error("{origin} was shut down")]
@@ -154,6 +245,10 @@ impl fmt::Display for Errno {
 
 /// Called once with the outcome, from a thread of the source: it must not block.
 pub type Done = Box<dyn FnOnce(Result<Filled, SourceError>) + Send>;
+
+/// Called at most once, before [`Done`], from a thread of the source: it must not
+/// block.
+pub type Late = Box<dyn FnOnce() + Send>;
 
 /// Where bytes come from.
 pub trait Source: Send + Sync + 'static {

@@ -5,9 +5,9 @@
 //! pass, replaces a worker that stopped answering, and buries the dead: slots
 //! that a worker may have been writing stay out of use until it is reaped.
 
-use crate::Slot;
-use crate::handle::{Ending, Shared};
+use crate::handle::{Event, Shared};
 use crate::wire::{HELLO, MAX_REPLY, WireReply};
+use crate::{Pool, Slot};
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
@@ -89,17 +89,17 @@ pub(crate) fn run(shared: &Shared) {
             break;
         }
         start_if_due(shared, &graves, &mut restart, now);
-        if shared.lock().is_stuck(now) {
+        if shared.lock().is_stuck(now, graves.is_empty()) {
             give_up(shared, &mut graves, &mut restart, "it stopped answering");
             continue;
         }
-        let endings = {
+        let events = {
             let mut state = shared.lock();
-            let endings = state.tick(now, shared);
-            state.send_queued();
-            endings
+            let events = state.tick(now, shared);
+            state.send_waiting(shared);
+            events
         };
-        finish(endings);
+        finish(events);
         match wait(shared, &graves, &restart) {
             Ok(false) => {}
             Ok(true) => {
@@ -113,11 +113,11 @@ pub(crate) fn run(shared: &Shared) {
             }
         }
     }
-    let (endings, worker) = {
+    let (events, worker) = {
         let mut state = shared.lock();
         (state.end_all(shared), state.worker.take())
     };
-    finish(endings);
+    finish(events);
     if let Some(mut worker) = worker {
         // A worker stuck in the kernel ends when it can; nobody waits for it.
         let _ = worker.child.kill();
@@ -130,9 +130,9 @@ pub(crate) fn run(shared: &Shared) {
     }
 }
 
-fn finish(endings: Vec<Ending>) {
-    for (done, outcome) in endings {
-        done(outcome);
+fn finish(events: Vec<Event>) {
+    for event in events {
+        event.run();
     }
 }
 
@@ -143,10 +143,13 @@ fn start_if_due(shared: &Shared, graves: &[Grave], restart: &mut Restart, now: I
     let worker = Worker::spawn(shared);
     let mut state = shared.lock();
     match worker {
-        Ok(worker) => state.worker = Some(worker),
+        Ok(worker) => {
+            state.heard = Some(worker.heard);
+            state.worker = Some(worker);
+        }
         Err(error) => {
             tracing::error!(source = %shared.name, %error, "cannot start a worker");
-            state.trouble = Some(error.to_string());
+            state.refused = Some(format!("cannot start a worker: {error}"));
             restart.delay(now);
             shared.changed.notify_all();
         }
@@ -166,7 +169,7 @@ fn give_up(shared: &Shared, graves: &mut Vec<Grave>, restart: &mut Restart, reas
     let Some(mut worker) = state.worker.take() else {
         return;
     };
-    let slots = state.abandon_worker();
+    let (slots, events) = state.abandon_worker(shared);
     // One that never got ready is reported by whoever waits for it.
     if !state.closed && worker.ready {
         tracing::warn!(
@@ -174,7 +177,6 @@ fn give_up(shared: &Shared, graves: &mut Vec<Grave>, restart: &mut Restart, reas
             "replacing the source's worker"
         );
     }
-    state.trouble.get_or_insert_with(|| reason.to_owned());
     drop(state);
     shared.changed.notify_all();
     let _ = worker.child.kill();
@@ -182,6 +184,8 @@ fn give_up(shared: &Shared, graves: &mut Vec<Grave>, restart: &mut Restart, reas
         child: worker.child,
         slots,
     });
+    shared.counters.dying.store(graves.len(), Relaxed);
+    finish(events);
     restart.delay(Instant::now());
 }
 
@@ -193,7 +197,9 @@ fn bury(shared: &Shared, graves: &mut Vec<Grave>) {
             at += 1;
             continue;
         }
-        for mut slot in graves.swap_remove(at).slots {
+        let slots = graves.swap_remove(at).slots;
+        shared.lock().buried -= slots.len();
+        for mut slot in slots {
             if let Err(error) = slot.renew() {
                 // Without new pages a late write could land in a slot that is
                 // in use: it is given up for good.
@@ -201,8 +207,9 @@ fn bury(shared: &Shared, graves: &mut Vec<Grave>) {
                 std::mem::forget(slot);
                 continue;
             }
-            shared.lock().give(slot);
+            Pool::take_back(slot);
         }
+        shared.counters.dying.store(graves.len(), Relaxed);
     }
 }
 
@@ -222,7 +229,7 @@ fn wait(shared: &Shared, graves: &[Grave], restart: &Restart) -> io::Result<bool
         if state.worker.is_none() {
             until(restart.at.max(Instant::now() + BURIAL));
         }
-        if !state.operations.is_empty() {
+        if !state.is_idle() {
             // Requests that came while this thread slept have deadlines too.
             until(Instant::now() + Duration::from_millis(250));
         }
@@ -264,21 +271,25 @@ fn hear(shared: &Shared, restart: &mut Restart) -> Result<(), String> {
             Ok((0, _)) => return Err("it ended".to_owned()),
             Ok((len, _)) => len,
             Err(Errno::AGAIN) => {
-                state.send_queued();
+                state.send_waiting(shared);
                 return Ok(());
             }
             Err(Errno::INTR) => continue,
             Err(error) => return Err(format!("it cannot be heard: {error}")),
         };
-        worker.heard = Instant::now();
+        let now = Instant::now();
+        worker.heard = now;
+        state.heard = Some(now);
         let reply = WireReply::decode(&buffer[..len]).ok_or("it talks nonsense")?;
         if reply.id == HELLO {
             match reply.result {
                 Ok(_) => {
-                    worker.ready = true;
-                    state.trouble = None;
+                    if let Some(worker) = &mut state.worker {
+                        worker.ready = true;
+                    }
+                    state.refused = None;
                     restart.pause = FIRST_PAUSE;
-                    state.send_queued();
+                    state.send_waiting(shared);
                 }
                 Err((errno, text)) => {
                     let text = if text.is_empty() {
@@ -286,16 +297,18 @@ fn hear(shared: &Shared, restart: &mut Restart) -> Result<(), String> {
                     } else {
                         text
                     };
-                    state.trouble = Some(text.clone());
+                    state.refused = Some(text.clone());
                     return Err(text);
                 }
             }
             shared.changed.notify_all();
             continue;
         }
-        let ending = state.answered(&reply, shared);
-        state.send_queued();
+        let event = state.answered(&reply, shared);
+        state.send_waiting(shared);
         drop(state);
-        finish(ending.into_iter().collect());
+        if let Some(event) = event {
+            event.run();
+        }
     }
 }

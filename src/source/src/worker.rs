@@ -147,6 +147,9 @@ struct Job {
     offset: u64,
     want: usize,
     filled: usize,
+    /// A read ended here, which is no whole block: the file's end, if another says
+    /// the same.
+    ended: Option<usize>,
 }
 
 impl Job {
@@ -333,6 +336,7 @@ impl Worker {
             offset,
             want,
             filled: 0,
+            ended: None,
         });
         job.open_with(true);
         let index = self.free.pop().unwrap_or_else(|| {
@@ -408,12 +412,16 @@ impl Worker {
                 self.end(index, &job, Err(error))
             }
             (Some(_), Ok(read)) => {
-                job.filled += read as usize;
-                let whole_blocks = job.filled.is_multiple_of(ALIGNMENT);
-                if read > 0 && job.filled < job.want && whole_blocks {
+                let end = job.filled + read as usize;
+                let at_the_end = read == 0 || job.ended == Some(end);
+                if end < job.want && !at_the_end {
+                    // Reads of network file systems may be cut short anywhere, and
+                    // go on only from a whole block.
+                    job.filled = end / ALIGNMENT * ALIGNMENT;
+                    job.ended = (job.filled < end).then_some(end);
                     return self.issue(index, job);
                 }
-                let len = job.filled.min(job.want);
+                let len = end.min(job.want);
                 self.end(index, &job, Ok(len))
             }
         }

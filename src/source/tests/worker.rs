@@ -1,8 +1,9 @@
 //! The worker process as the daemon uses it: this test binary is its own worker.
 
 use accel_source::{
-    Arena, Fault, Faulty, FileName, Filled, Operation, Patience, Request, Source, SourceError,
-    WorkerCommand, WorkerSource, list, read_file, worker,
+    Arena, Condition, Fault, Faulty, FileName, Filled, Operation, Patience, Rejected, Request,
+    Source, SourceError, SourceFault, Sources, WorkerCommand, WorkerSource, list, read_checked,
+    read_file, worker,
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::fs;
@@ -26,7 +27,7 @@ fn main() -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         };
     }
-    let tests: [(&str, fn()); 13] = [
+    let tests: [(&str, fn()); 18] = [
         ("reads_every_range", reads_every_range),
         ("small_files_and_listings", small_files_and_listings),
         (
@@ -43,6 +44,11 @@ fn main() -> ExitCode {
         ("files_are_read_by_waiting", waiting_reads),
         ("memory_is_not_awaited_for_ever", no_memory),
         ("late_slots_are_announced", late_slots),
+        ("the_next_source_is_asked", next_source),
+        ("wrong_bytes_are_asked_for_elsewhere", wrong_bytes),
+        ("a_stalled_source_stops_nobody", stalled_source),
+        ("late_answers_count", late_answers),
+        ("all_stalled_ends_at_the_deadline", all_stalled),
     ];
     let trials = tests.map(|(name, test)| {
         Trial::test(name, move || {
@@ -53,14 +59,23 @@ fn main() -> ExitCode {
     libtest_mimic::run(&Arguments::from_args(), trials.into()).exit_code()
 }
 
-fn start(directory: &Path, chunks: usize) -> (Arc<Arena>, WorkerSource) {
+fn start(directory: &Path, chunks: usize) -> (Arc<Arena>, Arc<WorkerSource>) {
     let arena = Arc::new(Arena::new(chunks, 4).unwrap());
+    let source = source("the test's directory", directory, &arena);
+    (arena, source)
+}
+
+fn source(name: &str, directory: &Path, arena: &Arc<Arena>) -> Arc<WorkerSource> {
     let command = WorkerCommand {
         program: "/proc/self/exe".into(),
         arguments: vec!["source-worker".into(), directory.into()],
     };
-    let source = WorkerSource::start("the test's directory", command, Arc::clone(&arena)).unwrap();
-    (arena, source)
+    Arc::new(WorkerSource::start(name, command, Arc::clone(arena)).unwrap())
+}
+
+/// The source with deadlines and retries.
+fn patient(source: &Arc<WorkerSource>) -> Sources {
+    Sources::new(vec![Arc::<WorkerSource>::clone(source)]).unwrap()
 }
 
 fn noise(len: usize) -> Vec<u8> {
@@ -88,12 +103,7 @@ fn submit(
         }
     };
     let (sender, receiver) = mpsc::channel();
-    let request = Request {
-        file: FileName::new(file),
-        operation,
-        slot,
-        patience,
-    };
+    let request = Request::new(FileName::new(file), operation, slot, patience);
     source.submit(request, Box::new(move |outcome| drop(sender.send(outcome))));
     receiver
 }
@@ -173,11 +183,12 @@ fn nothing_outside_the_directory() {
 
 fn missing_files() {
     let directory = tempfile::tempdir().unwrap();
-    let (arena, source) = start(directory.path(), 2);
+    let (arena, worker) = start(directory.path(), 2);
+    let source = patient(&worker);
     let now = submit(&arena, &source, "late", at(0, 4096), Patience::LOOKUP);
     assert!(now.recv().unwrap().unwrap_err().is_not_found());
     let awaited = submit(&arena, &source, "late", at(0, 4096), Patience::DATA);
-    while source.counters().failed_attempts.load(Ordering::Relaxed) < 3 {
+    while worker.counters().failed_attempts.load(Ordering::Relaxed) < 3 {
         std::thread::yield_now();
     }
     fs::write(directory.path().join("late"), b"here").unwrap();
@@ -256,7 +267,8 @@ fn stopped_worker() {
         attempt: Duration::from_millis(50),
         ..Patience::DATA
     };
-    let receiver = submit(&arena, &source, "file", at(0, CHUNK), patience);
+    let sources = patient(&source);
+    let receiver = submit(&arena, &sources, "file", at(0, CHUNK), patience);
     let filled = receiver.recv().unwrap().unwrap();
     assert!(filled.slot.bytes() == noise(CHUNK));
     assert_eq!(source.counters().workers.load(Ordering::Relaxed), 2);
@@ -271,6 +283,7 @@ fn gives_up() {
         whole: Some(Duration::from_secs(3)),
         ..Patience::DATA
     };
+    let source = patient(&source);
     let receiver = submit(&arena, &source, "never", at(0, CHUNK), patience);
     let error = receiver.recv().unwrap().unwrap_err().to_string();
     for part in ["never", "the test's directory", "No such file"] {
@@ -334,25 +347,30 @@ fn waiting_reads() {
 fn no_memory() {
     let directory = tempfile::tempdir().unwrap();
     fs::write(directory.path().join("file"), [1; 4096]).unwrap();
-    let (arena, source) = start(directory.path(), 1);
-    source.wait_ready(Duration::from_secs(30)).unwrap();
-    kill(source.worker_pid().unwrap(), rustix::process::Signal::STOP);
-    let short = |attempt| Patience {
-        attempt,
+    let (arena, worker) = start(directory.path(), 1);
+    worker.wait_ready(Duration::from_secs(30)).unwrap();
+    kill(worker.worker_pid().unwrap(), rustix::process::Signal::STOP);
+    // One per read, so that each has a stalled attempt.
+    let sources: Vec<_> = (0..20).map(|_| patient(&worker)).collect();
+    let short = Patience {
+        attempt: Duration::from_secs(60),
         whole: Some(Duration::from_millis(300)),
         await_file: false,
     };
     // Attempts that are given up while nobody answers hold all slots there are.
     let name = FileName::new("file");
-    let read = |attempt| read_file(&source, arena.chunks(), &name, 4096, short(attempt));
-    let mut errors = Vec::new();
-    for _ in 0..20 {
-        errors.push(read(Duration::from_secs(60)).unwrap_err().to_string());
-    }
-    assert!(errors[0].contains("gave up after 1 attempts"), "{errors:?}");
+    let errors: Vec<_> = sources
+        .iter()
+        .map(|source| {
+            let read = read_file(source, arena.chunks(), &name, 4096, short);
+            read.unwrap_err().to_string()
+        })
+        .collect();
+    assert!(errors[0].contains("asked for 0 s"), "{errors:?}");
     assert!(errors[19].contains("all memory is held"), "{errors:?}");
-    kill(source.worker_pid().unwrap(), rustix::process::Signal::KILL);
-    while read(Duration::from_secs(60)).is_err() {}
+    kill(worker.worker_pid().unwrap(), rustix::process::Signal::KILL);
+    let last = patient(&worker);
+    while read_file(&last, arena.chunks(), &name, 4096, short).is_err() {}
 }
 
 fn late_slots() {
@@ -372,9 +390,199 @@ fn late_slots() {
         whole: Some(Duration::from_millis(100)),
         await_file: false,
     };
-    let receiver = submit(&arena, &source, "file", at(0, 4096), patience);
+    let sources = patient(&source);
+    let receiver = submit(&arena, &sources, "file", at(0, 4096), patience);
     assert!(receiver.recv().unwrap().is_err());
     assert!(arena.chunks().take().is_none(), "it may still be written");
     kill(source.worker_pid().unwrap(), rustix::process::Signal::CONT);
     assert!(returned.recv().unwrap(), "the slot is not free yet");
+}
+
+/// Two directories with the same file, and what goes wrong with the first one's.
+fn two(plan: impl Fn(&str, Operation) -> Fault + Send + Sync + 'static) -> Two {
+    let directories = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    for directory in &directories {
+        fs::write(directory.path().join("file"), noise(CHUNK)).unwrap();
+    }
+    let arena = Arc::new(Arena::new(4, 4).unwrap());
+    let first = source("first", directories[0].path(), &arena);
+    let second = source("second", directories[1].path(), &arena);
+    let sources = Sources::new(vec![
+        Arc::new(Faulty::new(first, Box::new(plan))),
+        Arc::<WorkerSource>::clone(&second),
+    ]);
+    Two {
+        directories,
+        arena,
+        second,
+        sources: sources.unwrap(),
+    }
+}
+
+struct Two {
+    directories: [tempfile::TempDir; 2],
+    arena: Arc<Arena>,
+    second: Arc<WorkerSource>,
+    sources: Sources,
+}
+
+/// Attempts that are over soon, although the machine may be busy.
+const HASTY: Patience = Patience {
+    attempt: Duration::from_millis(200),
+    ..Patience::DATA
+};
+
+impl Two {
+    fn read(&self) -> Filled {
+        let read = submit(&self.arena, &self.sources, "file", at(0, CHUNK), HASTY);
+        read.recv().unwrap().unwrap()
+    }
+
+    fn first_fault(&self) -> Option<SourceFault> {
+        match &self.sources.standings()[0].condition {
+            Condition::InUse => None,
+            Condition::Aside { fault, .. } => Some(*fault),
+        }
+    }
+}
+
+fn next_source() {
+    for (errno, fault) in [
+        (5, SourceFault::Failing),
+        (116, SourceFault::Wrong),
+        (2, SourceFault::Wrong),
+    ] {
+        let two = two(move |_, _| Fault::Error(errno));
+        for _ in 0..3 {
+            let filled = two.read();
+            assert_eq!(&*filled.origin.name, "second");
+            assert!(filled.bytes() == noise(CHUNK));
+        }
+        let standing = &two.sources.standings()[0];
+        if two.first_fault().is_some() {
+            assert_eq!(two.first_fault(), Some(fault), "{standing:?}");
+            let words = standing.condition.to_string();
+            assert!(words.contains("file in first"), "{words}");
+        }
+        assert!(standing.times > 0);
+        assert_eq!(two.sources.failed(), 0);
+    }
+}
+
+fn wrong_bytes() {
+    let two = two(|_, operation| match operation {
+        Operation::Read { .. } => Fault::Flip(7),
+        Operation::List => Fault::None,
+    });
+    let mut rejected = Rejected::default();
+    let mut read = |filled: Option<Filled>| {
+        if let Some(filled) = &filled {
+            rejected.add(filled, "it is wrong".to_owned());
+        }
+        let slot = filled.map(|filled| filled.slot);
+        let slot = slot.unwrap_or_else(|| two.arena.chunks().take().unwrap());
+        let request = Request {
+            rejected: rejected.clone(),
+            ..Request::new(FileName::new("file"), at(0, CHUNK), slot, Patience::DATA)
+        };
+        let (sender, receiver) = mpsc::channel();
+        let done = Box::new(move |outcome| drop(sender.send(outcome)));
+        two.sources.submit(request, done);
+        receiver.recv().unwrap()
+    };
+    let mut filled = None;
+    // Once more from the same source, then from the other.
+    for name in ["first", "first", "second"] {
+        let next: Filled = read(filled).unwrap();
+        assert_eq!(&*next.origin.name, name);
+        filled = Some(next);
+    }
+    assert!(filled.as_ref().unwrap().bytes() == noise(CHUNK));
+    // Nobody has anything better: that is said at once.
+    filled = Some(read(filled).unwrap());
+    let error = read(filled).unwrap_err().to_string();
+    assert!(
+        error.contains("first: it is wrong; second: it is wrong"),
+        "{error}"
+    );
+    // Whole files are read in the same way.
+    let name = FileName::new("file");
+    let check = |bytes: &[u8]| match bytes == noise(CHUNK) {
+        true => Ok(()),
+        false => Err("no"),
+    };
+    let pool = two.arena.chunks();
+    read_checked(&two.sources, pool, &name, CHUNK, Patience::LOOKUP, check)
+        .unwrap()
+        .unwrap();
+    let never = |_: &[u8]| Err::<(), _>("never");
+    let read = read_checked(&two.sources, pool, &name, CHUNK, Patience::LOOKUP, never);
+    assert_eq!(read.unwrap(), Err("never"));
+}
+
+fn stalled_source() {
+    let two = two(|_, _| Fault::Stall);
+    two.second.wait_ready(Duration::from_secs(30)).unwrap();
+    let asked = || two.second.counters().reads.load(Ordering::Relaxed);
+    for count in 1..=20 {
+        assert_eq!(&*two.read().origin.name, "second");
+        assert_eq!(asked(), count);
+    }
+    assert_eq!(two.first_fault(), Some(SourceFault::Stalled));
+    assert_eq!(two.sources.standings()[0].times, 1);
+    // The other one fails as well for a while: the request waits, and goes on.
+    let away = two.directories[1].path().join("away");
+    let file = two.directories[1].path().join("file");
+    fs::rename(&file, &away).unwrap();
+    fs::write(&file, b"").unwrap();
+    fs::remove_file(&file).unwrap();
+    kill(
+        two.second.worker_pid().unwrap(),
+        rustix::process::Signal::KILL,
+    );
+    let waiting = submit(&two.arena, &two.sources, "file", at(0, CHUNK), HASTY);
+    while two
+        .second
+        .counters()
+        .failed_attempts
+        .load(Ordering::Relaxed)
+        < 3
+    {
+        std::thread::yield_now();
+    }
+    fs::rename(&away, &file).unwrap();
+    assert!(waiting.recv().unwrap().unwrap().bytes() == noise(CHUNK));
+}
+
+fn late_answers() {
+    let two = two(|_, _| Fault::Delay(Duration::from_millis(400)));
+    fs::remove_file(two.directories[1].path().join("file")).unwrap();
+    let filled = two.read();
+    assert_eq!(&*filled.origin.name, "first");
+    assert!(two.sources.standings()[0].times > 0);
+}
+
+fn all_stalled() {
+    let arena = Arc::new(Arena::new(4, 4).unwrap());
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(directory.path().join("file"), noise(CHUNK)).unwrap();
+    let worker = source("first", directory.path(), &arena);
+    let stall = Faulty::new(worker, Box::new(|_: &str, _| Fault::Stall));
+    let sources = Sources::new(vec![Arc::new(stall)]).unwrap();
+    let patience = Patience {
+        attempt: Duration::from_millis(50),
+        whole: Some(Duration::from_millis(500)),
+        await_file: true,
+    };
+    let read = submit(&arena, &sources, "file", at(0, CHUNK), patience);
+    let error = read.recv().unwrap().unwrap_err().to_string();
+    assert!(
+        error.contains("first: file: no answer within 50ms"),
+        "{error}"
+    );
+    // One that comes later waits for the source, and is told so.
+    let read = submit(&arena, &sources, "other", at(0, CHUNK), patience);
+    let error = read.recv().unwrap().unwrap_err().to_string();
+    assert!(error.contains("not asked, set aside"), "{error}");
+    assert_eq!(sources.failed(), 2);
 }

@@ -4,7 +4,7 @@ use crate::engine::SKIPS_VERIFICATION;
 use crate::protocol::{CacheStatus, Command, Reply, SourceStatus, Status};
 use crate::serve::Daemon;
 use crate::wire;
-use accel_source::Source;
+use accel_source::{Condition, Standing, WorkerSource};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use std::os::unix::net::UnixStream;
@@ -76,7 +76,12 @@ fn reply<T: Serialize>(stream: &UnixStream, result: Result<T>) -> Result<()> {
 fn status(daemon: &Daemon) -> Status {
     let (exports, holders) = daemon.registry.status();
     let devices = daemon.registry.devices();
-    let (engine, counters) = (&daemon.engine, daemon.source.counters());
+    let engine = &daemon.engine;
+    let standings = daemon.sources.standings();
+    let sources = daemon.workers.iter().zip(standings);
+    let sources: Vec<_> = sources
+        .map(|(worker, standing)| source(worker, &standing))
+        .collect();
     let chunks = engine.chunk_counters();
     let pool = engine.arena().chunks();
     let chunk = pool.slot_size() as u64;
@@ -87,7 +92,7 @@ fn status(daemon: &Daemon) -> Status {
         transport: devices.name().to_owned(),
         transport_reason: devices.reason.clone(),
         verifies: !SKIPS_VERIFICATION,
-        fetched_bytes: counters.bytes.load(Relaxed),
+        fetched_bytes: sources.iter().map(|source| source.bytes).sum(),
         cache: CacheStatus {
             size: pool.capacity() as u64 * chunk,
             used: engine.cached_chunks() as u64 * chunk,
@@ -96,15 +101,25 @@ fn status(daemon: &Daemon) -> Status {
             joined: chunks.joined.load(Relaxed),
             evicted: chunks.evicted.load(Relaxed),
         },
-        source: SourceStatus {
-            name: daemon.source.name().to_owned(),
-            worker: daemon.source.worker_pid(),
-            workers: counters.workers.load(Relaxed),
-            reads: counters.reads.load(Relaxed),
-            failed_attempts: counters.failed_attempts.load(Relaxed),
-            failed: counters.failed.load(Relaxed),
-        },
+        sources,
+        failed_reads: daemon.sources.failed(),
         exports,
         holders,
+    }
+}
+
+fn source(worker: &WorkerSource, standing: &Standing) -> SourceStatus {
+    let counters = worker.counters();
+    SourceStatus {
+        name: standing.name.clone(),
+        state: standing.condition.to_string(),
+        in_use: matches!(standing.condition, Condition::InUse),
+        set_aside: standing.times,
+        worker: worker.worker_pid(),
+        workers: counters.workers.load(Relaxed),
+        dying: counters.dying.load(Relaxed),
+        reads: counters.reads.load(Relaxed),
+        bytes: counters.bytes.load(Relaxed),
+        failed_attempts: counters.failed_attempts.load(Relaxed),
     }
 }

@@ -24,5 +24,6 @@ pub mod registry;
 pub mod serve;
 pub mod size;
 mod sys;
+pub mod time;
 
 pub use accel_client::{lock, mountinfo, paths, protocol, wire};

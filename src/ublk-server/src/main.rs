@@ -7,9 +7,10 @@ use clap::{Args, Parser, Subcommand};
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 use ublk_server::paths::{Paths, SOCKET};
-use ublk_server::{client, serve, size};
+use ublk_server::{client, serve, size, time};
 
 /// Serves converted images on this node: on demand, verified, as block devices.
 #[derive(Debug, Parser)]
@@ -37,6 +38,18 @@ enum Command {
         /// Directory with converted images, usually on a shared file system.
         #[arg(long, value_name = "DIR")]
         ufs: PathBuf,
+        /// Another directory with the same files, asked when UFS fails; may be
+        /// given several times.
+        #[arg(long = "replica", value_name = "DIR")]
+        replicas: Vec<PathBuf>,
+        /// How long one of them may take to answer before the next is asked, such
+        /// as 500ms or 5s.
+        #[arg(long, value_name = "TIME", default_value = "5s", value_parser = time::parse)]
+        attempt_timeout: Duration,
+        /// How long a read of a container waits when none answers before it fails,
+        /// such as 10m; 0: for ever.
+        #[arg(long, value_name = "TIME", default_value = "10m", value_parser = time::parse)]
+        request_timeout: Duration,
         /// Memory for verified chunks, such as 256M or 2G; at least 16M.
         #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size::parse)]
         cache_size: u64,
@@ -114,11 +127,17 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Serve {
             ufs,
+            replicas,
+            attempt_timeout,
+            request_timeout,
             cache_size,
             transport,
             place,
         } => serve::run(&serve::Options {
             ufs,
+            replicas,
+            attempt_timeout,
+            request_timeout,
             cache_size,
             transport,
             paths: place.into(),

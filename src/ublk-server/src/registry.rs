@@ -17,7 +17,6 @@ use crate::protocol::{
     Attached, AttachedLayer, Detached, Ended, ExportStatus, Holder, HolderStatus,
 };
 use accel_oci::Digest;
-use accel_source::Patience;
 use accel_transport::ublk::{DeviceState, Removal};
 use accel_ufs::index::Root;
 use accel_ufs::resolve::ImageName;
@@ -179,7 +178,13 @@ impl Registry {
     /// Makes a device for a layer.
     fn export(&self, layer: Layer) -> Result<Served> {
         let Layer { name, root, size } = layer;
-        let export = Export::open(&self.engine, name, root, size, Patience::LOOKUP)?;
+        let export = Export::open(
+            &self.engine,
+            name,
+            root,
+            size,
+            self.engine.patience().lookup(),
+        )?;
         let export = Arc::new(export);
         let reader = Arc::new(ExportReader::new(&self.engine, &export));
         let mut entry = Entry::new(&self.journal, name, root, size);
@@ -544,7 +549,7 @@ impl Registry {
 mod tests {
     use super::*;
     use accel_oci::DiffId;
-    use accel_source::{Arena, Done, Request, Source};
+    use accel_source::{Arena, Done, Patience, Request, Source};
     use accel_transport::Wanted;
     use accel_ufs::index::ImageSize;
     use accel_ufs::names::LayerName;
@@ -564,7 +569,11 @@ mod tests {
 
     /// A registry with one export, whose journal is real and whose device is not.
     fn registry(paths: &Paths) -> Registry {
-        let engine = Engine::start(Arc::new(NoSource), Arc::new(Arena::new(1, 1).unwrap()));
+        let engine = Engine::start(
+            Arc::new(NoSource),
+            Arc::new(Arena::new(1, 1).unwrap()),
+            Patience::DATA,
+        );
         let engine = engine.unwrap();
         let devices = Devices::start(Wanted::Fuse).unwrap();
         let journal = Journal::open(&paths.run, Path::new("/ufs")).unwrap();

@@ -8,7 +8,7 @@ use crate::lock::Lock;
 use crate::namespace;
 use crate::paths::Paths;
 use crate::registry::Registry;
-use accel_source::{Arena, Source, StartError, WorkerCommand, WorkerSource};
+use accel_source::{Arena, Patience, Source, Sources, StartError, WorkerCommand, WorkerSource};
 use accel_transport::Wanted;
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags};
@@ -18,7 +18,7 @@ use std::fs;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Least and most bytes of the cache.
 const SMALLEST_CACHE: u64 = 16 << 20;
@@ -30,6 +30,13 @@ const UFS_PATIENCE: Duration = Duration::from_secs(10);
 pub struct Options {
     /// The UFS directory.
     pub ufs: PathBuf,
+    /// Further directories with the same files, in the order in which they are
+    /// asked when UFS fails.
+    pub replicas: Vec<PathBuf>,
+    /// How long one source may take to answer.
+    pub attempt_timeout: Duration,
+    /// How long a read waits for all sources together; zero: for ever.
+    pub request_timeout: Duration,
     /// Bytes of memory for chunks and index pages.
     pub cache_size: u64,
     /// Which transport.
@@ -45,8 +52,10 @@ pub struct Daemon {
     pub registry: Registry,
     /// The read engine.
     pub engine: Arc<Engine>,
-    /// The worker behind it.
-    pub source: Arc<WorkerSource>,
+    /// What it reads from.
+    pub sources: Arc<Sources>,
+    /// The workers behind that, in the same order.
+    pub workers: Vec<Arc<WorkerSource>>,
     /// The UFS directory.
     pub ufs: PathBuf,
 }
@@ -158,36 +167,75 @@ fn prepare_process() {
 fn start(options: &Options, ufs: &Path, journal: Journal, leftovers: bool) -> Result<Arc<Daemon>> {
     let (chunks, pages) = slots(options.cache_size);
     let arena = Arc::new(Arena::new(chunks, pages)?);
-    let command = WorkerCommand {
-        program: "/proc/self/exe".into(),
-        arguments: vec!["source-worker".into(), ufs.into()],
-    };
-    let name = format!("UFS {}", ufs.display());
-    let source = Arc::new(WorkerSource::start(&name, command, Arc::clone(&arena))?);
-    match source.wait_ready(UFS_PATIENCE) {
-        Ok(()) => {}
-        // Those who read devices of an earlier daemon must not wait for longer
-        // than UFS takes to come back.
-        Err(error @ StartError::Worker { .. }) if leftovers => {
-            tracing::error!(%error, "going on, because devices wait for this daemon");
-        }
-        Err(error @ StartError::Silent { .. }) => tracing::warn!(%error, "going on"),
-        Err(StartError::Worker { reason, .. }) => bail!(
-            "cannot read UFS: {reason}; mount the shared file system there, \
-             or give the directory that has it with --ufs"
-        ),
-        Err(error) => return Err(error.into()),
+    let mut workers = vec![worker("UFS", ufs, &arena)?];
+    for replica in &options.replicas {
+        let replica = std::path::absolute(replica)?;
+        workers.push(worker("replica", &replica, &arena)?);
     }
-    let shared: Arc<dyn Source> = Arc::<WorkerSource>::clone(&source);
-    let engine = Engine::start(shared, arena).context("cannot start the verifiers")?;
+    // Those who read devices of an earlier daemon must not wait for UFS.
+    if !leftovers {
+        await_sources(&workers)?;
+    }
+    let members = workers.iter().map(|worker| {
+        let worker: Arc<dyn Source> = Arc::<WorkerSource>::clone(worker);
+        worker
+    });
+    let sources = Sources::new(members.collect()).context("cannot start a thread")?;
+    let sources = Arc::new(sources);
+    let shared: Arc<dyn Source> = Arc::<Sources>::clone(&sources);
+    let limit = options.request_timeout;
+    let patience = Patience {
+        attempt: options.attempt_timeout,
+        whole: (!limit.is_zero()).then_some(limit),
+        ..Patience::DATA
+    };
+    let engine = Engine::start(shared, arena, patience).context("cannot start the verifiers")?;
     let devices = Devices::start(options.transport)?;
     let registry = Registry::new(Arc::clone(&engine), devices, journal, ufs.to_owned())?;
     Ok(Arc::new(Daemon {
         registry,
         engine,
-        source,
+        sources,
+        workers,
         ufs: ufs.to_owned(),
     }))
+}
+
+fn worker(kind: &str, directory: &Path, arena: &Arc<Arena>) -> Result<Arc<WorkerSource>> {
+    let command = WorkerCommand {
+        program: "/proc/self/exe".into(),
+        arguments: vec!["source-worker".into(), directory.into()],
+    };
+    let name = format!("{kind} {}", directory.display());
+    let source = WorkerSource::start(&name, command, Arc::clone(arena))?;
+    Ok(Arc::new(source))
+}
+
+/// Waits until it is known of every source whether it can be read; an error if
+/// none of them can.
+fn await_sources(workers: &[Arc<WorkerSource>]) -> Result<()> {
+    let until = Instant::now() + UFS_PATIENCE;
+    let mut unusable = Vec::new();
+    for worker in workers {
+        let left = until.saturating_duration_since(Instant::now());
+        match worker.wait_ready(left) {
+            Ok(()) => {}
+            Err(StartError::Worker { reason, .. }) => {
+                tracing::warn!(source = worker.name(), reason, "a source cannot be read");
+                unusable.push(reason);
+            }
+            Err(error @ StartError::Silent { .. }) => tracing::warn!(%error, "going on"),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if unusable.len() == workers.len() {
+        bail!(
+            "cannot read UFS: {}; mount the shared file system there, \
+             or give the directory that has it with --ufs",
+            unusable.join("; ")
+        );
+    }
+    Ok(())
 }
 
 /// How the cache's bytes are divided: a 32nd for pages of the index (a page

@@ -3,8 +3,9 @@
 
 mod common;
 
-use common::{Entry, Layer, noise, publish_image, publish_tree};
+use common::{Entry, Layer, Stalled, noise, publish_image, publish_tree};
 use rustix::process::{Pid, Signal, kill_process};
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
@@ -144,6 +145,10 @@ impl Drop for Node {
 }
 
 fn serve(directory: &Path) -> Child {
+    serve_with(directory, &[])
+}
+
+fn serve_with(directory: &Path, further: &[&OsStr]) -> Child {
     let log = File::create(directory.join("log")).unwrap();
     Command::new(PROGRAM)
         .arg("serve")
@@ -152,6 +157,7 @@ fn serve(directory: &Path) -> Child {
         .arg("--socket")
         .arg(directory.join("socket"))
         .args(["--transport", "fuse", "--cache-size", "16M"])
+        .args(further)
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
         .stderr(log)
@@ -374,7 +380,7 @@ fn readers_do_not_notice_killed_workers() {
             // are: on a slow machine the reader would hardly get anywhere.
             let (mut reads, mut kills) = (0, 0);
             while !over.load(Relaxed) && kills < 20 {
-                let source = &node.status()["source"];
+                let source = &node.status()["sources"][0];
                 let now = source["reads"].as_u64().unwrap();
                 if let Some(pid) = source["worker"].as_i64()
                     && now > reads
@@ -393,7 +399,7 @@ fn readers_do_not_notice_killed_workers() {
         }
         over.store(true, Relaxed);
     });
-    let workers = node.status()["source"]["workers"].as_u64().unwrap();
+    let workers = node.status()["sources"][0]["workers"].as_u64().unwrap();
     assert!(workers > 1, "no worker was killed");
     node.ask(&["unmount", &root]);
     node.stop();
@@ -509,5 +515,45 @@ fn wrong_usage_says_what_is_wrong() {
             assert!(message.contains(part), "{part}: {message}");
         }
     }
+    node.stop();
+}
+
+#[test]
+fn a_stalled_ufs_is_not_noticed_but_told() {
+    let stalled = Stalled::new();
+    let mut made = None;
+    let mut node = Node::start(|ufs| {
+        let (layer, files) = base(ufs);
+        made = Some((publish_image(ufs, &[layer]).to_string(), files));
+    });
+    let (image, files) = made.unwrap();
+    node.child.kill().unwrap();
+    node.child.wait().unwrap();
+    fs::rename(node.path("ufs"), node.path("replica")).unwrap();
+    std::os::unix::fs::symlink(stalled.path(), node.path("ufs")).unwrap();
+    let replica = node.path("replica");
+    let further: [&OsStr; 4] = [
+        "--replica".as_ref(),
+        replica.as_os_str(),
+        "--attempt-timeout".as_ref(),
+        "300ms".as_ref(),
+    ];
+    node.child = serve_with(node.directory.path(), &further);
+    node.await_daemon();
+    let root = node.directory("root");
+    node.ask(&["mount", &image, &root]);
+    drop_caches();
+    for (path, content) in &files {
+        assert!(fs::read(Path::new(&root).join(path)).unwrap() == *content);
+    }
+    let status = node.status();
+    assert_eq!(status["sources"][0]["in_use"], false, "{status}");
+    assert_eq!(status["sources"][1]["in_use"], true, "{status}");
+    assert_eq!(status["failed_reads"], 0);
+    let words = node.ask(&["status"]);
+    for part in ["set aside", "does not answer", "no answer", "asked again"] {
+        assert!(words.contains(part), "{part}: {words}");
+    }
+    node.ask(&["unmount", &root]);
     node.stop();
 }

@@ -3,17 +3,18 @@
 mod common;
 
 use accel_source::{
-    Arena, Fault, Faulty, Operation, Patience, Source, WorkerCommand, WorkerSource,
+    Arena, Fault, Faulty, Operation, Patience, Source, Sources, WorkerCommand, WorkerSource,
 };
 use accel_transport::{ReadError, Reader, Request};
 use accel_ufs::index::CHUNK_SIZE;
-use common::{Layer, noise, publish};
+use common::{Layer, Stalled, noise, publish};
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 use ublk_server::engine::{Engine, Export, ExportReader};
 
 const CHUNK: usize = CHUNK_SIZE;
@@ -48,7 +49,7 @@ impl Request for Buffer {
 struct Setup {
     engine: Arc<Engine>,
     worker: Arc<WorkerSource>,
-    _keep: Vec<Arc<dyn Source>>,
+    sources: Arc<Sources>,
 }
 
 fn setup(ufs: &Path, chunks: usize, pages: usize) -> Setup {
@@ -62,26 +63,51 @@ fn setup_with(
     decorate: impl FnOnce(Arc<dyn Source>) -> Arc<dyn Source>,
 ) -> Setup {
     let arena = Arc::new(Arena::new(chunks, pages).unwrap());
+    let worker = worker("the test's UFS", ufs, &arena);
+    let source: Arc<dyn Source> = Arc::<WorkerSource>::clone(&worker);
+    let source = decorate(source);
+    let sources = Arc::new(Sources::new(vec![source]).unwrap());
+    let shared = Arc::<Sources>::clone(&sources);
+    let engine = Engine::start(shared, arena, Patience::DATA).unwrap();
+    Setup {
+        engine,
+        worker,
+        sources,
+    }
+}
+
+/// Two UFS directories, of which the first is the better one.
+fn setup_two(ufs: [&Path; 2], chunks: usize, pages: usize) -> Setup {
+    let arena = Arc::new(Arena::new(chunks, pages).unwrap());
+    let [first, second] = ufs.map(|ufs| worker(&ufs.to_string_lossy(), ufs, &arena));
+    let sources: Vec<Arc<dyn Source>> = vec![first, Arc::<WorkerSource>::clone(&second)];
+    let sources = Arc::new(Sources::new(sources).unwrap());
+    let patience = Patience {
+        attempt: Duration::from_millis(300),
+        ..Patience::DATA
+    };
+    let shared = Arc::<Sources>::clone(&sources);
+    let engine = Engine::start(shared, arena, patience).unwrap();
+    Setup {
+        engine,
+        worker: second,
+        sources,
+    }
+}
+
+fn worker(name: &str, ufs: &Path, arena: &Arc<Arena>) -> Arc<WorkerSource> {
     let command = WorkerCommand {
         program: env!("CARGO_BIN_EXE_ublk-server").into(),
         arguments: vec!["source-worker".into(), ufs.into()],
     };
-    let worker = WorkerSource::start("the test's UFS", command, Arc::clone(&arena)).unwrap();
-    let worker = Arc::new(worker);
-    let source: Arc<dyn Source> = Arc::<WorkerSource>::clone(&worker);
-    let source = decorate(source);
-    let engine = Engine::start(Arc::clone(&source), arena).unwrap();
-    Setup {
-        engine,
-        worker,
-        _keep: vec![source],
-    }
+    Arc::new(WorkerSource::start(name, command, Arc::clone(arena)).unwrap())
 }
 
 impl Setup {
     fn open(&self, layer: &Layer) -> ExportReader {
         let (name, root, size) = (layer.name, layer.root, layer.size);
-        let export = Export::open(&self.engine, name, root, size, Patience::LOOKUP).unwrap();
+        let patience = self.engine.patience().lookup();
+        let export = Export::open(&self.engine, name, root, size, patience).unwrap();
         ExportReader::new(&self.engine, &Arc::new(export))
     }
 }
@@ -309,5 +335,82 @@ fn layers_that_share_a_chunk_do_not_share_its_damage() {
         let second = start(&two_reader, 0, CHUNK);
         let _ = first.recv().unwrap();
         assert!(second.recv().unwrap().unwrap() == two[..CHUNK]);
+    }
+}
+
+#[test]
+fn what_one_ufs_gives_wrongly_another_gives() {
+    let image = image();
+    for damage in 0..5 {
+        let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let layer = publish(first.path(), "a", &image);
+        publish(second.path(), "a", &image);
+        let file = layer.name.image().beneath(first.path());
+        let index = layer.name.index().beneath(first.path());
+        match damage {
+            0 => fs::write(&file, noise(image.len(), 77)).unwrap(),
+            1 => fs::write(&file, &image[..CHUNK / 2]).unwrap(),
+            2 => fs::remove_file(&file).unwrap(),
+            3 => fs::write(&index, noise(64 << 10, 78)).unwrap(),
+            _ => fs::remove_dir_all(first.path()).unwrap(),
+        }
+        let setup = setup_two([first.path(), second.path()], 16, 16);
+        let reader = setup.open(&layer);
+        assert!(read(&reader, 0, image.len()).unwrap() == image, "{damage}");
+        assert_eq!(reader.export().counters.errors.load(Relaxed), 0);
+        assert_eq!(setup.sources.failed(), 0);
+        assert!(setup.sources.standings()[0].times > 0, "{damage}");
+    }
+}
+
+#[test]
+fn a_ufs_that_never_answers_is_passed_over() {
+    let (stalled, ufs) = (Stalled::new(), tempfile::tempdir().unwrap());
+    let image = noise(40 * CHUNK, 9);
+    let layer = publish(ufs.path(), "a", &image);
+    // Less memory than the reads under way want, a part of it held by a worker
+    // that cannot even be killed.
+    let setup = setup_two([stalled.path(), ufs.path()], 8, 8);
+    let reader = setup.open(&layer);
+    for _ in 0..3 {
+        let waiting: Vec<_> = (0..40)
+            .map(|chunk| start(&reader, chunk * CHUNK, CHUNK))
+            .collect();
+        for (chunk, answer) in waiting.into_iter().enumerate() {
+            let bytes = answer.recv().unwrap().unwrap();
+            assert!(bytes == image[chunk * CHUNK..(chunk + 1) * CHUNK]);
+        }
+    }
+    let standing = &setup.sources.standings()[0];
+    let words = standing.condition.to_string();
+    assert!(words.contains("does not answer"), "{words}");
+    assert_eq!(setup.sources.failed(), 0);
+}
+
+#[test]
+fn all_memory_held_by_a_stalled_ufs_is_an_error_in_time() {
+    let (stalled, ufs) = (Stalled::new(), tempfile::tempdir().unwrap());
+    let image = noise(8 * CHUNK, 10);
+    let layer = publish(ufs.path(), "a", &image);
+    let arena = Arc::new(Arena::new(2, 2).unwrap());
+    let source = worker("stalled", stalled.path(), &arena);
+    let sources = Arc::new(Sources::new(vec![source]).unwrap());
+    let patience = Patience {
+        attempt: Duration::from_millis(50),
+        whole: Some(Duration::from_millis(500)),
+        await_file: true,
+    };
+    let engine = Engine::start(sources, arena, patience).unwrap();
+    let export = Export::recovered(layer.name, layer.root, layer.size);
+    let reader = ExportReader::new(&engine, &Arc::new(export));
+    let waiting: Vec<_> = (0..8)
+        .map(|chunk| start(&reader, chunk * CHUNK, CHUNK))
+        .collect();
+    for answer in waiting {
+        let error = answer.recv().unwrap().unwrap_err().reason;
+        assert!(
+            error.contains("stalled") || error.contains("memory"),
+            "{error}"
+        );
     }
 }

@@ -39,11 +39,8 @@ pub fn status(paths: &Paths, json: bool) -> Result<String> {
     if json {
         return Ok(serde_json::to_string_pretty(&status)? + "\n");
     }
-    let (cache, source) = (&status.cache, &status.source);
+    let cache = &status.cache;
     let mut text = String::new();
-    let worker = source
-        .worker
-        .map_or_else(|| "none".to_owned(), |pid| pid.to_string());
     for (name, value) in [
         (
             "daemon",
@@ -52,21 +49,6 @@ pub fn status(paths: &Paths, json: bool) -> Result<String> {
         (
             "transport",
             format!("{}: {}", status.transport, status.transport_reason),
-        ),
-        (
-            "source",
-            format!("{}, worker process {worker}", source.name),
-        ),
-        (
-            "read",
-            format!(
-                "{} in {} reads; {} failed, {} attempts failed, {} workers started",
-                size(status.fetched_bytes),
-                source.reads,
-                source.failed,
-                source.failed_attempts,
-                source.workers
-            ),
         ),
         (
             "cache",
@@ -82,6 +64,35 @@ pub fn status(paths: &Paths, json: bool) -> Result<String> {
         ),
     ] {
         writeln!(text, "{name:<10} {value}")?;
+    }
+    for source in &status.sources {
+        writeln!(text, "{:<10} {}: {}", "source", source.name, source.state)?;
+        write!(
+            text,
+            "{:<10} {} in {} reads; {} attempts failed, set aside {} times; ",
+            "",
+            size(source.bytes),
+            source.reads,
+            source.failed_attempts,
+            source.set_aside
+        )?;
+        match source.worker {
+            Some(pid) => write!(text, "worker process {pid}")?,
+            None => write!(text, "no worker process")?,
+        }
+        write!(text, ", {} started", source.workers)?;
+        if source.dying > 0 {
+            write!(
+                text,
+                ", {} killed but stuck in the kernel until the storage answers",
+                source.dying
+            )?;
+        }
+        text.push('\n');
+    }
+    if status.failed_reads > 0 {
+        let failed = status.failed_reads;
+        writeln!(text, "{:<10} {failed} reads at every source", "failed")?;
     }
     if !status.verifies {
         writeln!(text, "WARNING    this build does not verify what it serves")?;

@@ -2,7 +2,7 @@
 
 use super::Engine;
 use super::pending::{KernelRequest, Pending as _, Piece};
-use accel_source::{FileName, Patience, SourceError, read_file};
+use accel_source::{FileName, Patience, SourceError, read_checked};
 use accel_transport::{Reader, Request};
 use accel_ufs::index::{
     ByteRange, CHUNK_SIZE, ChunkNo, Header, HeaderError, ImageSize, Layout, PAGE_SIZE, Page, Root,
@@ -104,31 +104,32 @@ impl Export {
         let map = usize::try_from(layout.zero_map().length).unwrap_or(ZERO_MAP);
         let limit = PAGE_SIZE + map.min(ZERO_MAP);
         let (source, pool) = (engine.source(), engine.arena().chunks());
-        let bytes = read_file(source, pool, &index, limit, patience).map_err(|source| {
-            OpenError::Source {
+        let check = |bytes: &[u8]| {
+            let wrong = |source| OpenError::Header {
                 layer: name,
+                file: index.clone(),
                 source,
+            };
+            let page = bytes.get(..PAGE_SIZE);
+            let page = page.and_then(|bytes| <&Page>::try_from(bytes).ok());
+            let page = page.ok_or_else(|| wrong(HeaderError::Magic))?;
+            let header = Header::parse(page).map_err(wrong)?;
+            for (what, same) in [
+                ("its root", header.root() == root),
+                ("its size", header.image_size() == size),
+            ] {
+                if !same {
+                    let (layer, file) = (name, index.clone());
+                    return Err(OpenError::Differs { layer, file, what });
+                }
             }
-        })?;
-        let wrong = |source| OpenError::Header {
-            layer: name,
-            file: index.clone(),
-            source,
+            Ok((header, bytes.to_vec()))
         };
-        let page = bytes
-            .get(..PAGE_SIZE)
-            .and_then(|b| <&Page>::try_from(b).ok());
-        let header =
-            Header::parse(page.ok_or_else(|| wrong(HeaderError::Magic))?).map_err(wrong)?;
-        for (what, same) in [
-            ("its root", header.root() == root),
-            ("its size", header.image_size() == size),
-        ] {
-            if !same {
-                let (layer, file) = (name, index.clone());
-                return Err(OpenError::Differs { layer, file, what });
-            }
-        }
+        let read = read_checked(source, pool, &index, limit, patience, check);
+        let (header, bytes) = read.map_err(|source| OpenError::Source {
+            layer: name,
+            source,
+        })??;
         let counters = ExportCounters::default();
         counters.source_bytes.store(bytes.len() as u64, Relaxed);
         Ok(Self {

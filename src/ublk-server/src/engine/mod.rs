@@ -11,7 +11,8 @@
 //!                                          Source::submit(slot)
 //!                                                  ▼ done
 //!                    verifier thread: hash in place ─ good ─► cache, fill all who wait
-//!                                                   └ bad ──► read once more, afresh; then fail
+//!                                                   └ bad ──► reject: the source asks elsewhere,
+//!                                                             or says that nobody has better
 //! ```
 //!
 //! **Invariant**: [`fill`](accel_transport::Request::fill) is called only with
@@ -21,7 +22,9 @@
 //! Nothing here blocks the thread that brings a request. Pages of the index live
 //! in a cache of their own, in page slots of the same shared memory.
 
+mod content;
 mod export;
+mod gate;
 mod pending;
 mod verify;
 mod warm;
@@ -31,29 +34,22 @@ pub use verify::SKIPS_VERIFICATION;
 pub use warm::Warmer;
 
 use accel_cache::{Cache, Load, Lookup};
-use accel_source::{Arena, Filled, Operation, Patience, Request, Slot, Source, SourceError};
-use accel_ufs::index::{ByteRange, ChunkNo, ChunkValue, PAGE_SIZE, PageValue, Step, TreePage};
+use accel_source::{
+    Arena, Filled, Operation, Patience, Rejected, Request, Slot, Source, SourceError,
+};
+use accel_ufs::index::{ChunkValue, PAGE_SIZE, PageValue, Step};
+use content::{ChunkLoad, Content, PageLoad};
+use gate::Gate;
 use pending::Piece;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::Instant;
 use verify::{Job, JobQueue, ZEROS};
 
 /// Threads that hash and fill.
 const VERIFIERS: usize = 2;
-
-/// A chunk to be loaded, by the export that asked first.
-pub(crate) struct ChunkLoad {
-    export: Arc<Export>,
-    chunk: ChunkNo,
-}
-
-/// A page of the index to be loaded.
-pub(crate) struct PageLoad {
-    export: Arc<Export>,
-    page: TreePage,
-    range: ByteRange,
-}
 
 type Chunks = Cache<ChunkValue, Slot, Piece, ChunkLoad>;
 type Pages = Cache<PageValue, Slot, Piece, PageLoad>;
@@ -65,6 +61,10 @@ pub struct Engine {
     source: Arc<dyn Source>,
     arena: Arc<Arena>,
     jobs: Arc<JobQueue>,
+    /// How long to try for the bytes of a mounted image.
+    patience: Patience,
+    /// Damage is logged for every read that meets it: not all of them.
+    log: Gate,
     /// Requests of the kernel that are not answered yet.
     unanswered: AtomicUsize,
 }
@@ -79,23 +79,30 @@ impl fmt::Debug for Engine {
 }
 
 impl Engine {
-    /// An engine that reads from `source` into `arena`, and its verifiers.
-    pub fn start(source: Arc<dyn Source>, arena: Arc<Arena>) -> std::io::Result<Arc<Self>> {
+    /// An engine that reads from `source` into `arena`, with this patience, and its
+    /// verifiers.
+    pub fn start(
+        source: Arc<dyn Source>,
+        arena: Arc<Arena>,
+        patience: Patience,
+    ) -> std::io::Result<Arc<Self>> {
         let (chunk_pool, page_pool) = (Arc::clone(arena.chunks()), Arc::clone(arena.pages()));
         let jobs = Arc::new(JobQueue::default());
-        for _ in 0..VERIFIERS {
-            verify::start(Arc::clone(&jobs))?;
-        }
         let engine = Arc::new(Self {
             chunks: Cache::new(chunk_pool.capacity(), move || chunk_pool.take()),
             pages: Cache::new(page_pool.capacity(), move || page_pool.take()),
             source,
             arena,
             jobs,
+            patience,
+            log: Gate::default(),
             unanswered: AtomicUsize::new(0),
         });
-        // A slot that an attempt held which was given up comes back long after
-        // its request has failed: loads that wait for memory hear of it here.
+        for _ in 0..VERIFIERS {
+            verify::start(Arc::clone(&engine.jobs), Arc::downgrade(&engine))?;
+        }
+        // A slot that a late attempt held comes back long after its request is
+        // over: loads that wait for memory hear of it here.
         for pool in [engine.arena.chunks(), engine.arena.pages()] {
             let engine = Arc::downgrade(&engine);
             pool.when_returned(move || {
@@ -105,7 +112,20 @@ impl Engine {
                 }
             });
         }
+        // A read that another source is asked for needs a second slot, as long as
+        // the first source may still write its own.
+        let evicting = Arc::downgrade(&engine);
+        let room = move || evicting.upgrade().is_some_and(|it| it.chunks.evict());
+        engine.arena.chunks().when_short(room);
+        let evicting = Arc::downgrade(&engine);
+        let room = move || evicting.upgrade().is_some_and(|it| it.pages.evict());
+        engine.arena.pages().when_short(room);
         Ok(engine)
+    }
+
+    /// How long to try for the bytes of a mounted image.
+    pub fn patience(&self) -> Patience {
+        self.patience
     }
 
     /// Where the bytes come from.
@@ -144,8 +164,8 @@ impl Engine {
             return;
         }
         let park = || {
-            let export = Arc::clone(export);
-            (piece.clone(), ChunkLoad { export, chunk })
+            let load = ChunkLoad::new(export, chunk);
+            (piece.clone(), load)
         };
         match self.chunks.lookup(value, park) {
             Lookup::Hit(guard) => {
@@ -153,11 +173,11 @@ impl Engine {
                 piece.fill(&guard.bytes()[..guard.len()]);
                 guard.served(piece.len());
                 drop(guard);
-                self.start_waiting_chunks();
+                self.start_waiting::<ChunkLoad>();
             }
             Lookup::Lead(load) => {
                 export.counters.misses.fetch_add(1, Relaxed);
-                self.load_chunk(load, false);
+                self.load(load, Rejected::default());
             }
             Lookup::Joined => {
                 export.counters.misses.fetch_add(1, Relaxed);
@@ -179,25 +199,18 @@ impl Engine {
                 } => (page, range, expected),
             };
             let park = || {
-                let export = Arc::clone(&piece.export);
-                (
-                    piece.clone(),
-                    PageLoad {
-                        export,
-                        page,
-                        range,
-                    },
-                )
+                let load = PageLoad::new(&piece.export, page, range);
+                (piece.clone(), load)
             };
             match self.pages.lookup(expected, park) {
                 Lookup::Hit(guard) => {
                     guard.served(PAGE_SIZE);
                     piece.learn(guard.bytes());
                     drop(guard);
-                    self.start_waiting_pages();
+                    self.start_waiting::<PageLoad>();
                 }
                 Lookup::Lead(load) => {
-                    self.load_page(load, false);
+                    self.load(load, Rejected::default());
                     return None;
                 }
                 Lookup::Joined => return None,
@@ -205,136 +218,109 @@ impl Engine {
         }
     }
 
-    fn load_chunk(self: &Arc<Self>, load: Load<ChunkValue, Slot, ChunkLoad>, fresh: bool) {
+    /// Reads what a load is for, but not what was rejected.
+    fn load<C: Content>(self: &Arc<Self>, load: Load<C::Key, Slot, C>, rejected: Rejected) {
         let Load { key, slot, what } = load;
-        let range = what.export.layout.chunk_range(what.chunk);
-        let range = range.unwrap_or_default();
-        let request = read(&what.export.image, range, slot, fresh);
+        let range = what.range();
+        let operation = Operation::Read {
+            offset: range.offset,
+            // At most a chunk.
+            len: usize::try_from(range.length).unwrap_or(0),
+            fresh: false,
+        };
+        let file = what.file().clone();
+        let request = Request {
+            rejected: rejected.clone(),
+            ..Request::new(file, operation, slot, self.patience)
+        };
         let engine = Arc::clone(self);
         self.source.submit(
             request,
             Box::new(move |outcome| {
                 let jobs = Arc::clone(&engine.jobs);
-                jobs.push(Job::chunk(engine, key, what, outcome, fresh));
-            }),
-        );
-    }
-
-    fn load_page(self: &Arc<Self>, load: Load<PageValue, Slot, PageLoad>, fresh: bool) {
-        let Load { key, slot, what } = load;
-        let request = read(&what.export.index, what.range, slot, fresh);
-        let engine = Arc::clone(self);
-        self.source.submit(
-            request,
-            Box::new(move |outcome| {
-                let jobs = Arc::clone(&engine.jobs);
-                jobs.push(Job::page(engine, key, what, outcome, fresh));
+                jobs.push(Job::new(move || {
+                    let export = Arc::clone(what.export());
+                    let came = || engine.came(key, what, outcome, rejected);
+                    if catch_unwind(AssertUnwindSafe(came)).is_err() {
+                        // Whoever waits for it must not wait for ever.
+                        let waiters = C::cache(&engine).fail(&key);
+                        engine.fail(waiters, &export, "the daemon failed at verifying it");
+                    }
+                }));
             }),
         );
     }
 
     /// Starts loads that had found no memory.
-    fn start_waiting_chunks(self: &Arc<Self>) {
-        while let Some(load) = self.chunks.next() {
-            self.load_chunk(load, false);
+    fn start_waiting<C: Content>(self: &Arc<Self>) {
+        while let Some(load) = C::cache(self).next() {
+            self.load(load, Rejected::default());
         }
     }
 
-    fn start_waiting_pages(self: &Arc<Self>) {
-        while let Some(load) = self.pages.next() {
-            self.load_page(load, false);
+    /// Whether loads wait for memory.
+    fn has_waiting(&self) -> bool {
+        self.chunks.queued() > 0 || self.pages.queued() > 0
+    }
+
+    /// Fails the loads that have waited for memory as long as a read may take.
+    fn expire_waiting<C: Content>(self: &Arc<Self>) {
+        let Some(limit) = self.patience.whole else {
+            return;
+        };
+        let now = Instant::now();
+        let over = C::cache(self).withdraw(|what| now >= what.since() + limit);
+        for (key, what) in over {
+            let reason = format!(
+                "{}: {}: all memory of the cache has been held for {} s by reads that are not \
+                 answered",
+                what.export().name,
+                what.file(),
+                limit.as_secs()
+            );
+            self.report(&reason);
+            self.fail(C::cache(self).fail(&key), what.export(), &reason);
         }
     }
 
-    /// A chunk has come, or not.
-    fn chunk_came(
+    /// What was to be loaded has come, or not.
+    fn came<C: Content>(
         self: &Arc<Self>,
-        key: ChunkValue,
-        what: ChunkLoad,
+        key: C::Key,
+        what: C,
         outcome: Result<Filled, SourceError>,
-        fresh: bool,
+        mut rejected: Rejected,
     ) {
-        let export = Arc::clone(&what.export);
         let problem = match outcome {
-            Ok(Filled { slot, len }) => {
+            Ok(filled) => {
+                let (export, len) = (what.export(), filled.len);
                 export.counters.source_bytes.fetch_add(len as u64, Relaxed);
-                match verify::chunk(&export, what.chunk, &slot.bytes()[..len], key) {
+                match what.check(filled.bytes(), key) {
                     Ok(()) => {
-                        let (guard, waiters) = self.chunks.complete(key, slot, len);
-                        for piece in waiters {
-                            piece.fill(&guard.bytes()[..len]);
-                            guard.served(piece.len());
-                        }
-                        drop(guard);
-                        return self.start_waiting_chunks();
+                        let (guard, waiters) = C::cache(self).complete(key, filled.slot, len);
+                        C::give(self, guard, waiters);
+                        return self.start_waiting::<C>();
                     }
-                    Err(_) if !fresh => {
-                        return self.load_chunk(Load { key, slot, what }, true);
+                    Err(problem) => {
+                        rejected.add(&filled, problem);
+                        let slot = filled.slot;
+                        return self.load(Load { key, slot, what }, rejected);
                     }
-                    Err(error) => error.to_string(),
                 }
             }
             Err(error) => error.to_string(),
         };
-        let reason = format!(
-            "{}: chunk {}: {} in {}: {problem}",
-            export.name,
-            what.chunk,
-            export.image,
-            self.source.name()
-        );
-        tracing::error!(
-            layer = %export.name, chunk = what.chunk.0, file = %export.image,
-            source = self.source.name(), problem, "a chunk cannot be served"
-        );
-        self.fail(self.chunks.fail(&key), &export, &reason);
-        self.start_waiting_chunks();
+        let reason = format!("{}: {what}: {problem}", what.export().name);
+        self.report(&reason);
+        self.fail(C::cache(self).fail(&key), what.export(), &reason);
+        self.start_waiting::<C>();
     }
 
-    /// A page has come, or not.
-    fn page_came(
-        self: &Arc<Self>,
-        key: PageValue,
-        what: PageLoad,
-        outcome: Result<Filled, SourceError>,
-        fresh: bool,
-    ) {
-        let export = Arc::clone(&what.export);
-        let problem = match outcome {
-            Ok(Filled { slot, len }) => {
-                export.counters.source_bytes.fetch_add(len as u64, Relaxed);
-                match verify::page(&export, what.page, &slot.bytes()[..len], key) {
-                    Ok(()) => {
-                        let (guard, mut waiters) = self.pages.complete(key, slot, len);
-                        for piece in &mut waiters {
-                            piece.learn(guard.bytes());
-                        }
-                        drop(guard);
-                        for piece in waiters {
-                            self.serve(piece);
-                        }
-                        return self.start_waiting_pages();
-                    }
-                    Err(_) if !fresh => {
-                        return self.load_page(Load { key, slot, what }, true);
-                    }
-                    Err(error) => error,
-                }
-            }
-            Err(error) => error.to_string(),
-        };
-        let reason = format!(
-            "{}: {} in {}: {problem}",
-            export.name,
-            export.index,
-            self.source.name()
-        );
-        tracing::error!(
-            layer = %export.name, page = %what.page, file = %export.index,
-            source = self.source.name(), problem, "a page of the index cannot be used"
-        );
-        self.fail(self.pages.fail(&key), &export, &reason);
-        self.start_waiting_pages();
+    /// Logs that something cannot be served.
+    fn report(&self, reason: &str) {
+        if let Some(silenced) = self.log.pass(Instant::now()) {
+            tracing::error!(silenced, "cannot be served: {reason}");
+        }
     }
 
     /// Fails the pieces of `export`. Those of other exports, which wait for the
@@ -367,20 +353,6 @@ impl Engine {
             export.zeros.refuted(piece.chunk);
             self.serve(piece);
         }
-    }
-}
-
-fn read(file: &accel_source::FileName, range: ByteRange, slot: Slot, fresh: bool) -> Request {
-    Request {
-        file: file.clone(),
-        operation: Operation::Read {
-            offset: range.offset,
-            // At most a chunk.
-            len: usize::try_from(range.length).unwrap_or(0),
-            fresh,
-        },
-        slot,
-        patience: Patience::DATA,
     }
 }
 

@@ -2,10 +2,11 @@
 
 use super::pending::Piece;
 use super::{ChunkLoad, Engine, Export, PageLoad};
-use accel_source::{Filled, SourceError};
 use accel_ufs::index::{CHUNK_SIZE, ChunkNo, ChunkValue, Mismatch, Page, PageValue, TreePage};
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, LazyLock, Mutex, PoisonError};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 /// A chunk of zeros.
 pub(super) static ZEROS: LazyLock<Box<[u8]>> = LazyLock::new(|| vec![0; CHUNK_SIZE].into());
@@ -18,35 +19,15 @@ pub const SKIPS_VERIFICATION: bool = cfg!(feature = "insecure-skip-verification"
 pub(super) struct Job(Box<dyn FnOnce() + Send>);
 
 impl Job {
-    pub(super) fn chunk(
-        engine: Arc<Engine>,
-        key: ChunkValue,
-        what: ChunkLoad,
-        outcome: Result<Filled, SourceError>,
-        fresh: bool,
-    ) -> Self {
-        Self(Box::new(move || {
-            engine.chunk_came(key, what, outcome, fresh);
-        }))
-    }
-
-    pub(super) fn page(
-        engine: Arc<Engine>,
-        key: PageValue,
-        what: PageLoad,
-        outcome: Result<Filled, SourceError>,
-        fresh: bool,
-    ) -> Self {
-        Self(Box::new(move || {
-            engine.page_came(key, what, outcome, fresh);
-        }))
+    pub(super) fn new(run: impl FnOnce() + Send + 'static) -> Self {
+        Self(Box::new(run))
     }
 
     /// Memory came back: loads that had found none may start.
     pub(super) fn waiting(engine: Arc<Engine>) -> Self {
         Self(Box::new(move || {
-            engine.start_waiting_chunks();
-            engine.start_waiting_pages();
+            engine.start_waiting::<ChunkLoad>();
+            engine.start_waiting::<PageLoad>();
         }))
     }
 
@@ -76,21 +57,53 @@ impl JobQueue {
         self.more.notify_all();
     }
 
-    fn pop(&self) -> Option<Job> {
+    /// The next job; `Err` when the queue is closed, `Ok(None)` when none came
+    /// within the time.
+    fn pop(&self, limit: Option<Duration>) -> Result<Option<Job>, ()> {
         let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut jobs = self
-            .more
-            .wait_while(jobs, |(jobs, closed)| jobs.is_empty() && !*closed)
-            .unwrap_or_else(PoisonError::into_inner);
-        jobs.0.pop_front()
+        let idle = |(jobs, closed): &mut (VecDeque<Job>, bool)| jobs.is_empty() && !*closed;
+        let mut jobs = match limit {
+            None => {
+                let waited = self.more.wait_while(jobs, idle);
+                waited.unwrap_or_else(PoisonError::into_inner)
+            }
+            Some(limit) => {
+                let waited = self.more.wait_timeout_while(jobs, limit, idle);
+                waited.unwrap_or_else(PoisonError::into_inner).0
+            }
+        };
+        let (queue, closed) = &mut *jobs;
+        match queue.pop_front() {
+            None if *closed => Err(()),
+            job => Ok(job),
+        }
     }
 }
 
+/// How often loads that wait for memory are looked at. They wait for others, whose
+/// end is a job: so a verifier comes by here before it sleeps without a limit.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// Starts one verifier.
-pub(super) fn start(jobs: Arc<JobQueue>) -> std::io::Result<()> {
+pub(super) fn start(jobs: Arc<JobQueue>, engine: Weak<Engine>) -> std::io::Result<()> {
     let run = move || {
-        while let Some(job) = jobs.pop() {
-            (job.0)();
+        loop {
+            let waiting = engine.upgrade().filter(|engine| engine.has_waiting());
+            if let Some(engine) = &waiting {
+                engine.expire_waiting::<ChunkLoad>();
+                engine.expire_waiting::<PageLoad>();
+            }
+            let limit = waiting.map(|_| LOOK);
+            match jobs.pop(limit) {
+                Err(()) => return,
+                Ok(None) => {}
+                Ok(Some(job)) => {
+                    // A job that panics fails its own requests, not all others.
+                    if catch_unwind(AssertUnwindSafe(job.0)).is_err() {
+                        tracing::error!("a verifier panicked; it goes on");
+                    }
+                }
+            }
         }
     };
     let thread = std::thread::Builder::new().name("verifier".to_owned());

@@ -97,7 +97,11 @@ fn warm(engine: &Arc<Engine>, export: &Weak<Export>) {
             at: 0,
         };
         engine.serve(piece);
-        // Ends in any case: the ticket is dropped with the last piece.
-        let _ = over.recv();
+        // Ends in any case: the ticket is dropped with the last piece. A source
+        // that stalls must not keep the metadata of others from being fetched.
+        let limit = engine.patience.attempt * 2;
+        if over.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
+            return;
+        }
     }
 }

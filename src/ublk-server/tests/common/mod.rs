@@ -47,8 +47,15 @@ pub fn publish(ufs: &Path, name: &str, image: &[u8]) -> Layer {
 use accel_oci::{ChainId, Platform};
 use accel_ufs::names;
 use accel_ufs::record::{ErofsRecord, ImageRecord, LayerRecord, Process};
+use rustix::event::{PollFd, PollFlags};
+use rustix::mount::{MountFlags, UnmountFlags, mount};
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::process::Command;
+use std::thread::JoinHandle;
 
 /// A file or directory of a test's layer: path, content (`None`: a directory).
 pub type Entry<'a> = (&'a str, Option<&'a [u8]>);
@@ -125,4 +132,78 @@ pub fn publish_image(ufs: &Path, layers: &[Layer]) -> Digest {
 
 fn platform() -> Platform {
     serde_json::from_str(r#"{"os": "linux", "architecture": "amd64"}"#).unwrap()
+}
+
+/// A directory on storage that stalls: a FUSE file system whose server takes every
+/// request and answers none but the first. Whoever asks it anything waits, and
+/// cannot be killed.
+#[derive(Debug)]
+pub struct Stalled {
+    directory: tempfile::TempDir,
+    /// The server ends, and with it all who wait, when this is closed.
+    end: Option<OwnedFd>,
+    server: Option<JoinHandle<()>>,
+}
+
+impl Stalled {
+    pub fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let device = File::options().read(true).write(true).open("/dev/fuse");
+        let device = device.unwrap();
+        let options = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0,allow_other",
+            device.as_raw_fd()
+        );
+        let options = CString::new(options).unwrap();
+        let flags = MountFlags::RDONLY;
+        mount("stalled", directory.path(), "fuse", flags, &*options).unwrap();
+        let (end, ended) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        let server = std::thread::spawn(move || stall(&device, &end));
+        Self {
+            directory,
+            end: Some(ended),
+            server: Some(server),
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+}
+
+fn stall(mut device: &File, end: &OwnedFd) {
+    const INIT: u32 = 26;
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        let mut polled = [
+            PollFd::new(&device, PollFlags::IN),
+            PollFd::new(end, PollFlags::IN),
+        ];
+        rustix::event::poll(&mut polled, None).unwrap();
+        if !polled[1].revents().is_empty() {
+            return;
+        }
+        let Ok(len) = device.read(&mut buffer) else {
+            continue;
+        };
+        // struct fuse_in_header: len, opcode, unique, …; INIT's reply begins with
+        // the version.
+        let request = &buffer[..len];
+        if u32::from_ne_bytes(request[4..8].try_into().unwrap()) == INIT {
+            let mut reply = [0; 80];
+            reply[..4].copy_from_slice(&80_u32.to_ne_bytes());
+            reply[8..16].copy_from_slice(&request[8..16]);
+            reply[16..20].copy_from_slice(&7_u32.to_ne_bytes());
+            reply[20..24].copy_from_slice(&31_u32.to_ne_bytes());
+            device.write_all(&reply).unwrap();
+        }
+    }
+}
+
+impl Drop for Stalled {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(self.directory.path(), UnmountFlags::DETACH);
+        drop(self.end.take());
+        let _ = self.server.take().unwrap().join();
+    }
 }
