@@ -8,7 +8,7 @@ use crate::{
     options::Compression,
 };
 use accel_erofs::{ImageWriter, Output, Uuid};
-use accel_oci::{ChainId, Digest};
+use accel_oci::{ChainId, DiffId, Digest};
 use std::{error::Error, io::Read, thread};
 
 /// The UUID of the image that is named by `digest`: a layer's diffID, or its
@@ -62,13 +62,14 @@ where
             ) if checked => blocks.drain(),
             Err(_) => {}
         }
-        let (diff_id, tar_size) = blocks.finish();
+        let (tar_digest, tar_size) = blocks.finish();
         // The thread returns whatever happens; a panic in it goes on here.
         let outcome = match decoding.join() {
             Ok(outcome) => outcome,
             Err(panic) => std::panic::resume_unwind(panic),
         };
         let (digest, size) = check_blob(outcome, applied, options)?;
+        let diff_id = tar_digest.unwrap_or(DiffId(digest));
         if let Some(expected) = options.expected.diff_id
             && expected != diff_id
         {

@@ -2,7 +2,8 @@
 //!
 //! A thread of its own reads, hashes and decompresses the blob; the caller takes
 //! blocks of the tar from it, hashes them and goes on with them. What is in
-//! flight between the two is bounded.
+//! flight between the two is bounded. A blob without compression is the tar, and
+//! is hashed only once.
 //!
 //! The blob is read to its end whatever its stream says, because its digest is
 //! over all of it. If something is wrong and a digest is expected, reading goes
@@ -131,14 +132,23 @@ impl<R: Read> Read for Decoder<R> {
     }
 }
 
+/// A block of the tar on its way.
+#[derive(Debug)]
+struct Block {
+    bytes: Vec<u8>,
+    /// These are the blob's own bytes, whose digest is the tar's too.
+    hashed: bool,
+}
+
 /// The tar, block by block, on the side of the caller.
 #[derive(Debug)]
 pub struct Blocks {
-    full: Receiver<Vec<u8>>,
+    full: Receiver<Block>,
     empty: Sender<Vec<u8>>,
     block: Vec<u8>,
     taken: usize,
-    hasher: Sha256,
+    /// Of the tar, as far as it was taken; unless the other side hashes it.
+    hasher: Option<Sha256>,
     size: u64,
 }
 
@@ -150,10 +160,11 @@ impl Blocks {
         }
     }
 
-    /// The tar's digest and size, as far as it was taken.
-    pub fn finish(self) -> (DiffId, u64) {
-        let digest = Digest::from_bytes(self.hasher.finalize().into());
-        (DiffId(digest), self.size)
+    /// The tar's digest and size, as far as it was taken; no digest if it is the
+    /// blob's.
+    pub fn finish(self) -> (Option<DiffId>, u64) {
+        let digest = |hasher: Sha256| Digest::from_bytes(hasher.finalize().into());
+        (self.hasher.map(digest).map(DiffId), self.size)
     }
 }
 
@@ -172,11 +183,15 @@ impl BufRead for Blocks {
         if self.taken == self.block.len() {
             self.taken = 0;
             match self.full.recv() {
-                Ok(block) => {
-                    self.hasher.update(&block);
-                    self.size += block.len() as u64;
+                Ok(Block { bytes, hashed }) => {
+                    if hashed {
+                        self.hasher = None;
+                    } else if let Some(hasher) = &mut self.hasher {
+                        hasher.update(&bytes);
+                    }
+                    self.size += bytes.len() as u64;
                     // The thread may have ended; then nobody wants the buffer.
-                    let _ = self.empty.send(std::mem::replace(&mut self.block, block));
+                    let _ = self.empty.send(std::mem::replace(&mut self.block, bytes));
                 }
                 Err(_) => self.block.clear(),
             }
@@ -202,7 +217,7 @@ pub fn pair() -> (Feeder, Blocks) {
         empty,
         block: Vec::new(),
         taken: 0,
-        hasher: Sha256::new(),
+        hasher: Some(Sha256::new()),
         size: 0,
     };
     (feeder, blocks)
@@ -211,7 +226,7 @@ pub fn pair() -> (Feeder, Blocks) {
 /// The thread's side.
 #[derive(Debug)]
 pub struct Feeder {
-    full: SyncSender<Vec<u8>>,
+    full: SyncSender<Block>,
     empty: Receiver<Vec<u8>>,
 }
 
@@ -298,6 +313,10 @@ impl Feeder {
                 }
             }
             block.truncate(filled);
+            let block = Block {
+                bytes: block,
+                hashed: compression == Compression::None,
+            };
             if filled > 0 && self.full.send(block).is_err() {
                 return Ok(Decoded::Abandoned);
             }

@@ -2,14 +2,17 @@
 //!
 //! The chunks cross over to a thread of their own, which writes and hashes them
 //! while the layer's next bytes are decompressed. A chunk of zeros is hashed but
-//! not written: a hole reads the same.
+//! not written: a hole reads the same. Writing back to storage begins at once, so
+//! that little is left to wait for when the image is synced.
 
 use accel_layer::{LayerOptions, LayerSummary, LowerLookup, Output};
 use accel_ufs::UfsError;
 use accel_ufs::index::{BuildError, ByteRange, ChunkNo, HashedChunk, IndexBuilder, Root};
 use anyhow::Context;
+use rustix::fs::{Advice, fadvise};
 use std::fs::File;
 use std::io::{self, Read};
+use std::num::NonZero;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver, SyncSender};
@@ -81,6 +84,31 @@ struct Chunk {
     bytes: Vec<u8>,
 }
 
+/// What was written since writing back was last asked for.
+#[derive(Debug, Default)]
+struct Window {
+    start: u64,
+}
+
+impl Window {
+    /// Large enough for storage to work well, small enough to start early.
+    const SIZE: u64 = 8 << 20;
+
+    /// Has what lies before `end` written back if it is enough. Chunks that come
+    /// late are left to the sync at the end.
+    fn wrote(&mut self, file: &File, end: u64) {
+        if end.saturating_sub(self.start) < Self::SIZE {
+            return;
+        }
+        // The kernel starts writing dirty pages when it is told that they are not
+        // needed, and drops those that are clean already. It is only advice: what
+        // comes of it is for the sync to say.
+        let len = NonZero::new(end - self.start);
+        let _ = fadvise(file, self.start, len, Advice::DontNeed);
+        self.start = end;
+    }
+}
+
 /// Takes the chunks of one image.
 #[derive(Debug)]
 struct Sink<'scope> {
@@ -97,10 +125,12 @@ impl<'scope> Sink<'scope> {
         let (give_back, used) = mpsc::channel();
         let thread = scope.spawn(move || {
             let mut index = IndexBuilder::new();
+            let mut window = Window::default();
             for Chunk { offset, bytes } in queue {
                 let hashed = HashedChunk::new(ChunkNo::containing(offset), &bytes)?;
                 if !hashed.is_zero() {
                     file.write_all_at(&bytes, offset)?;
+                    window.wrote(file, offset + bytes.len() as u64);
                 }
                 index.insert(hashed)?;
                 // The other side may have finished already.
