@@ -16,11 +16,19 @@ pub enum ImageError {
         /// What is wrong with it.
         why: String,
     },
-    /// A layout without the tag.
-    #[error("the OCI layout {directory:?} has no image tagged {tag:?}; it has {}", Names(.known))]
+    /// A file that is no archive of images, or lacks something.
+    #[error("the archive {path:?} cannot be used: {why}")]
+    Archive {
+        /// What was given.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A layout or archive without the tag.
+    #[error("{path:?} has no image tagged {tag:?}; it has {}", Names(.known))]
     NoTag {
-        /// The layout.
-        directory: PathBuf,
+        /// The layout or archive.
+        path: PathBuf,
         /// What was asked for.
         tag: String,
         /// What there is.
@@ -28,12 +36,12 @@ pub enum ImageError {
     },
     /// No tag given, and more than one image.
     #[error(
-        "the OCI layout {directory:?} holds {images} images: say which (oci:DIR:TAG); it has {}",
+        "{path:?} holds {images} images: say which, with its tag behind a colon; it has {}",
         Names(.known)
     )]
     Ambiguous {
-        /// The layout.
-        directory: PathBuf,
+        /// The layout or archive.
+        path: PathBuf,
         /// How many there are.
         images: usize,
         /// Their tags.

@@ -1,7 +1,8 @@
 //! From a source to an image whose layers can be read.
 
 use crate::config::Config;
-use crate::layout_directory::LayoutDirectory;
+use crate::docker_archive::DockerArchive;
+use crate::layout::Layout;
 use crate::manifest::{Document, Manifest, Pointer, select};
 use crate::registry::Registry;
 use crate::{ImageError, ProcessConfig};
@@ -13,13 +14,33 @@ use std::io::Read;
 /// Manifests and indexes are at most this long; registries allow no more.
 pub(crate) const MAX_MANIFEST: u64 = 4 << 20;
 /// Configs are at most this long.
-const MAX_CONFIG: u64 = 16 << 20;
+pub(crate) const MAX_CONFIG: u64 = 16 << 20;
 /// Indexes in indexes go at most this deep.
 const MAX_DEPTH: usize = 4;
+
+/// A user's name and password for a registry.
+#[derive(Clone)]
+pub struct Credentials {
+    /// The name.
+    pub user: String,
+    /// The password.
+    pub password: String,
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // A password does not belong into any log.
+        f.debug_struct("Credentials")
+            .field("user", &self.user)
+            .finish_non_exhaustive()
+    }
+}
 
 /// How to get an image.
 #[derive(Debug, Clone)]
 pub struct OpenOptions {
+    /// Who to be to the registry; without, whoever the user's logins say.
+    pub credentials: Option<Credentials>,
     /// Talk HTTP instead of HTTPS to the registry.
     pub plain_http: bool,
     /// Which of an index's images is meant.
@@ -29,6 +50,7 @@ pub struct OpenOptions {
 impl Default for OpenOptions {
     fn default() -> Self {
         Self {
+            credentials: None,
             plain_http: false,
             platform: Platform::host(),
         }
@@ -64,6 +86,9 @@ pub struct Layer {
     pub media_type: String,
     /// The blob's size in bytes, as the manifest has it.
     pub size: u64,
+    /// Where else the blob may lie: web addresses, only of "foreign" layers, which
+    /// registries need not hold.
+    pub urls: Vec<String>,
 }
 
 /// Where manifests and blobs come from, several at a time.
@@ -95,10 +120,10 @@ pub(crate) enum Start {
 /// manifest and config.
 pub fn open(source: &ImageSource, options: &OpenOptions) -> Result<Image, ImageError> {
     let origin: Box<dyn Origin> = match source {
-        ImageSource::Oci(reference) => Box::new(LayoutDirectory::open(reference)?),
-        ImageSource::Registry(reference) => {
-            Box::new(Registry::open(reference, options.plain_http)?)
-        }
+        ImageSource::Oci(reference) => Box::new(Layout::open_directory(reference)?),
+        ImageSource::OciArchive(reference) => Box::new(Layout::open_archive(reference)?),
+        ImageSource::DockerArchive(reference) => Box::new(DockerArchive::open(reference)?),
+        ImageSource::Registry(reference) => Box::new(Registry::open(reference, options)?),
     };
     let (manifest_digest, manifest) = find_manifest(origin.as_ref(), source, &options.platform)?;
     let config = read_config(origin.as_ref(), &manifest)?;
@@ -132,6 +157,7 @@ pub fn open(source: &ImageSource, options: &OpenOptions) -> Result<Image, ImageE
             digest: pointer.digest,
             media_type: pointer.media_type,
             size: pointer.size,
+            urls: pointer.urls,
         }
     });
     Ok(Image {
@@ -228,6 +254,7 @@ impl Image {
             media_type: layer.media_type.clone(),
             digest: layer.digest,
             size: layer.size,
+            urls: layer.urls.clone(),
         };
         let what = format!("the layer {}", layer.digest);
         self.origin.blob(&what, &pointer)

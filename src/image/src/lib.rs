@@ -1,4 +1,4 @@
-//! Where images come from: OCI layout directories and registries.
+//! Where images come from: OCI layouts, archives and registries.
 //!
 //! [`open`] goes from an [`ImageSource`](accel_oci::ImageSource) to an
 //! [`Image`]: the manifest for one platform, its config, and the descriptors of
@@ -11,16 +11,17 @@
 //!
 //! OCI and Docker's schema 2 are read, indexes and manifest lists included.
 //! Attestations in an index are passed over. Media types that are no plain image
-//! (encrypted or foreign layers, artifacts, Docker's schema 1) are refused by
-//! name.
+//! (encrypted layers, artifacts, Docker's schema 1) are refused by name.
 
+mod archive;
 mod config;
+mod docker_archive;
 mod error;
 mod image;
-mod layout_directory;
+mod layout;
 mod manifest;
 mod registry;
 
 pub use config::ProcessConfig;
 pub use error::ImageError;
-pub use image::{Image, Layer, OpenOptions, open};
+pub use image::{Credentials, Image, Layer, OpenOptions, open};

@@ -33,6 +33,8 @@ pub(crate) struct Pointer {
     pub media_type: String,
     pub digest: Digest,
     pub size: u64,
+    /// Where else it may lie; only of layers that registries may not hold.
+    pub urls: Vec<String>,
 }
 
 impl Pointer {
@@ -45,6 +47,7 @@ impl Pointer {
                 why: format!("{error}"),
             })?,
             size: descriptor.size(),
+            urls: Vec::new(),
         })
     }
 }
@@ -127,7 +130,7 @@ impl Document {
         let mut layers = Vec::new();
         for (number, descriptor) in manifest.layers().iter().enumerate() {
             let what = format!("layer {number} ({}) in {what}", descriptor.digest());
-            let pointer = Pointer::new(&what, descriptor)?;
+            let mut pointer = Pointer::new(&what, descriptor)?;
             let media_type = pointer.media_type.as_str();
             if media_type.ends_with("+encrypted") {
                 return refuse(
@@ -136,15 +139,15 @@ impl Document {
                     "encrypted layers cannot be converted; decrypt the image first",
                 );
             }
-            if media_type.contains(".nondistributable.") || media_type.contains(".foreign.") {
-                return refuse(
-                    what,
-                    media_type,
-                    "foreign layers, which registries do not hold, are not supported",
-                );
-            }
-            if !LAYERS.contains(&media_type) {
+            // "Foreign" layers are the same, but registries need not hold them.
+            let plain = media_type
+                .replace(".nondistributable.", ".")
+                .replace(".foreign.", ".");
+            if !LAYERS.contains(&plain.as_str()) {
                 return refuse(what, media_type, "this is no layer that we know");
+            }
+            if plain != media_type {
+                pointer.urls = descriptor.urls().clone().unwrap_or_default();
             }
             layers.push(pointer);
         }
@@ -296,11 +299,6 @@ mod tests {
                 CONFIGS[0],
                 "application/vnd.oci.image.layer.v1.tar+gzip+encrypted",
                 "encrypted",
-            ),
-            (
-                CONFIGS[0],
-                "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
-                "foreign",
             ),
             (CONFIGS[0], "application/x-other", "application/x-other"),
         ] {

@@ -1,8 +1,8 @@
-//! Conversion from registries: a real one on loopback, and one that stalls.
+//! Conversion from a real registry on loopback, and through a proxy that does it harm.
 
 mod common;
 
-use common::services::{FailingRegistry, Failure, Registry, push, umoci_image};
+use common::services::{Access, Harm, Proxy, Registry, TokenServer, push, umoci_image};
 use common::{Image, Ufs, good, mkfs_accel, sample_tar};
 use serde_json::Value;
 use std::fs;
@@ -42,7 +42,7 @@ fn registry_and_layout_give_the_same_image() {
     let layout = directory.path().join("layout");
     umoci_image(&layout);
     let local = format!("oci:{}:v1", layout.display());
-    let registry = Registry::start(false);
+    let registry = Registry::start(&Access::Open);
     let remote = registry.image("team/tool:v1");
     push(&local, &remote, &[]);
 
@@ -92,7 +92,7 @@ fn large_layers_come_whole() {
         .file("large", &common::noise(5, 24 << 20))
         .finish();
     let image = Image::gzipped(&[tar]);
-    let registry = Registry::start(false);
+    let registry = Registry::start(&Access::Open);
     let remote = registry.image("large");
     push(&image.source(), &remote, &[]);
     let (a, b) = (Ufs::new(), Ufs::new());
@@ -103,7 +103,7 @@ fn large_layers_come_whole() {
 
 #[test]
 fn a_registry_says_why_not() {
-    let registry = Registry::start(false);
+    let registry = Registry::start(&Access::Open);
     let ufs = Ufs::new();
     let error = refuse(&ufs, &registry.image("no/such:tag"), &["--plain-http"]);
     assert!(
@@ -129,7 +129,7 @@ fn free_port() -> u16 {
 
 #[test]
 fn credentials_are_those_of_the_login() {
-    let registry = Registry::start(true);
+    let registry = Registry::start(&Access::Password);
     let image = Image::gzipped(&[sample_tar(1)]);
     let remote = registry.image("private");
     push(&image.source(), &remote, &["--dest-creds", "user:secret"]);
@@ -167,9 +167,139 @@ fn credentials_are_those_of_the_login() {
 }
 
 #[test]
+fn credentials_can_be_given() {
+    let registry = Registry::start(&Access::Password);
+    let image = Image::gzipped(&[sample_tar(1)]);
+    let remote = registry.image("private");
+    push(&image.source(), &remote, &["--dest-creds", "user:secret"]);
+    let directory = TempDir::new().unwrap();
+    let file = directory.path().join("password");
+    fs::write(&file, "secret\n").unwrap();
+    let file = file.to_str().unwrap();
+    convert(
+        &Ufs::new(),
+        &remote,
+        &["--username", "user", "--password-file", file],
+    );
+    let with_input = |input: &str| {
+        let mut child = mkfs_accel()
+            .args(["convert", &remote, "--plain-http", "--username", "user"])
+            .args(["--password-stdin", "--ufs"])
+            .arg(directory.path())
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        use std::io::Write;
+        child
+            .stdin
+            .take()
+            .unwrap()
+            .write_all(input.as_bytes())
+            .unwrap();
+        child.wait_with_output().unwrap()
+    };
+    let output = with_input("wrong");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        error.contains("refuses the credentials of user \"user\""),
+        "{error}"
+    );
+    assert!(!error.contains("wrong"), "{error}");
+    let output = with_input("secret");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{error}");
+    let output = mkfs_accel()
+        .args(["convert", &remote, "--username", "user", "--ufs"])
+        .arg(directory.path())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+}
+
+/// docker's configuration in a directory, and beside it a helper called "test".
+fn docker_config(json: &Value, helper: &str) -> TempDir {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = TempDir::new().unwrap();
+    fs::write(directory.path().join("config.json"), json.to_string()).unwrap();
+    let path = directory.path().join("docker-credential-test");
+    fs::write(&path, helper).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    directory
+}
+
+#[test]
+fn credential_helpers_are_asked() {
+    let registry = Registry::start(&Access::Password);
+    let image = Image::gzipped(&[sample_tar(1)]);
+    let remote = registry.image("private");
+    push(&image.source(), &remote, &["--dest-creds", "user:secret"]);
+    let try_with = |helper: &str| {
+        let json = serde_json::json!({"credHelpers": {&registry.address: "test"}});
+        let config = docker_config(&json, &format!("#!/bin/sh\ncat >/dev/null\n{helper}\n"));
+        let path = std::env::var("PATH").unwrap();
+        let ufs = Ufs::new();
+        let output = mkfs_accel()
+            .args(["convert", &remote, "--plain-http", "--ufs"])
+            .arg(ufs.path())
+            .env("DOCKER_CONFIG", config.path())
+            .env("PATH", format!("{}:{path}", config.path().display()))
+            .output()
+            .unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        (output.status.success(), error)
+    };
+    let (good, error) = try_with("echo no keychain here >&2; exit 1");
+    assert!(!good && error.contains("no keychain here"), "{error}");
+    assert!(error.contains("wants a login"), "{error}");
+    let answer = r#"{"ServerURL": "", "Username": "user", "Secret": "secret"}"#;
+    let (good, error) = try_with(&format!("echo '{answer}'"));
+    assert!(good, "{error}");
+}
+
+#[test]
+fn tokens_are_got_for_passwords_and_for_identity_tokens() {
+    let access = Access::Token(TokenServer::start());
+    let registry = Registry::start(&access);
+    let image = Image::gzipped(&[sample_tar(1)]);
+    let remote = registry.image("x");
+    push(&image.source(), &remote, &["--dest-creds", "user:secret"]);
+    let try_with = |login: Value| {
+        let json = serde_json::json!({"auths": {&registry.address: login}});
+        let config = docker_config(&json, "");
+        let ufs = Ufs::new();
+        let output = mkfs_accel()
+            .args(["convert", &remote, "--plain-http", "--ufs"])
+            .arg(ufs.path())
+            .env("DOCKER_CONFIG", config.path())
+            .output()
+            .unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        (output.status.success(), error)
+    };
+    for login in [
+        serde_json::json!({"username": "user", "password": "secret"}),
+        // As docker login writes it.
+        serde_json::json!({"auth": "dXNlcjo=", "identitytoken": "refresh"}),
+    ] {
+        let (good, error) = try_with(login);
+        assert!(good, "{error}");
+    }
+    let (good, error) = try_with(serde_json::json!({"identitytoken": "expired"}));
+    assert!(
+        !good && error.contains("identity token of your login"),
+        "{error}"
+    );
+    assert!(
+        error.contains("who are you?") && !error.contains("expired\""),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_multi_platform_image_is_chosen_from() {
     // Two images for two platforms in one index, as a registry holds them.
-    let registry = Registry::start(false);
+    let registry = Registry::start(&Access::Open);
     let image = Image::gzipped(&[sample_tar(1)]);
     let mut other = Image::gzipped(&[sample_tar(2)]);
     other.config["architecture"] = serde_json::json!("s390x");
@@ -228,46 +358,137 @@ fn merge(directory: &Path, images: &[&Image], index: &Value) {
     fs::write(directory.join("oci-layout"), version.to_string()).unwrap();
 }
 
+/// A registry with `image` as "x".
+fn with_image(image: &Image) -> Registry {
+    let registry = Registry::start(&Access::Open);
+    push(&image.source(), &registry.image("x"), &[]);
+    registry
+}
+
 #[test]
 fn a_connection_that_breaks_is_taken_up_where_it_broke() {
     let image = Image::gzipped(&[sample_tar(1)]);
     let wanted = Ufs::new();
     wanted.convert(&image.source());
+    let registry = with_image(&image);
     // The blob is a bit more than 1 MiB: it breaks twice.
-    for failure in [
-        Failure::Break(400_000),
-        Failure::BreakWithoutRanges(400_000),
-    ] {
-        let registry = FailingRegistry::start(&image, failure);
+    for harm in [Harm::Cut(400_000), Harm::CutWithoutRanges(400_000)] {
+        let proxy = Proxy::start(&registry, "/blobs/", harm);
         let ufs = Ufs::new();
-        convert(&ufs, &format!("docker://{}/x", registry.address), &[]);
+        convert(&ufs, &proxy.image("x"), &[]);
         assert_eq!(ufs.layers(), wanted.layers());
+        assert_eq!(proxy.count(&image.layer(0)), 3);
+    }
+}
+
+#[test]
+fn what_may_pass_is_asked_for_again() {
+    let image = Image::gzipped(&[sample_tar(1)]);
+    let registry = with_image(&image);
+    for (path, answer) in [
+        ("/manifests/", "429 Too Many Requests\r\nRetry-After: 1"),
+        ("/blobs/", "503 Service Unavailable"),
+    ] {
+        let proxy = Proxy::start(&registry, path, Harm::Refuse(2, answer));
+        convert(&Ufs::new(), &proxy.image("x"), &[]);
+        assert!(proxy.count(path) >= 3, "{:?}", proxy.requests);
+    }
+}
+
+#[test]
+fn refusals_give_their_reason_and_what_to_do() {
+    let image = Image::gzipped(&[sample_tar(1)]);
+    let registry = with_image(&image);
+    let ufs = Ufs::new();
+    for (answer, said) in [
+        (
+            "429 Too Many Requests\r\nRetry-After: 3600",
+            &["too many requests", "3600 s", "429"][..],
+        ),
+        (
+            "403 Forbidden",
+            &["does not allow it without a login", "403", "\"no\""],
+        ),
+        (
+            "404 Not Found",
+            &["does not have it", "404", &image.layer(0)],
+        ),
+        ("501 Not Implemented", &["itself has failed", "501"]),
+        ("418 I'm a teapot", &["not understood", "418"]),
+    ] {
+        let proxy = Proxy::start(&registry, &image.layer(0), Harm::Refuse(usize::MAX, answer));
+        let error = refuse(&ufs, &proxy.image("x"), &["--plain-http"]);
+        for part in said {
+            assert!(error.contains(part), "{part:?}: {error}");
+        }
+        assert!(error.contains(&proxy.address), "{error}");
+        assert_eq!(proxy.count(&image.layer(0)), 1, "{answer}");
+        assert!(ufs.is_empty());
     }
 }
 
 #[test]
 fn a_layer_that_the_registry_has_not_whole_is_an_error() {
     let image = Image::gzipped(&[sample_tar(1)]);
-    let registry = FailingRegistry::start(&image, Failure::Short);
-    let source = format!("docker://{}/x", registry.address);
+    let registry = with_image(&image);
+    let path = registry.blob(&image.layer(0));
+    let blob = fs::metadata(&path).unwrap().len();
+    let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(blob - 1).unwrap();
     let ufs = Ufs::new();
-    let error = refuse(&ufs, &source, &["--plain-http"]);
-    let blob = fs::read(image.blob_path(&image.layer(0))).unwrap().len();
+    let error = refuse(&ufs, &registry.image("x"), &["--plain-http"]);
     let gave = format!("gave {} of the {blob} bytes", blob - 1);
     assert!(error.contains(&gave), "{error}");
     assert!(ufs.is_empty());
+}
+
+/// One layer never comes; the other is broken, and that is the end.
+#[test]
+fn the_error_of_a_layer_ends_the_download_of_another() {
+    let image = Image::gzipped(&[sample_tar(1), sample_tar(2)]);
+    let registry = with_image(&image);
+    let path = registry.blob(&image.layer(1));
+    let mut blob = fs::read(&path).unwrap();
+    blob[300_000] ^= 1;
+    fs::write(&path, blob).unwrap();
+    let proxy = Proxy::start(&registry, &image.layer(0), Harm::Stall(300_000));
+    let ufs = Ufs::new();
+    let error = refuse(&ufs, &proxy.image("x"), &["--plain-http", "--jobs", "2"]);
+    assert!(error.contains(&image.layer(1)), "{error}");
+    assert!(ufs.is_empty());
+}
+
+/// A layer that registries need not hold lies at a web address.
+#[test]
+fn foreign_layers_come_from_where_the_manifest_says() {
+    let image = Image::gzipped(&[sample_tar(1)]);
+    let registry = with_image(&image);
+    let wanted = Ufs::new();
+    wanted.convert(&image.source());
+    let mut foreign = Image::gzipped(&[sample_tar(1)]);
+    let layer = &mut foreign.manifest["layers"][0];
+    layer["mediaType"] = "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip".into();
+    let url = format!("http://{}/v2/x/blobs/{}", registry.address, image.layer(0));
+    let gone = format!("http://{}/gone", registry.address);
+    layer["urls"] = serde_json::json!([gone, url]);
+    foreign.write();
+    push(&foreign.source(), &registry.image("y"), &[]);
+    let ufs = Ufs::new();
+    convert(&ufs, &registry.image("y"), &[]);
+    assert_eq!(ufs.layers(), wanted.layers());
 }
 
 /// Ends a converter that waits for a layer that does not come.
 #[test]
 fn a_signal_ends_a_waiting_converter_and_leaves_nothing() {
     let image = Image::gzipped(&[sample_tar(1)]);
-    let registry = FailingRegistry::start(&image, Failure::Stall);
+    let registry = with_image(&image);
+    let proxy = Proxy::start(&registry, &image.layer(0), Harm::Stall(100_000));
     for signal in ["INT", "TERM"] {
         let ufs = Ufs::new();
         let child = mkfs_accel()
             .args(["convert", "--plain-http"])
-            .arg(format!("docker://{}/x", registry.address))
+            .arg(proxy.image("x"))
             .arg("--ufs")
             .arg(ufs.path())
             .stderr(Stdio::piped())

@@ -11,4 +11,6 @@ mod source;
 
 pub use digest::{ChainId, DiffId, Digest, DigestError};
 pub use platform::{Platform, PlatformError};
-pub use source::{ImageSource, OciReference, RegistryReference, SourceError, Version};
+pub use source::{
+    ArchiveReference, ImageSource, OciReference, RegistryReference, SourceError, Version,
+};

@@ -8,15 +8,17 @@ use std::{fmt, path::PathBuf, str::FromStr};
 pub enum SourceError {
     /// The transport before the first colon is none of ours.
     #[error(
-        "{text:?} names no image: expected oci:DIR[:TAG] or docker://HOST[:PORT]/REPO[:TAG|@DIGEST]"
+        "{text:?} names no image: expected docker://HOST[:PORT]/REPO[:TAG|@DIGEST], oci:DIR[:TAG], oci-archive:FILE[:TAG] or docker-archive:FILE[:NAME[:TAG]]"
     )]
     Transport {
         /// What was given.
         text: String,
     },
-    /// The directory of `oci:` is empty.
-    #[error("{text:?} names no directory: expected oci:DIR[:TAG]")]
-    Directory {
+    /// The directory of `oci:`, or the file of an archive, is empty.
+    #[error("{text:?} names no {what}")]
+    Empty {
+        /// `directory` or `file`.
+        what: &'static str,
         /// What was given.
         text: String,
     },
@@ -49,6 +51,19 @@ pub struct OciReference {
     pub tag: Option<String>,
 }
 
+/// An image in an archive: `oci-archive:FILE[:TAG]` or
+/// `docker-archive:FILE[:NAME[:TAG]|:@INDEX]`.
+///
+/// Without a name the archive must hold exactly one image.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ArchiveReference {
+    /// The tar.
+    pub file: PathBuf,
+    /// As in [`OciReference::tag`]; for Docker's a reference as `docker save` notes
+    /// it, or `@` and the image's place from 0.
+    pub name: Option<String>,
+}
+
 /// Which version of a repository is meant.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Version {
@@ -77,6 +92,10 @@ pub struct RegistryReference {
 pub enum ImageSource {
     /// `oci:DIR[:TAG]`
     Oci(OciReference),
+    /// `oci-archive:FILE[:TAG]`: a tar of an OCI layout.
+    OciArchive(ArchiveReference),
+    /// `docker-archive:FILE[:NAME[:TAG]|:@INDEX]`: what `docker save` writes.
+    DockerArchive(ArchiveReference),
     /// `docker://HOST[:PORT]/REPO[:TAG|@DIGEST]`
     Registry(RegistryReference),
 }
@@ -88,25 +107,37 @@ impl FromStr for ImageSource {
         if let Some(rest) = text.strip_prefix("docker://") {
             return registry(text, rest).map(Self::Registry);
         }
+        // As in containers-transports(5): the path ends at the first colon.
+        let path = |rest: &str, what| {
+            let (path, name) = match rest.split_once(':') {
+                Some((path, name)) => (path, Some(name.to_owned())),
+                None => (rest, None),
+            };
+            match path.is_empty() {
+                true => Err(SourceError::Empty {
+                    text: text.to_owned(),
+                    what,
+                }),
+                false => Ok((PathBuf::from(path), name.filter(|name| !name.is_empty()))),
+            }
+        };
+        let archive = |rest| {
+            let (file, name) = path(rest, "file")?;
+            Ok(ArchiveReference { file, name })
+        };
+        if let Some(rest) = text.strip_prefix("oci-archive:") {
+            return archive(rest).map(Self::OciArchive);
+        }
+        if let Some(rest) = text.strip_prefix("docker-archive:") {
+            return archive(rest).map(Self::DockerArchive);
+        }
         let Some(rest) = text.strip_prefix("oci:") else {
             return Err(SourceError::Transport {
                 text: text.to_owned(),
             });
         };
-        // As in containers-transports(5): the directory ends at the first colon.
-        let (directory, tag) = match rest.split_once(':') {
-            Some((directory, tag)) => (directory, Some(tag.to_owned())),
-            None => (rest, None),
-        };
-        if directory.is_empty() {
-            return Err(SourceError::Directory {
-                text: text.to_owned(),
-            });
-        }
-        Ok(Self::Oci(OciReference {
-            directory: PathBuf::from(directory),
-            tag: tag.filter(|tag| !tag.is_empty()),
-        }))
+        let (directory, tag) = path(rest, "directory")?;
+        Ok(Self::Oci(OciReference { directory, tag }))
     }
 }
 
@@ -173,10 +204,22 @@ impl fmt::Display for OciReference {
     }
 }
 
+impl fmt::Display for ArchiveReference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file.display())?;
+        match &self.name {
+            Some(name) => write!(f, ":{name}"),
+            None => Ok(()),
+        }
+    }
+}
+
 impl fmt::Display for ImageSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Oci(reference) => reference.fmt(f),
+            Self::OciArchive(reference) => write!(f, "oci-archive:{reference}"),
+            Self::DockerArchive(reference) => write!(f, "docker-archive:{reference}"),
             Self::Registry(reference) => reference.fmt(f),
         }
     }
@@ -197,6 +240,12 @@ mod tests {
             ("oci:/a/b", "oci:/a/b".to_owned()),
             ("oci:a:", "oci:a".to_owned()),
             ("oci:a:v1", "oci:a:v1".to_owned()),
+            ("oci-archive:a.tar:v1", "oci-archive:a.tar:v1".to_owned()),
+            (
+                "docker-archive:/a.tar:h:5000/r:v1",
+                "docker-archive:/a.tar:h:5000/r:v1".to_owned(),
+            ),
+            ("docker-archive:a", "docker-archive:a".to_owned()),
             ("docker://h/r", "docker://h/r:latest".to_owned()),
             (
                 "docker://h:5000/a/b:v1",
@@ -217,6 +266,8 @@ mod tests {
             "",
             "debian",
             "oci:",
+            "oci-archive:",
+            "docker-archive::tag",
             "docker://host",
             "docker:///repo",
             "docker://host/",

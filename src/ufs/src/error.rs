@@ -69,10 +69,10 @@ pub enum UfsError {
         /// What is wrong with it.
         error: RecordError,
     },
-    /// A directory whose path cannot be part of a source's canonical text.
-    #[error("the directory {path:?} cannot be named as an image source: {why}")]
-    Directory {
-        /// The directory's real path.
+    /// A directory or file whose path cannot be part of a source's canonical text.
+    #[error("{path:?} cannot be named as an image source: {why}")]
+    SourcePath {
+        /// Its real path.
         path: PathBuf,
         /// What is wrong with it.
         why: &'static str,

@@ -4,7 +4,7 @@ use crate::error::UfsError;
 use crate::names;
 use crate::publish::Ufs;
 use crate::record::{ImageRecord, NameRecord, RecordError};
-use accel_oci::{Digest, ImageSource, OciReference, SourceError};
+use accel_oci::{Digest, ImageSource, SourceError};
 use std::io;
 use std::path::Path;
 use std::str::FromStr;
@@ -40,34 +40,37 @@ impl std::fmt::Display for ImageName {
 }
 
 /// The canonical form of a source, under which it is remembered: the directory
-/// of an OCI layout by its real path, so that it means the same from every
-/// working directory.
+/// of an OCI layout, or the file of an archive, by its real path, so that it means
+/// the same from every working directory.
 ///
-/// A directory that is gone keeps its absolute path: what was converted from it
-/// can still be named.
+/// What is gone keeps its absolute path: what was converted from it can still be
+/// named.
 pub fn canonical(source: &ImageSource) -> Result<ImageSource, UfsError> {
-    let ImageSource::Oci(OciReference { directory, tag }) = source else {
-        return Ok(source.clone());
+    let mut canonical = source.clone();
+    let path = match &mut canonical {
+        ImageSource::Registry(_) => return Ok(canonical),
+        ImageSource::Oci(reference) => &mut reference.directory,
+        ImageSource::OciArchive(reference) | ImageSource::DockerArchive(reference) => {
+            &mut reference.file
+        }
     };
-    let real = match directory.canonicalize() {
+    let real = match path.canonicalize() {
         Ok(real) => real,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            std::path::absolute(directory).map_err(UfsError::io("find", directory))?
+            std::path::absolute(&path).map_err(UfsError::io("find", path))?
         }
-        Err(error) => return Err(UfsError::io("find", directory)(error)),
+        Err(error) => return Err(UfsError::io("find", path)(error)),
     };
-    check_directory(&real)?;
-    Ok(ImageSource::Oci(OciReference {
-        directory: real,
-        tag: tag.clone(),
-    }))
+    check_path(&real)?;
+    *path = real;
+    Ok(canonical)
 }
 
 /// The path must survive being written as `oci:DIR` and read again.
-fn check_directory(path: &Path) -> Result<(), UfsError> {
+fn check_path(path: &Path) -> Result<(), UfsError> {
     let wrong = |why| {
         let path = path.to_owned();
-        Err(UfsError::Directory { path, why })
+        Err(UfsError::SourcePath { path, why })
     };
     match path.to_str() {
         None => wrong("its path is not UTF-8"),

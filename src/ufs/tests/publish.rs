@@ -314,5 +314,5 @@ fn a_layout_directory_is_known_by_its_real_path() {
     fs::create_dir(directory.path().join("a:b")).unwrap();
     symlink("a:b", directory.path().join("plain")).unwrap();
     let error = canonical(format!("oci:{dir}/plain")).unwrap_err();
-    assert!(matches!(error, UfsError::Directory { .. }), "{error}");
+    assert!(matches!(error, UfsError::SourcePath { .. }), "{error}");
 }

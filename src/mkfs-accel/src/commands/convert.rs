@@ -3,15 +3,17 @@
 use crate::layers::{self, Done, Fate};
 use crate::output::{Bytes, Seconds, say};
 use crate::{interrupt, jobs};
-use accel_image::{Image, OpenOptions};
+use accel_image::{Credentials, Image, OpenOptions};
 use accel_oci::{Digest, ImageSource, Platform};
 use accel_ufs::UfsError;
 use accel_ufs::names;
 use accel_ufs::publish::{Outcome, Ufs};
 use accel_ufs::record::{self, ImageRecord, LayerRecord, NameRecord, Process};
 use accel_ufs::resolve::{ImageName, canonical};
-use anyhow::{bail, ensure};
+use anyhow::{Context, bail, ensure};
 use serde::Serialize;
+use std::fs::File;
+use std::io::{self, Read};
 use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -19,7 +21,9 @@ use std::time::Instant;
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     // Brackets in a doc comment would be links.
-    #[arg(help = "The image: oci:DIR[:TAG] or docker://HOST[:PORT]/REPO[:TAG|@DIGEST]")]
+    #[arg(
+        help = "The image: docker://HOST[:PORT]/REPO[:TAG|@DIGEST], oci:DIR[:TAG], oci-archive:FILE[:TAG] or docker-archive:FILE[:NAME[:TAG]]"
+    )]
     source: ImageSource,
     /// The shared file system's directory; it must exist
     #[arg(long, value_name = "DIR")]
@@ -27,6 +31,16 @@ pub struct Arguments {
     /// Talk HTTP instead of HTTPS to the registry
     #[arg(long)]
     plain_http: bool,
+    /// The user's name for the registry, instead of the logins of docker, podman
+    /// or skopeo
+    #[arg(long, value_name = "NAME", requires = "password")]
+    username: Option<String>,
+    /// Read the password from standard input
+    #[arg(long, group = "password", requires = "username")]
+    password_stdin: bool,
+    /// Read the password from a file
+    #[arg(long, group = "password", requires = "username", value_name = "FILE")]
+    password_file: Option<PathBuf>,
     #[arg(
         long,
         value_name = "OS/ARCHITECTURE[/VARIANT]",
@@ -43,6 +57,33 @@ pub struct Arguments {
     #[arg(long)]
     json: bool,
 }
+
+impl Arguments {
+    /// The credentials that the user gives here.
+    fn credentials(&self) -> anyhow::Result<Option<Credentials>> {
+        let Some(user) = self.username.clone() else {
+            return Ok(None);
+        };
+        let mut text = String::new();
+        match &self.password_file {
+            Some(path) => File::open(path)
+                .and_then(|file| file.take(MAX_PASSWORD).read_to_string(&mut text))
+                .with_context(|| format!("cannot read the password from {path:?}"))?,
+            None => io::stdin()
+                .take(MAX_PASSWORD)
+                .read_to_string(&mut text)
+                .context("cannot read the password from standard input")?,
+        };
+        // The end of the line is not part of it.
+        let password = text.strip_suffix('\n').unwrap_or(&text);
+        let password = password.strip_suffix('\r').unwrap_or(password).to_owned();
+        ensure!(!password.is_empty(), "the password is empty");
+        Ok(Some(Credentials { user, password }))
+    }
+}
+
+/// Longer than any token that serves as a password, in bytes.
+const MAX_PASSWORD: u64 = 64 << 10;
 
 /// What `--json` prints.
 #[derive(Debug, Serialize)]
@@ -77,6 +118,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     interrupt::on_interrupt(ufs.closer());
     let source = canonical(&arguments.source)?;
     let options = OpenOptions {
+        credentials: arguments.credentials()?,
         plain_http: arguments.plain_http,
         platform: arguments.platform.clone().unwrap_or_else(Platform::host),
     };

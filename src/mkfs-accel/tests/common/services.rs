@@ -1,11 +1,12 @@
 //! The real services of the tests, from Debian's packages `docker-registry`,
-//! `skopeo` and `umoci`, and a registry that stalls.
+//! `skopeo` and `umoci`; a proxy that does a registry harm; a token server.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 use tempfile::TempDir;
@@ -13,15 +14,24 @@ use tempfile::TempDir;
 /// A `docker-registry` on loopback; ends with the value.
 pub struct Registry {
     child: Child,
-    _directory: TempDir,
+    directory: TempDir,
     pub address: String,
+}
+
+/// How a registry lets users in.
+pub enum Access {
+    Open,
+    /// "user" with the password "secret".
+    Password,
+    /// Tokens of this server.
+    Token(TokenServer),
 }
 
 /// "user" with the password "secret", as htpasswd(1) writes it with bcrypt.
 const HTPASSWD: &str = "user:$2b$04$abcdefghijklmnopqrstuu2r9OfJnfCsdneAXAGHnS4UpFFP8WIrW\n";
 
 impl Registry {
-    pub fn start(with_login: bool) -> Self {
+    pub fn start(access: &Access) -> Self {
         let directory = TempDir::new().unwrap();
         let path = directory.path();
         // A port that is free now; nobody on this machine hands it out again at
@@ -30,15 +40,24 @@ impl Registry {
         let address = address.unwrap().to_string();
         let mut config = format!(
             "version: 0.1\nlog: {{level: error}}\nhttp: {{addr: {address}}}\n\
-             storage: {{filesystem: {{rootdirectory: {}}}}}\n",
+             storage: {{filesystem: {{rootdirectory: {}}}}}\n\
+             validation: {{manifests: {{urls: {{allow: [^http]}}}}}}\n",
             path.join("data").display(),
         );
-        if with_login {
-            let users = path.join("htpasswd");
-            fs::write(&users, HTPASSWD).unwrap();
-            let users = users.display();
-            config += &format!("auth: {{htpasswd: {{realm: test, path: {users}}}}}\n");
-        }
+        config += &match access {
+            Access::Open => String::new(),
+            Access::Password => {
+                let users = path.join("htpasswd");
+                fs::write(&users, HTPASSWD).unwrap();
+                let users = users.display();
+                format!("auth: {{htpasswd: {{realm: test, path: {users}}}}}\n")
+            }
+            Access::Token(server) => format!(
+                "auth: {{token: {{realm: 'http://{}/token', service: test, issuer: test, rootcertbundle: {}}}}}\n",
+                server.address,
+                server.certificate().display(),
+            ),
+        };
         fs::write(path.join("config.yml"), config).unwrap();
         let child = Command::new("docker-registry")
             .arg("serve")
@@ -49,7 +68,7 @@ impl Registry {
             .expect("docker-registry is needed: apt-get install docker-registry skopeo umoci");
         let registry = Self {
             child,
-            _directory: directory,
+            directory,
             address,
         };
         for _ in 0..600 {
@@ -63,6 +82,16 @@ impl Registry {
 
     pub fn image(&self, name: &str) -> String {
         format!("docker://{}/{name}", self.address)
+    }
+
+    /// Where it keeps a blob.
+    pub fn blob(&self, digest: &str) -> PathBuf {
+        let hex = digest.strip_prefix("sha256:").unwrap();
+        let blobs = self
+            .directory
+            .path()
+            .join("data/docker/registry/v2/blobs/sha256");
+        blobs.join(&hex[..2]).join(hex).join("data")
     }
 }
 
@@ -120,94 +149,256 @@ pub fn umoci_image(layout: &Path) {
     );
 }
 
-/// A registry of one image that fails in the middle of its only layer.
-pub struct FailingRegistry {
+/// A proxy in front of a registry that does it harm. Ends with the test's process.
+pub struct Proxy {
     pub address: String,
+    /// The first line of every request.
+    pub requests: Arc<Mutex<Vec<String>>>,
 }
 
-/// How it fails.
-#[derive(Clone, Copy)]
-pub enum Failure {
-    /// The layer's bytes never come.
-    Stall,
-    /// The connection ends after so many bytes of the layer; the next request
-    /// goes on from there.
-    Break(usize),
-    /// The same, but every answer begins with the layer's first byte.
-    BreakWithoutRanges(usize),
-    /// The layer's last byte is missing, and the length given says so too.
-    Short,
+/// What it does to some requests.
+#[derive(Clone)]
+pub enum Harm {
+    /// The connection ends after so many bytes of the answer.
+    Cut(usize),
+    /// The same, and the registry does not see which bytes are wanted; it ends so
+    /// many behind those that the client has.
+    CutWithoutRanges(usize),
+    /// Nothing comes any more after so many bytes of the answer.
+    Stall(usize),
+    /// This many times there is this answer instead: status and headers.
+    Refuse(usize, &'static str),
 }
 
-impl FailingRegistry {
-    /// Has `image` as repository "x".
-    pub fn start(image: &super::Image, failure: Failure) -> Self {
+impl Proxy {
+    /// Harms the requests whose path contains `path`.
+    pub fn start(registry: &Registry, path: &str, harm: Harm) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let manifest = image.manifest.to_string().into_bytes();
-        let config = image.config.to_string().into_bytes();
-        let config_digest = accel_oci::Digest::of(&config);
-        let answers = [
-            ("/v2/".to_owned(), b"{}".to_vec()),
-            ("/v2/x/manifests/latest".to_owned(), manifest),
-            (format!("/v2/x/blobs/{config_digest}"), config),
-        ];
-        let layer = std::fs::read(image.blob_path(&image.layer(0))).unwrap();
-        // Ends with the test's process.
+        let proxy = Self {
+            address: listener.local_addr().unwrap().to_string(),
+            requests: Arc::default(),
+        };
+        let (upstream, path) = (registry.address.clone(), path.to_owned());
+        let requests = Arc::clone(&proxy.requests);
         thread::spawn(move || {
             for connection in listener.incoming().flatten() {
-                let (answers, layer) = (answers.clone(), layer.clone());
-                thread::spawn(move || serve(connection, &answers, &layer, failure));
+                let (upstream, path, harm) = (upstream.clone(), path.clone(), harm.clone());
+                let requests = Arc::clone(&requests);
+                thread::spawn(move || relay(&connection, &upstream, &path, &harm, &requests));
             }
         });
-        Self { address }
+        proxy
+    }
+
+    pub fn image(&self, name: &str) -> String {
+        format!("docker://{}/{name}", self.address)
+    }
+
+    /// How many requests there were whose first line contains `part`.
+    pub fn count(&self, part: &str) -> usize {
+        let requests = self.requests.lock().unwrap();
+        requests.iter().filter(|line| line.contains(part)).count()
     }
 }
 
-/// Answers requests until the connection ends.
-fn serve(
-    mut connection: TcpStream,
-    answers: &[(String, Vec<u8>)],
-    layer: &[u8],
-    failure: Failure,
+/// One request and its answer.
+fn relay(
+    mut client: &TcpStream,
+    upstream: &str,
+    path: &str,
+    harm: &Harm,
+    requests: &Mutex<Vec<String>>,
 ) -> Option<()> {
-    let mut reader = BufReader::new(connection.try_clone().ok()?);
-    loop {
-        let mut request = String::new();
-        reader.read_line(&mut request).ok().filter(|n| *n > 0)?;
-        let path = request.split(' ').nth(1)?.to_owned();
-        let mut from = 0;
-        let mut line = String::new();
-        while reader.read_line(&mut line).ok()? > 2 {
-            let header = line.trim().to_ascii_lowercase();
-            if let Some(range) = header.strip_prefix("range: bytes=") {
-                from = range.trim_end_matches('-').parse().unwrap();
+    let (line, headers) = read_head(&mut BufReader::new(client))?;
+    let harmed = line.contains(path);
+    let earlier = {
+        let mut requests = requests.lock().unwrap();
+        let earlier = requests.iter().filter(|line| line.contains(path)).count();
+        requests.push(line.trim().to_owned());
+        earlier
+    };
+    let mut from = 0;
+    let mut head = line;
+    for header in headers {
+        let name = header.to_ascii_lowercase();
+        if let Some(range) = name.strip_prefix("range: bytes=") {
+            from = range.trim().trim_end_matches('-').parse().unwrap();
+            if harmed && matches!(harm, Harm::CutWithoutRanges(_)) {
+                continue;
             }
-            line.clear();
         }
-        let (status, body, sent) = match answers.iter().find(|(known, _)| *known == path) {
-            Some((_, body)) => ("200 OK", &body[..], body.len()),
-            None => match failure {
-                Failure::Stall => ("206 Partial Content", &layer[from..], 0),
-                Failure::Short => (
-                    "206 Partial Content",
-                    &layer[from..layer.len() - 1],
-                    usize::MAX,
-                ),
-                Failure::Break(sent) => ("206 Partial Content", &layer[from..], sent),
-                Failure::BreakWithoutRanges(sent) => ("200 OK", layer, from + sent),
-            },
-        };
-        let length = body.len();
-        let head = format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\n\r\n");
-        connection.write_all(head.as_bytes()).ok()?;
-        connection.write_all(&body[..sent.min(length)]).ok()?;
-        if sent == 0 {
-            // Until the other side goes.
-            let _ = reader.read(&mut [0]);
-        }
-        if sent < length {
-            return None;
+        if !name.starts_with("connection:") {
+            head += &header;
         }
     }
+    head += "Connection: close\r\n\r\n";
+    let most = match harm {
+        _ if !harmed => usize::MAX,
+        Harm::Cut(bytes) | Harm::Stall(bytes) => *bytes,
+        Harm::CutWithoutRanges(bytes) => from + bytes,
+        Harm::Refuse(times, answer) if earlier < *times => {
+            let refusal =
+                format!("HTTP/1.1 {answer}\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno");
+            return client.write_all(refusal.as_bytes()).ok();
+        }
+        Harm::Refuse(..) => usize::MAX,
+    };
+    let mut server = TcpStream::connect(upstream).ok()?;
+    server.write_all(head.as_bytes()).ok()?;
+    std::io::copy(&mut server.take(most as u64), &mut client).ok()?;
+    if harmed && matches!(harm, Harm::Stall(_)) {
+        // Until the other side goes.
+        let _ = client.read(&mut [0]);
+    }
+    Some(())
+}
+
+/// A request's first line and its headers, each with its line's end.
+fn read_head(reader: &mut impl BufRead) -> Option<(String, Vec<String>)> {
+    let mut first = String::new();
+    reader.read_line(&mut first).ok().filter(|n| *n > 0)?;
+    let mut headers = Vec::new();
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).ok()?;
+        if line.trim().is_empty() {
+            return Some((first, headers));
+        }
+        headers.push(line);
+    }
+}
+
+/// A server of tokens for registries: for "user" with "secret", and for the identity
+/// token "refresh". Ends with the test's process.
+pub struct TokenServer {
+    pub address: String,
+    directory: TempDir,
+}
+
+impl TokenServer {
+    pub fn start() -> Self {
+        let directory = TempDir::new().unwrap();
+        let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+        let (key, certificate) = (path("key.pem"), path("certificate.pem"));
+        let new = [
+            "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+        ];
+        let files = ["-subj", "/CN=test", "-keyout", &key, "-out", &certificate];
+        tool("openssl", &[&new[..], &files].concat());
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        thread::spawn(move || {
+            for connection in listener.incoming().flatten() {
+                answer_for_token(&connection, &key, &certificate);
+            }
+        });
+        Self { address, directory }
+    }
+
+    pub fn certificate(&self) -> PathBuf {
+        self.directory.path().join("certificate.pem")
+    }
+}
+
+fn answer_for_token(mut client: &TcpStream, key: &str, certificate: &str) -> Option<()> {
+    let mut reader = BufReader::new(client);
+    let (line, headers) = read_head(&mut reader)?;
+    let find = |name: &str| {
+        let header = headers
+            .iter()
+            .find(|h| h.to_ascii_lowercase().starts_with(name));
+        header.map(|header| header[name.len()..].trim().to_owned())
+    };
+    let length = find("content-length:").map_or(0, |length| length.parse().unwrap());
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).ok()?;
+    let body = String::from_utf8(body).unwrap();
+    let asked = match line.starts_with("POST") {
+        true => &body,
+        false => line.split(['?', ' ']).nth(2)?,
+    };
+    let parameter = |name: &str| {
+        let all = asked.split('&').filter_map(|pair| pair.split_once('='));
+        let mut values = all.filter(|(key, _)| *key == name).map(|(_, value)| value);
+        values
+            .next()
+            .unwrap_or_default()
+            .replace("%3A", ":")
+            .replace("%2C", ",")
+    };
+    // "user:secret"
+    let known = find("authorization:").as_deref() == Some("Basic dXNlcjpzZWNyZXQ=")
+        || parameter("grant_type") == "refresh_token" && parameter("refresh_token") == "refresh";
+    let (status, answer) = if known {
+        let scope = parameter("scope");
+        let parts: Vec<_> = scope.split(':').collect();
+        let access = match parts[..] {
+            [kind, name, actions] => serde_json::json!([{
+                "type": kind, "name": name,
+                "actions": actions.split(',').collect::<Vec<_>>(),
+            }]),
+            _ => serde_json::json!([]),
+        };
+        let token = sign(&access, key, certificate);
+        // OAuth 2 has the one name, Docker's older way the other.
+        let name = if line.starts_with("POST") {
+            "access_token"
+        } else {
+            "token"
+        };
+        ("200 OK", serde_json::json!({name: token}))
+    } else {
+        (
+            "401 Unauthorized",
+            serde_json::json!({"errors": [{"code": "UNAUTHORIZED", "message": "who are you?"}]}),
+        )
+    };
+    let answer = answer.to_string();
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        answer.len()
+    );
+    client.write_all((head + &answer).as_bytes()).ok()
+}
+
+/// A signed token (RFC 7519) that grants `access`.
+fn sign(access: &serde_json::Value, key: &str, certificate: &str) -> String {
+    let pem = fs::read_to_string(certificate).unwrap();
+    let der: String = pem.lines().filter(|line| !line.starts_with('-')).collect();
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let now = now.unwrap().as_secs();
+    let header = serde_json::json!({"typ": "JWT", "alg": "RS256", "x5c": [der]});
+    let claims = serde_json::json!({
+        "iss": "test", "sub": "user", "aud": "test", "jti": "1", "access": access,
+        "iat": now, "nbf": now - 60, "exp": now + 600,
+    });
+    let encode = |json: &serde_json::Value| base64url(json.to_string().as_bytes());
+    let text = format!("{}.{}", encode(&header), encode(&claims));
+    let mut openssl = Command::new("openssl")
+        .args(["dgst", "-sha256", "-sign", key, "-binary"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    openssl
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(text.as_bytes())
+        .unwrap();
+    let signature = openssl.wait_with_output().unwrap().stdout;
+    format!("{text}.{}", base64url(&signature))
+}
+
+fn base64url(bytes: &[u8]) -> String {
+    const DIGITS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let mut text = String::new();
+    for three in bytes.chunks(3) {
+        let byte = |at: usize| usize::from(three.get(at).copied().unwrap_or(0));
+        let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
+        for digit in 0..=three.len() {
+            text.push(DIGITS[bits >> (18 - 6 * digit) & 63].into());
+        }
+    }
+    text
 }

@@ -1,9 +1,11 @@
-//! Images in an OCI layout directory (image specification, "Image Layout").
+//! Images in an OCI layout (image specification, "Image Layout"): a directory, or a
+//! tar of one.
 
 use crate::ImageError;
+use crate::archive::Archive;
 use crate::image::{MAX_MANIFEST, Origin, Start, limit};
 use crate::manifest::{Pointer, is_attestation};
-use accel_oci::OciReference;
+use accel_oci::{ArchiveReference, OciReference};
 use oci_spec::image::{Descriptor, ImageIndex, OciLayout};
 use std::fs::File;
 use std::io::{self, Read};
@@ -13,23 +15,75 @@ const TAG: &str = "org.opencontainers.image.ref.name";
 
 /// An OCI layout and the image in it that is meant.
 #[derive(Debug)]
-pub(crate) struct LayoutDirectory {
-    directory: PathBuf,
+pub(crate) struct Layout {
+    files: Files,
     /// The entries of `index.json` that are meant.
     entries: Vec<Descriptor>,
 }
 
-impl LayoutDirectory {
-    pub fn open(reference: &OciReference) -> Result<Self, ImageError> {
-        let directory = reference.directory.clone();
+/// Where a layout's files lie.
+#[derive(Debug)]
+enum Files {
+    Directory(PathBuf),
+    Archive(Archive),
+}
+
+impl Files {
+    /// The directory or the archive.
+    fn path(&self) -> &Path {
+        match self {
+            Self::Directory(path) => path,
+            Self::Archive(archive) => archive.path(),
+        }
+    }
+
+    /// Opens one; with its size in bytes.
+    fn open(&self, name: &str) -> Result<(Box<dyn Read + Send>, u64), ImageError> {
+        match self {
+            Self::Directory(directory) => {
+                let (file, size) = open_file(&directory.join(name))?;
+                Ok((Box::new(file), size))
+            }
+            Self::Archive(archive) => {
+                let (section, size) = archive.open_file(name)?;
+                Ok((Box::new(section), size))
+            }
+        }
+    }
+
+    /// Reads a small one.
+    fn read(&self, name: &str, most: u64) -> Result<Vec<u8>, ImageError> {
+        let (file, size) = self.open(name)?;
+        let path = self.path().join(name);
+        limit(&path.display().to_string(), size, most)?;
+        let mut bytes = Vec::new();
+        file.take(most)
+            .read_to_end(&mut bytes)
+            .map_err(|error| ImageError::Io { path, error })?;
+        Ok(bytes)
+    }
+}
+
+impl Layout {
+    pub fn open_directory(reference: &OciReference) -> Result<Self, ImageError> {
+        let files = Files::Directory(reference.directory.clone());
+        Self::open(files, reference.tag.as_deref())
+    }
+
+    pub fn open_archive(reference: &ArchiveReference) -> Result<Self, ImageError> {
+        let files = Files::Archive(Archive::open(&reference.file)?);
+        Self::open(files, reference.name.as_deref())
+    }
+
+    fn open(files: Files, tag: Option<&str>) -> Result<Self, ImageError> {
         let wrong = |why: String| ImageError::Layout {
-            directory: directory.clone(),
+            directory: files.path().to_owned(),
             why,
         };
         let read = |name: &str| {
-            let path = directory.join(name);
-            read_file(&path, MAX_MANIFEST).map_err(|error| match error {
+            files.read(name, MAX_MANIFEST).map_err(|error| match error {
                 ImageError::Io { error, .. } => wrong(format!("{name}: {error}")),
+                ImageError::Archive { why, .. } => wrong(why),
                 other => other,
             })
         };
@@ -42,30 +96,33 @@ impl LayoutDirectory {
         let index: ImageIndex = serde_json::from_slice(&read("index.json")?)
             .map_err(|error| wrong(format!("index.json: {error}")))?;
         Ok(Self {
-            entries: choose(reference, index.manifests())?,
-            directory: directory.clone(),
+            entries: choose(files.path(), tag, index.manifests())?,
+            files,
         })
     }
 
-    fn blob_path(&self, pointer: &Pointer) -> PathBuf {
-        let blobs = self.directory.join("blobs/sha256");
-        blobs.join(pointer.digest.hex())
+    fn blob_name(pointer: &Pointer) -> String {
+        format!("blobs/sha256/{}", pointer.digest.hex())
     }
 }
 
 /// The entries with the tag; without a tag, the only entry there is.
-fn choose(reference: &OciReference, entries: &[Descriptor]) -> Result<Vec<Descriptor>, ImageError> {
-    let directory = || reference.directory.clone();
+fn choose(
+    path: &Path,
+    wanted: Option<&str>,
+    entries: &[Descriptor],
+) -> Result<Vec<Descriptor>, ImageError> {
+    let path = || path.to_owned();
     let tag = |entry: &Descriptor| entry.annotations().as_ref()?.get(TAG).cloned();
     let known = || entries.iter().filter_map(tag).collect();
-    match &reference.tag {
+    match wanted {
         Some(wanted) => {
-            let tagged = entries.iter().filter(|e| tag(e).as_ref() == Some(wanted));
+            let tagged = entries.iter().filter(|e| tag(e).as_deref() == Some(wanted));
             let tagged: Vec<_> = tagged.cloned().collect();
             if tagged.is_empty() {
                 return Err(ImageError::NoTag {
-                    directory: directory(),
-                    tag: wanted.clone(),
+                    path: path(),
+                    tag: wanted.to_owned(),
                     known: known(),
                 });
             }
@@ -75,7 +132,7 @@ fn choose(reference: &OciReference, entries: &[Descriptor]) -> Result<Vec<Descri
             let images: Vec<_> = entries.iter().filter(|e| !is_attestation(e)).collect();
             let [only] = images.as_slice() else {
                 return Err(ImageError::Ambiguous {
-                    directory: directory(),
+                    path: path(),
                     images: images.len(),
                     known: known(),
                 });
@@ -85,26 +142,27 @@ fn choose(reference: &OciReference, entries: &[Descriptor]) -> Result<Vec<Descri
     }
 }
 
-impl Origin for LayoutDirectory {
+impl Origin for Layout {
     fn start(&self) -> Result<Start, ImageError> {
         Ok(Start::Entries(self.entries.clone()))
     }
 
     fn manifest(&self, pointer: &Pointer) -> Result<Vec<u8>, ImageError> {
-        read_file(&self.blob_path(pointer), MAX_MANIFEST)
+        self.files.read(&Self::blob_name(pointer), MAX_MANIFEST)
     }
 
     fn blob(&self, what: &str, pointer: &Pointer) -> Result<Box<dyn Read + Send>, ImageError> {
-        let path = self.blob_path(pointer);
-        let (file, size) = open_file(&path)?;
+        let name = Self::blob_name(pointer);
+        let (file, size) = self.files.open(&name)?;
         if size != pointer.size {
+            let path = self.files.path().join(name);
             return Err(ImageError::Size {
                 what: format!("{what} ({})", path.display()),
                 expected: pointer.size,
                 found: size,
             });
         }
-        Ok(Box::new(file))
+        Ok(file)
     }
 }
 
@@ -120,17 +178,4 @@ fn open_file(path: &Path) -> Result<(File, u64), ImageError> {
         return Err(error(io::Error::new(kind, "it is not a regular file")));
     }
     Ok((File::open(path).map_err(error)?, metadata.len()))
-}
-
-fn read_file(path: &Path, most: u64) -> Result<Vec<u8>, ImageError> {
-    let (file, size) = open_file(path)?;
-    limit(&path.display().to_string(), size, most)?;
-    let mut bytes = Vec::new();
-    file.take(most)
-        .read_to_end(&mut bytes)
-        .map_err(|error| ImageError::Io {
-            path: path.to_owned(),
-            error,
-        })?;
-    Ok(bytes)
 }

@@ -1,0 +1,99 @@
+//! Who we are to a registry: what the user says, else what `docker login` (or
+//! `podman login`, `skopeo login`) has left.
+
+use crate::OpenOptions;
+use docker_credential::{CredentialRetrievalError, DockerCredential};
+
+/// What a registry is told.
+pub(super) enum Login {
+    /// Nothing.
+    Anonymous {
+        /// Why no login was found where one should be; for the user if the registry
+        /// then refuses us.
+        trouble: Option<String>,
+    },
+    /// A name and a password, or a token that serves as one.
+    Password {
+        user: String,
+        password: String,
+        /// Where they come from.
+        from: &'static str,
+    },
+    /// What a token server gave at `docker login`, to be exchanged for tokens
+    /// ("refresh token").
+    IdentityToken(String),
+}
+
+impl Login {
+    pub fn new(registry: &str, options: &OpenOptions) -> Self {
+        if let Some(credentials) = &options.credentials {
+            return Self::Password {
+                user: credentials.user.clone(),
+                password: credentials.password.clone(),
+                from: "--username",
+            };
+        }
+        // Docker Hub's has an old name there.
+        let key = match registry {
+            "docker.io" => "https://index.docker.io/v1/",
+            other => other,
+        };
+        let mut trouble = None;
+        for (tool, found) in [
+            ("docker", docker_credential::get_credential(key)),
+            ("podman", docker_credential::get_podman_credential(registry)),
+        ] {
+            match found {
+                Ok(DockerCredential::UsernamePassword(user, password)) => {
+                    return Self::Password {
+                        user,
+                        password,
+                        from: "your login",
+                    };
+                }
+                Ok(DockerCredential::IdentityToken(token)) => return Self::IdentityToken(token),
+                Err(
+                    CredentialRetrievalError::ConfigNotFound
+                    | CredentialRetrievalError::NoCredentialConfigured,
+                ) => {}
+                // Also said when there is no such file.
+                Err(CredentialRetrievalError::ConfigReadError) => {}
+                Err(CredentialRetrievalError::HelperFailure {
+                    helper,
+                    stdout,
+                    stderr,
+                }) => {
+                    let said = format!("{} {}", stdout.trim(), stderr.trim());
+                    // What all helpers say of a registry that they do not know.
+                    if !said.contains("credentials not found") {
+                        trouble = Some(format!(
+                            "the credential helper {helper} of {tool} failed: {}",
+                            super::http::first_line(&said)
+                        ));
+                    }
+                }
+                Err(error) => {
+                    trouble = Some(format!("{tool}'s configuration cannot be used: {error}"));
+                }
+            }
+        }
+        if let Some(trouble) = &trouble {
+            tracing::warn!(registry, trouble, "going on without a login");
+        }
+        Self::Anonymous { trouble }
+    }
+
+    /// What it means that the registry does not let us in, and what to do.
+    pub fn refused(&self) -> String {
+        match self {
+            Self::Anonymous { trouble: None } => "the registry wants a login: use docker login or skopeo login for this registry first, or --username with --password-stdin".to_owned(),
+            Self::Anonymous {
+                trouble: Some(trouble),
+            } => format!("the registry wants a login, and {trouble}"),
+            Self::Password { user, from, .. } => format!(
+                "the registry refuses the credentials of user {user:?} (from {from}): check name and password, or log in again"
+            ),
+            Self::IdentityToken(_) => "the registry refuses the identity token of your login: it may have expired; log in again".to_owned(),
+        }
+    }
+}
