@@ -16,7 +16,7 @@ use crate::{
     values::{FileKind, Permissions, SymlinkTarget, Timestamp, Uuid},
     xattr::{XattrName, Xattrs},
 };
-use std::error::Error;
+use std::{error::Error, ops::Range};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 /// Where an image comes from.
@@ -224,7 +224,26 @@ impl<I: Input> Reader<I> {
             .map_err(|source| ReadError::Input { offset, source })
     }
 
-    fn inode(&self, nid: u64) -> Result<Inode, ReadError<I::Error>> {
+    /// Where a regular file's data lies in the image, in bytes; nothing if it is
+    /// something else. An empty file's range is empty.
+    ///
+    /// # Errors
+    /// The range cannot lie in any image.
+    pub fn file_range(&self, inode: &Inode) -> Result<Option<Range<u64>>, ReadError<I::Error>> {
+        if inode.kind != FileKind::File {
+            return Ok(None);
+        }
+        let start = self.data_offset(inode, 0)?;
+        let end = start.checked_add(inode.raw.size.get());
+        let end = end.ok_or_else(|| inode.format("data beyond any image"))?;
+        Ok(Some(start..end))
+    }
+
+    /// The file with this node number.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be read.
+    pub fn inode(&self, nid: u64) -> Result<Inode, ReadError<I::Error>> {
         let start = u64::from(self.superblock.meta_block.get()) * BLOCK_SIZE;
         let offset = nid.checked_mul(INODE_SLOT);
         let offset = offset.and_then(|offset| offset.checked_add(start));

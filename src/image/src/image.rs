@@ -61,6 +61,8 @@ impl Default for OpenOptions {
 pub struct Image {
     /// Digest of the manifest: the image's name.
     pub manifest: Digest,
+    /// Digests of the indexes that led to it, the outermost first.
+    pub indexes: Vec<Digest>,
     /// Digest of the config.
     pub config: Digest,
     /// For which machines it is.
@@ -125,7 +127,9 @@ pub fn open(source: &ImageSource, options: &OpenOptions) -> Result<Image, ImageE
         ImageSource::DockerArchive(reference) => Box::new(DockerArchive::open(reference)?),
         ImageSource::Registry(reference) => Box::new(Registry::open(reference, options)?),
     };
-    let (manifest_digest, manifest) = find_manifest(origin.as_ref(), source, &options.platform)?;
+    let mut indexes = Vec::new();
+    let (manifest_digest, manifest) =
+        find_manifest(origin.as_ref(), source, &options.platform, &mut indexes)?;
     let config = read_config(origin.as_ref(), &manifest)?;
     if manifest.layers.len() != config.diff_ids.len() {
         return Err(ImageError::LayerCount {
@@ -162,6 +166,7 @@ pub fn open(source: &ImageSource, options: &OpenOptions) -> Result<Image, ImageE
     });
     Ok(Image {
         manifest: manifest_digest,
+        indexes,
         config: manifest.config.digest,
         platform: config.platform,
         process: config.process,
@@ -174,6 +179,7 @@ fn find_manifest(
     origin: &dyn Origin,
     source: &ImageSource,
     platform: &Platform,
+    indexes: &mut Vec<Digest>,
 ) -> Result<(Digest, Manifest), ImageError> {
     let mut what = source.to_string();
     let mut entries = match origin.start()? {
@@ -184,7 +190,10 @@ fn find_manifest(
             }
             match Document::parse(&what, &json)? {
                 Document::Manifest(manifest) => return Ok((Digest::of(&json), manifest)),
-                Document::Index(entries) => entries,
+                Document::Index(entries) => {
+                    indexes.push(Digest::of(&json));
+                    entries
+                }
             }
         }
     };
@@ -196,7 +205,10 @@ fn find_manifest(
         check(&what, &json, pointer.digest)?;
         match Document::parse(&what, &json)? {
             Document::Manifest(manifest) => return Ok((pointer.digest, manifest)),
-            Document::Index(inner) => entries = inner,
+            Document::Index(inner) => {
+                indexes.push(pointer.digest);
+                entries = inner;
+            }
         }
     }
     Err(ImageError::Malformed {

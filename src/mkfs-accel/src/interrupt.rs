@@ -3,15 +3,13 @@
 //! The signal's own thread does it, so that a converter that waits for a network
 //! ends at once too.
 
+use crate::exit;
 use anyhow::Context;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
-
-/// The code of a process that a signal ended.
-const INTERRUPTED: i32 = 130;
 
 type CleanUp = Box<dyn Fn() + Send>;
 
@@ -36,7 +34,7 @@ pub fn watch() -> anyhow::Result<()> {
                 clean_up();
             }
             eprintln!("mkfs-accel: interrupted; unfinished files were removed");
-            std::process::exit(INTERRUPTED);
+            std::process::exit(exit::INTERRUPTED.into());
         }
     };
     thread::Builder::new()

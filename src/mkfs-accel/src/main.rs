@@ -1,6 +1,7 @@
 //! The converter's command line: parse, run, report, exit code.
 
 mod commands;
+mod exit;
 mod interrupt;
 mod jobs;
 mod layers;
@@ -8,16 +9,10 @@ mod output;
 mod progress;
 mod published;
 mod sink;
+mod tree;
 
 use clap::Parser;
 use std::process::ExitCode;
-
-/// Everything went well.
-const DONE: u8 = 0;
-/// Something failed; stderr says what.
-const FAILED: u8 = 1;
-/// `verify` found damage.
-const DAMAGED: u8 = 3;
 
 fn main() -> ExitCode {
     let command = commands::Cli::parse();
@@ -32,12 +27,12 @@ fn main() -> ExitCode {
     // of no interest.
     interrupt::wait_if_interrupted();
     match result {
-        Ok(commands::Verdict::Good) => ExitCode::from(DONE),
-        Ok(commands::Verdict::Damaged) => ExitCode::from(DAMAGED),
-        Err(error) if output::is_closed_pipe(&error) => ExitCode::from(DONE),
+        Ok(commands::Verdict::Good) => ExitCode::from(exit::DONE),
+        Ok(commands::Verdict::Damaged) => ExitCode::from(exit::DAMAGED),
+        Err(error) if output::is_closed_pipe(&error) => ExitCode::from(exit::DONE),
         Err(error) => {
             eprintln!("mkfs-accel: {error:#}");
-            ExitCode::from(FAILED)
+            ExitCode::from(exit::code(&error))
         }
     }
 }

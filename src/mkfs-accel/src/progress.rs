@@ -88,6 +88,14 @@ pub struct Bar {
 }
 
 impl Bar {
+    /// Counts bytes.
+    pub fn add(&self, bytes: u64) {
+        self.bar.inc(bytes);
+        if let Some(total) = &self.total {
+            total.inc(bytes);
+        }
+    }
+
     /// Counts what is read from `inner`. Reading ends with an error once `stop`
     /// is set.
     pub const fn watch<R>(self, inner: R, stop: &AtomicBool) -> Watched<'_, R> {
@@ -120,10 +128,7 @@ impl<R: Read> Read for Watched<'_, R> {
             return Err(io::Error::other(format!("given up after {read}")));
         }
         let length = self.inner.read(buffer)?;
-        self.bar.bar.inc(length as u64);
-        if let Some(total) = &self.bar.total {
-            total.inc(length as u64);
-        }
+        self.bar.add(length as u64);
         Ok(length)
     }
 }

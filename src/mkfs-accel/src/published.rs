@@ -5,11 +5,11 @@ use accel_layer::{ErofsLower, LowerDirectory, LowerError, LowerLookup};
 use accel_ufs::index::{CHUNK_SIZE, ChunkNo, Header, Layout, Mismatch, Page, Root, Step};
 use accel_ufs::names::LayerName;
 use accel_ufs::publish::Ufs;
-use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 /// Why bytes of a published image cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -46,9 +46,14 @@ pub struct Published {
     image: (File, PathBuf),
     index: (File, PathBuf),
     header: Header,
-    /// The chunk that was read last.
-    last: RefCell<(ChunkNo, Vec<u8>)>,
+    /// Chunks that were read last, each in the slot of its number.
+    chunks: Mutex<Vec<(ChunkNo, Vec<u8>)>>,
 }
+
+/// How many chunks are kept: enough that going to and fro in a tree seldom reads one
+/// twice. 8 MiB.
+const KEPT: u64 = 64;
+const NONE: ChunkNo = ChunkNo(u64::MAX);
 
 impl Published {
     /// Opens a layer on UFS. What its index's header says is not verified yet;
@@ -69,7 +74,7 @@ impl Published {
             image: open(ufs.path(&name.image()))?,
             index,
             header,
-            last: RefCell::new((ChunkNo(u64::MAX), Vec::new())),
+            chunks: Mutex::new((0..KEPT).map(|_| (NONE, Vec::new())).collect()),
         })
     }
 
@@ -134,22 +139,33 @@ impl Published {
     }
 }
 
+impl Input for &Published {
+    type Error = PublishedError;
+
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<(), PublishedError> {
+        Input::read_at(*self, offset, bytes)
+    }
+}
+
 impl Input for Published {
     type Error = PublishedError;
 
     fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<(), PublishedError> {
-        let mut last = self.last.borrow_mut();
+        let mut kept = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut offset, mut bytes) = (offset, bytes);
         while !bytes.is_empty() {
             let chunk = ChunkNo::containing(offset);
-            if last.0 != chunk {
+            // Less than 64.
+            let slot = usize::try_from(chunk.0 % KEPT).unwrap_or(0);
+            let (number, there) = &mut kept[slot];
+            if *number != chunk {
                 // Not this one until it is verified.
-                last.0 = ChunkNo(u64::MAX);
-                self.read_chunk(chunk, &mut last.1)?;
-                last.0 = chunk;
+                *number = NONE;
+                self.read_chunk(chunk, there)?;
+                *number = chunk;
             }
             let from = usize::try_from(offset % CHUNK_SIZE as u64).unwrap_or(CHUNK_SIZE);
-            let there = last.1.get(from..).unwrap_or_default();
+            let there = there.get(from..).unwrap_or_default();
             let length = there.len().min(bytes.len());
             if length == 0 {
                 return Err(PublishedError::Read {

@@ -32,7 +32,7 @@ fn refuse(ufs: &Ufs, source: &str, more: &[&str]) -> String {
         .output()
         .unwrap();
     let error = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(common::failed(output.status), "{error}");
     error
 }
 
@@ -335,6 +335,15 @@ fn a_multi_platform_image_is_chosen_from() {
     assert!(error.contains("linux/s390x"), "{error}");
     let locally = ufs.convert(&local);
     assert_eq!(locally["manifest"], ours["manifest"]);
+    // The index names what was converted from it last.
+    let index = accel_oci::Digest::of(index.to_string().as_bytes()).to_string();
+    let inspect = |name: &str| good(&[&"inspect", &name, &"--json", &"--ufs", &ufs.path()]);
+    assert_eq!(inspect(&index), inspect(ours["manifest"].as_str().unwrap()));
+    convert(&ufs, &remote, &["--platform", "linux/s390x"]);
+    assert_eq!(
+        inspect(&index),
+        inspect(theirs["manifest"].as_str().unwrap())
+    );
 }
 
 /// One OCI layout with all of the images' blobs and `index` tagged "all".

@@ -123,7 +123,11 @@ impl Catalog<'_, dyn Source> {
             ufs: self.ufs.to_owned(),
         };
         let manifest = match name {
-            ImageName::Manifest(digest) => Some(*digest),
+            ImageName::Manifest(digest) => match self.has_record(digest)? {
+                true => Some(*digest),
+                // Then it may be an index.
+                false => self.latest(digest)?,
+            },
             ImageName::Source(source) => self.latest(source)?,
         };
         let manifest = manifest.ok_or_else(not_converted)?;
@@ -142,8 +146,13 @@ impl Catalog<'_, dyn Source> {
         Ok(record)
     }
 
-    /// What `source` pointed to when it was last converted.
-    fn latest(&self, source: &accel_oci::ImageSource) -> Result<Option<Digest>, CatalogError> {
+    fn has_record(&self, manifest: &Digest) -> Result<bool, CatalogError> {
+        let file = names::image_record(manifest);
+        Ok(self.read(file.as_str(), MAX_RECORD + 1)?.is_some())
+    }
+
+    /// What `source`, or an index, pointed to when it was last converted.
+    fn latest(&self, source: &dyn std::fmt::Display) -> Result<Option<Digest>, CatalogError> {
         let directory = names::name_directory(source);
         let directory = FileName::new(directory.as_str());
         let files = match list(self.source, self.pool, &directory, Patience::LOOKUP) {

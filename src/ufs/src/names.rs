@@ -4,7 +4,7 @@
 //! never from what a registry or a user says, so none can lead out of UFS.
 
 use crate::hex;
-use accel_oci::{ChainId, DiffId, Digest, ImageSource};
+use accel_oci::{ChainId, DiffId, Digest};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -197,9 +197,9 @@ pub fn image_record(manifest: &Digest) -> RelPath {
     RelPath(format!("{IMAGES}/sha256/{}.json", manifest.hex()))
 }
 
-/// The directory of what `source` pointed to. `source` must be canonical, see
-/// [`crate::resolve::canonical`].
-pub fn name_directory(source: &ImageSource) -> RelPath {
+/// The directory of what `source` pointed to: a canonical source (see
+/// [`crate::resolve::canonical`]), or the digest of an index.
+pub fn name_directory(source: &dyn fmt::Display) -> RelPath {
     let digest = Digest::of(source.to_string().as_bytes());
     RelPath(format!("{NAMES}/{}", digest.hex()))
 }
@@ -217,14 +217,15 @@ impl Nanoseconds {
     }
 }
 
-/// Where a name record of `source` (canonical), made at `time`, lies.
-pub fn name_record(source: &ImageSource, time: Nanoseconds) -> RelPath {
+/// Where a name record of `source`, as for [`name_directory`], made at `time`, lies.
+pub fn name_record(source: &dyn fmt::Display, time: Nanoseconds) -> RelPath {
     RelPath(format!("{}/{:020}.json", name_directory(source), time.0))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use accel_oci::ImageSource;
 
     #[test]
     fn names_are_those_of_the_table() {

@@ -17,8 +17,9 @@ use crate::index::{Header, Page};
 use crate::lease::{FoundLease, Lease, Owner};
 use crate::names::{self, LEASES, LayerName, Nanoseconds, RelPath, TMP};
 use crate::record::{MAX_RECORD, RecordError};
-use accel_oci::{ChainId, DiffId, ImageSource};
+use accel_oci::{ChainId, DiffId};
 use std::collections::HashSet;
+use std::fmt::Display;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -240,9 +241,9 @@ impl Ufs {
         publication.commit(name)
     }
 
-    /// Publishes what `source` (canonical) points to now. Later records win, so
+    /// Publishes what `source` (as for [`names::name_directory`]) points to now. Later records win, so
     /// a clock that lags behind an older record is overruled.
-    pub fn publish_name(&self, source: &ImageSource, json: &[u8]) -> Result<(), UfsError> {
+    pub fn publish_name(&self, source: &dyn Display, json: &[u8]) -> Result<(), UfsError> {
         loop {
             let last = self.latest_name(source)?;
             let next = last.map_or(Nanoseconds(0), |last| Nanoseconds(last.0.saturating_add(1)));
@@ -256,8 +257,8 @@ impl Ufs {
         }
     }
 
-    /// When the last name record of `source` (canonical) was made, if any.
-    pub fn latest_name(&self, source: &ImageSource) -> Result<Option<Nanoseconds>, UfsError> {
+    /// When the last name record of `source` was made, if any.
+    pub fn latest_name(&self, source: &dyn Display) -> Result<Option<Nanoseconds>, UfsError> {
         let files = self.list(&names::name_directory(source))?;
         let times = files.iter().filter_map(|f| Nanoseconds::from_file_name(f));
         Ok(times.max())

@@ -5,15 +5,17 @@ use crate::names;
 use crate::publish::Ufs;
 use crate::record::{ImageRecord, NameRecord, RecordError};
 use accel_oci::{Digest, ImageSource, SourceError};
+use std::fmt::Display;
 use std::io;
 use std::path::Path;
 use std::str::FromStr;
 
 /// What a user calls a converted image: the source it was converted from, or
-/// its manifest digest.
+/// a digest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ImageName {
-    /// The digest of its manifest.
+    /// The digest of its manifest, or of an index through which it was converted;
+    /// of those the last conversion counts.
     Manifest(Digest),
     /// Where it came from; the last conversion counts.
     Source(ImageSource),
@@ -83,11 +85,17 @@ impl Ufs {
     /// The record of the image that `name` means.
     pub fn resolve(&self, name: &ImageName) -> Result<ImageRecord, UfsError> {
         let manifest = match name {
-            ImageName::Manifest(digest) => *digest,
+            ImageName::Manifest(digest) => match self.image_record(digest)? {
+                Some(record) => return Ok(record),
+                None => self.manifest_of(digest)?,
+            },
             ImageName::Source(source) => self.manifest_of(&canonical(source)?)?,
         };
-        self.image_record(&manifest)?
-            .ok_or_else(|| self.not_converted(name))
+        match manifest {
+            Some(manifest) => self.image_record(&manifest)?,
+            None => None,
+        }
+        .ok_or_else(|| self.not_converted(name))
     }
 
     /// The record of the image with this manifest digest, if there is one.
@@ -125,12 +133,16 @@ impl Ufs {
         Ok(digests)
     }
 
-    /// What `source` (canonical) pointed to when it was last converted.
-    fn manifest_of(&self, source: &ImageSource) -> Result<Digest, UfsError> {
-        let missing = || self.not_converted(&ImageName::Source(source.clone()));
-        let latest = self.latest_name(source)?.ok_or_else(missing)?;
+    /// What `source` (as for [`names::name_directory`]) pointed to when it was last
+    /// converted, if it ever was.
+    pub fn manifest_of(&self, source: &dyn Display) -> Result<Option<Digest>, UfsError> {
+        let Some(latest) = self.latest_name(source)? else {
+            return Ok(None);
+        };
         let name = names::name_record(source, latest);
-        let json = self.read_record(&name)?.ok_or_else(missing)?;
+        let Some(json) = self.read_record(&name)? else {
+            return Ok(None);
+        };
         let wrong = |error| UfsError::Record {
             path: self.path(&name),
             error,
@@ -142,7 +154,7 @@ impl Ufs {
                 found: record.source,
             }));
         }
-        Ok(record.manifest)
+        Ok(Some(record.manifest))
     }
 
     fn not_converted(&self, name: &ImageName) -> UfsError {

@@ -9,9 +9,10 @@ use accel_ufs::UfsError;
 use accel_ufs::names;
 use accel_ufs::publish::{Outcome, Ufs};
 use accel_ufs::record::{self, ImageRecord, LayerRecord, NameRecord, Process};
-use accel_ufs::resolve::{ImageName, canonical};
+use accel_ufs::resolve::canonical;
 use anyhow::{Context, bail, ensure};
 use serde::Serialize;
+use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, Read};
 use std::num::NonZeroU16;
@@ -200,17 +201,25 @@ fn publish_image(
         }
         Err(error) => return Err(error.into()),
     }
-    // Converting again what is up to date leaves no trace.
-    if let Ok(last) = ufs.resolve(&ImageName::Source(source.clone()))
-        && last.manifest == image.manifest
+    remember(ufs, source, image.manifest)?;
+    for index in &image.indexes {
+        remember(ufs, index, image.manifest)?;
+    }
+    Ok(())
+}
+
+/// Notes what `source` points to. What is noted already leaves no trace.
+fn remember(ufs: &Ufs, source: &dyn Display, manifest: Digest) -> Result<(), UfsError> {
+    if ufs
+        .manifest_of(source)
+        .is_ok_and(|last| last == Some(manifest))
     {
         return Ok(());
     }
     let name = NameRecord {
         layout: record::LAYOUT,
         source: source.to_string(),
-        manifest: image.manifest,
+        manifest,
     };
-    ufs.publish_name(source, &name.to_json())?;
-    Ok(())
+    ufs.publish_name(source, &name.to_json())
 }

@@ -4,8 +4,13 @@ use crate::interrupt;
 use crate::output::{Bytes, Seconds, say};
 use crate::progress::Bars;
 use crate::sink::{self, Converted};
+use accel_image::ImageError;
 use accel_layer::{LayerOptions, NoLower};
+use accel_oci::{DiffId, Digest};
 use accel_ufs::UfsError;
+use accel_ufs::index::Root;
+use accel_ufs::names::Uuid;
+use serde::Serialize;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -20,6 +25,32 @@ pub struct Arguments {
     /// Neither may exist
     #[arg(short, long, value_name = "OUT.erofs")]
     output: PathBuf,
+    /// Print one JSON object instead of lines
+    #[arg(long)]
+    json: bool,
+}
+
+/// What `--json` prints.
+#[derive(Debug, Serialize)]
+struct Report {
+    /// Digest of the file as it came.
+    digest: Digest,
+    /// Bytes of the file.
+    size: u64,
+    diff_id: DiffId,
+    /// Bytes of the tar in it.
+    tar_size: u64,
+    /// Whether the tree depends on layers below, of which there were none.
+    needs_lower: bool,
+    root: Root,
+    uuid: Uuid,
+    /// Bytes of the image.
+    image_size: u64,
+    /// Bytes of its index.
+    index_size: u64,
+    /// Extended attributes that were left out.
+    ignored_xattrs: u64,
+    seconds: f64,
 }
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
@@ -28,13 +59,17 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let (blob, size): (Box<dyn Read + Send>, u64) = if input.as_os_str() == "-" {
         (Box::new(io::stdin()), 0)
     } else {
-        let file = File::open(input).map_err(UfsError::io("open", input))?;
-        let size = file.metadata().map_err(UfsError::io("look at", input))?;
+        let wrong = |error| ImageError::Io {
+            path: input.clone(),
+            error,
+        };
+        let file = File::open(input).map_err(wrong)?;
+        let size = file.metadata().map_err(wrong)?;
         (Box::new(file), size.len())
     };
     let image = New::create(&arguments.output)?;
     let index = New::create(&arguments.output.with_extension("idx"))?;
-    let bars = Bars::new(true, size);
+    let bars = Bars::new(!arguments.json, 0);
     let never = AtomicBool::new(false);
     let blob = bars
         .bar(input.display().to_string(), size)
@@ -51,9 +86,26 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     image.keep()?;
     index.keep()?;
     drop(bars);
-    say!("diffID  {}", summary.diff_id)?;
+    let report = Report {
+        digest: summary.digest,
+        size: summary.size,
+        diff_id: summary.diff_id,
+        tar_size: summary.tar_size,
+        needs_lower: summary.needs_lower,
+        root,
+        uuid: Uuid(summary.uuid.0),
+        image_size: summary.image.size,
+        index_size: bytes.len() as u64,
+        ignored_xattrs: summary.ignored_xattrs,
+        seconds: started.elapsed().as_secs_f64(),
+    };
+    if arguments.json {
+        say!("{}", serde_json::to_string_pretty(&report)?)?;
+        return Ok(());
+    }
+    say!("diffID  {}", report.diff_id)?;
     say!("root    {root}")?;
-    say!("UUID    {}", accel_ufs::names::Uuid(summary.uuid.0))?;
+    say!("UUID    {}", report.uuid)?;
     if summary.needs_lower {
         say!("        some directories are only implied by paths; they got mode 0755 and root")?;
     }

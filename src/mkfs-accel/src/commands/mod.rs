@@ -3,23 +3,20 @@
 mod convert;
 mod gc;
 mod images;
+mod inspect;
 mod layer;
 mod verify;
 
-use clap::{Parser, Subcommand};
-
-const EXIT_CODES: &str = "\
-Exit codes:
-  0    done
-  1    failed; stderr says what failed and what to do
-  2    wrong usage
-  3    verify found damage
-  130  ended by Ctrl-C, SIGTERM or SIGHUP; unfinished files were removed";
+use crate::exit;
+use anyhow::Context;
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+use std::path::PathBuf;
 
 /// Converts container images to EROFS layers on a shared file system (UFS),
 /// from which nodes mount them without downloading them first.
 #[derive(Debug, Parser)]
-#[command(version, after_help = EXIT_CODES)]
+#[command(version, after_help = exit::HELP)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -32,14 +29,30 @@ enum Command {
     /// Convert a single layer's tar into an EROFS image and its chunk index
     Layer(layer::Arguments),
     /// List the images on UFS
-    List(images::ListArguments),
-    /// Show an image on UFS: its layers, their sizes and roots
-    Inspect(images::InspectArguments),
-    /// Check every byte of an image on UFS against its roots
+    List(images::Arguments),
+    /// Show an image on UFS: its layers, its tree, where a file's bytes lie
+    Inspect(inspect::Arguments),
+    /// Check every byte of an image on UFS against its roots, and its trees
     Verify(verify::Arguments),
     /// Remove unfinished files that no converter works on any more
     Gc(gc::Arguments),
+    /// Print a shell's completions for this program
+    #[command(
+        after_help = "Such as: mkfs-accel completions bash > /etc/bash_completion.d/mkfs-accel"
+    )]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the manual pages of this program and its commands into a directory
+    Man {
+        /// The directory; it must exist
+        directory: PathBuf,
+    },
 }
+
+/// What the program is called.
+const NAME: &str = "mkfs-accel";
 
 /// How a command that did not fail turned out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,10 +69,17 @@ impl Cli {
         match &self.command {
             Command::Convert(arguments) => convert::run(arguments),
             Command::Layer(arguments) => layer::run(arguments),
-            Command::List(arguments) => images::list(arguments),
-            Command::Inspect(arguments) => images::inspect(arguments),
+            Command::List(arguments) => images::run(arguments),
+            Command::Inspect(arguments) => inspect::run(arguments),
             Command::Verify(arguments) => return verify::run(arguments),
             Command::Gc(arguments) => gc::run(arguments),
+            Command::Completions { shell } => {
+                let mut script = Vec::new();
+                clap_complete::generate(*shell, &mut Self::command(), NAME, &mut script);
+                std::io::Write::write_all(&mut std::io::stdout(), &script).map_err(Into::into)
+            }
+            Command::Man { directory } => clap_mangen::generate_to(Self::command(), directory)
+                .with_context(|| format!("cannot write manual pages into {directory:?}")),
         }
         .map(|()| Verdict::Good)
     }

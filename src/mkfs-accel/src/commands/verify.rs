@@ -1,70 +1,136 @@
-//! `mkfs-accel verify`: every byte of an image against its roots.
+//! `mkfs-accel verify`: every byte of an image against its roots, and its trees.
 
 use super::Verdict;
 use crate::output::{Bytes, Seconds, say};
+use crate::progress::{Bar, Bars};
 use crate::published::{Published, PublishedError};
+use crate::tree::Tree;
+use accel_oci::Digest;
 use accel_ufs::index::{CHUNK_SIZE, ChunkNo, PAGE_SIZE, Page, PageValue, Root};
 use accel_ufs::publish::Ufs;
 use accel_ufs::record::LayerRecord;
 use accel_ufs::resolve::ImageName;
 use anyhow::Context;
+use serde::Serialize;
 use std::path::PathBuf;
 use std::time::Instant;
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// The image: the source it was converted from, or its manifest digest
+    /// The image: the source it was converted from, or the digest of its manifest or
+    /// index
     image: ImageName,
     /// The shared file system's directory
     #[arg(long, value_name = "DIR")]
     ufs: PathBuf,
+    /// Print one JSON object instead of lines
+    #[arg(long)]
+    json: bool,
 }
 
 /// How much damage is listed per layer.
 const LISTED: usize = 10;
 
+/// What `--json` prints.
+#[derive(Debug, Serialize)]
+struct Report {
+    manifest: Digest,
+    good: bool,
+    /// Bytes of all layers.
+    bytes: u64,
+    seconds: f64,
+    layers: Vec<LayerReport>,
+}
+
+#[derive(Debug, Serialize)]
+struct LayerReport {
+    image: String,
+    good: bool,
+    bytes: u64,
+    /// In the layer's tree; 0 if it was not looked at because of damage.
+    files: u64,
+    #[serde(flatten)]
+    damage: Damage,
+}
+
 pub fn run(arguments: &Arguments) -> anyhow::Result<Verdict> {
     let started = Instant::now();
+    let lines = !arguments.json;
     let ufs = Ufs::open(&arguments.ufs)?;
     let record = ufs.resolve(&arguments.image)?;
-    let layers = record.layers.len();
-    let mut verdict = Verdict::Good;
-    let mut bytes = 0;
+    let count = record.layers.len();
+    let bytes = record.layers.iter().map(|l| l.erofs.size.bytes()).sum();
+    let bars = Bars::new(lines, bytes);
+    let mut layers = Vec::new();
     for (number, layer) in (1..).zip(&record.layers) {
+        let bar = bars.bar(format!("layer {number}/{count}"), layer.erofs.size.bytes());
         let mut damage = Damage::default();
-        match check_layer(&ufs, layer, &mut damage) {
-            Ok(()) => {}
-            Err(error) => damage.add(error.to_string()),
+        let files = check_layer(&ufs, layer, &bar, &mut damage).unwrap_or_else(|error| {
+            damage.add(format!("{error:#}"));
+            0
+        });
+        let report = LayerReport {
+            image: layer.erofs.path.to_string(),
+            good: damage.count == 0,
+            bytes: layer.erofs.size.bytes(),
+            files,
+            damage,
+        };
+        if lines {
+            bars.say(|| report.say(&format!("layer {number}/{count}")))?;
         }
-        bytes += layer.erofs.size.bytes();
-        let label = format!("layer {number}/{layers} {}", layer.erofs.path);
-        if damage.count == 0 {
-            say!("{label}: good ({})", Bytes(layer.erofs.size.bytes()))?;
-            continue;
+        layers.push(report);
+    }
+    drop(bars);
+    let report = Report {
+        manifest: record.manifest,
+        good: layers.iter().all(|layer| layer.good),
+        bytes,
+        seconds: started.elapsed().as_secs_f64(),
+        layers,
+    };
+    if lines {
+        say!(
+            "image {}: {}, {} read in {}",
+            report.manifest,
+            match report.good {
+                true => "good",
+                false => "DAMAGED; remove the damaged layers' files and convert again",
+            },
+            Bytes(bytes),
+            Seconds(started.elapsed()),
+        )?;
+    } else {
+        say!("{}", serde_json::to_string_pretty(&report)?)?;
+    }
+    Ok(match report.good {
+        true => Verdict::Good,
+        false => Verdict::Damaged,
+    })
+}
+
+impl LayerReport {
+    fn say(&self, label: &str) -> std::io::Result<()> {
+        let Self { image, files, .. } = self;
+        if self.good {
+            let bytes = Bytes(self.bytes);
+            return say!("{label} {image}: good ({bytes}, {files} files)");
         }
-        verdict = Verdict::Damaged;
-        say!("{label}: DAMAGED, {} findings", damage.count)?;
-        for finding in &damage.listed {
+        say!("{label} {image}: DAMAGED, {} findings", self.damage.count)?;
+        for finding in &self.damage.listed {
             say!("  {finding}")?;
         }
+        Ok(())
     }
-    say!(
-        "image {}: {}, {} read in {}",
-        record.manifest,
-        match verdict {
-            Verdict::Good => "good",
-            Verdict::Damaged => "DAMAGED; remove the damaged layers' files and convert again",
-        },
-        Bytes(bytes),
-        Seconds(started.elapsed()),
-    )?;
-    Ok(verdict)
 }
 
 /// What was found to be wrong.
-#[derive(Default)]
+#[derive(Debug, Default, Serialize)]
 struct Damage {
+    #[serde(rename = "findings")]
     count: u64,
+    /// The first of them.
+    #[serde(rename = "damage")]
     listed: Vec<String>,
 }
 
@@ -77,8 +143,14 @@ impl Damage {
     }
 }
 
-/// Errors are damage too: a file that cannot be read serves no node.
-fn check_layer(ufs: &Ufs, layer: &LayerRecord, damage: &mut Damage) -> anyhow::Result<()> {
+/// Gives the number of files in the layer's tree. Errors are damage too: a file that
+/// cannot be read serves no node.
+fn check_layer(
+    ufs: &Ufs,
+    layer: &LayerRecord,
+    bar: &Bar,
+    damage: &mut Damage,
+) -> anyhow::Result<u64> {
     let name = layer.name().context("the record names no path of ours")?;
     let published = Published::open(ufs, &name)?;
     let (header, erofs) = (published.header(), &layer.erofs);
@@ -89,7 +161,7 @@ fn check_layer(ufs: &Ufs, layer: &LayerRecord, damage: &mut Damage) -> anyhow::R
             header.root(),
             header.image_size(),
         ));
-        return Ok(());
+        return Ok(0);
     }
     for (path, size, wanted) in [
         (
@@ -108,8 +180,24 @@ fn check_layer(ufs: &Ufs, layer: &LayerRecord, damage: &mut Damage) -> anyhow::R
         }
     }
     let values = check_tree(&published, erofs.root, damage)?;
-    check_chunks(&published, &values, damage)?;
-    Ok(())
+    check_chunks(&published, &values, bar, damage)?;
+    if damage.count > 0 {
+        return Ok(0);
+    }
+    // The bytes are right, so whatever is wrong now was written so.
+    check_files(&published).context("the tree is not what EROFS should be")
+}
+
+/// Reads the whole tree, and sees that each file's data lies among the data. Gives the
+/// number of files.
+fn check_files(published: &Published) -> anyhow::Result<u64> {
+    let tree = Tree::open(published)?;
+    let mut files = 0;
+    tree.walk(|entry| {
+        files += 1;
+        tree.data(&entry).map(drop)
+    })?;
+    Ok(files)
 }
 
 /// Verifies every page of the index and collects the pages of level 0; those
@@ -153,6 +241,7 @@ fn check_tree(
 fn check_chunks(
     published: &Published,
     pages: &[Option<Page>],
+    bar: &Bar,
     damage: &mut Damage,
 ) -> Result<(), PublishedError> {
     let header = published.header();
@@ -164,6 +253,7 @@ fn check_chunks(
         let range = layout.chunk_range(chunk).unwrap_or_default();
         let bytes = &mut buffer[..usize::try_from(range.length).unwrap_or(CHUNK_SIZE)];
         published.read_image(bytes, range.offset)?;
+        bar.add(range.length);
         let value = match layout.path(chunk).last() {
             None => Some(layout.only_chunk_value(header.root())),
             Some(page) => usize::try_from(page.number())

@@ -10,7 +10,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, ExitStatus, Output, Stdio};
 use tempfile::TempDir;
 
 /// The program under test.
@@ -38,13 +38,18 @@ pub fn good(arguments: &[&dyn AsRef<OsStr>]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Runs the program, which must fail with code 1, and gives its standard error.
+/// Runs the program, which must fail by itself, and gives its standard error.
 #[track_caller]
 pub fn bad(arguments: &[&dyn AsRef<OsStr>]) -> String {
     let output = run(arguments);
     let error = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(failed(output.status), "{}: {error}", output.status);
     error
+}
+
+/// Whether a command failed by itself: no wrong usage, no signal, no panic.
+pub fn failed(status: ExitStatus) -> bool {
+    matches!(status.code(), Some(1 | 3..=5))
 }
 
 /// Every file below `directory` with its bytes.
