@@ -4,20 +4,24 @@
 
 use crate::{
     archive::{Archive, ArchiveError, Entry, Kind},
+    attributes::{self, clamp, new_directory},
     error::{EntryProblem, LowerError},
     lower::{LowerDirectory, LowerLookup},
     walk::{self, Files, Resolved},
 };
 use accel_erofs::{
     Attributes, Content, Device, Directory, Extent, FileKind, ImageWriter, Name, NodeId, Output,
-    Permissions, SymlinkTarget, Timestamp, Tree, WriteError, XattrError, XattrName, Xattrs,
+    Permissions, SymlinkTarget, Timestamp, Tree, WriteError, XattrName,
 };
-use std::{convert::Infallible, error::Error, io::BufRead};
+use std::{
+    collections::{HashMap, HashSet},
+    convert::Infallible,
+    error::Error,
+    io::BufRead,
+};
 
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
-/// What AUFS kept for itself, and what marks a directory opaque.
-const AUFS: &[u8] = b".wh..wh.";
 /// `PATH_MAX`.
 const MAX_PATH: usize = 4096;
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
@@ -43,19 +47,43 @@ pub struct Applier<'a, L: ?Sized, O> {
     pub tree: Tree,
     pub writer: ImageWriter<O>,
     lower: &'a mut L,
-    /// The layers below were asked.
+    /// There are no layers below: whiteouts remove what the layer itself has made.
+    lowest: bool,
+    /// The tree depends on the layers below, or on that there are none.
     pub needs_lower: bool,
+    /// There were whiteouts or marks of opaque directories.
+    pub whiteouts: bool,
     pub ignored_xattrs: u64,
+    /// Directories that only a path implied.
+    implied: HashSet<NodeId>,
+    times: DirectoryTimes,
+}
+
+/// containerd sets the times of directories last of all, by their paths. A
+/// directory that something else has replaced so gives its time to that, or to what
+/// a symbolic link in its place leads to.
+#[derive(Debug, Default)]
+struct DirectoryTimes {
+    /// How many entries were directories.
+    entries: u64,
+    /// Which of these the last one of each directory was.
+    last: HashMap<NodeId, u64>,
+    /// Which entry, its path and its time.
+    replaced: Vec<(u64, Vec<Vec<u8>>, Timestamp)>,
 }
 
 impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
-    pub fn new(lower: &'a mut L, writer: ImageWriter<O>) -> Self {
+    pub fn new(lower: &'a mut L, lowest: bool, writer: ImageWriter<O>) -> Self {
         Self {
             tree: Tree::new(new_directory()),
             writer,
             lower,
+            lowest,
             needs_lower: false,
+            whiteouts: false,
             ignored_xattrs: 0,
+            implied: HashSet::new(),
+            times: DirectoryTimes::default(),
         }
     }
 
@@ -68,23 +96,15 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
         let parts = clean(&entry.path)?;
         let Some((&base, above)) = parts.split_last() else {
             // Of the root only the time is taken.
-            let root = self.tree.root();
-            self.tree.attributes_mut(root).mtime = clamp(entry.mtime);
+            if entry.kind == Kind::Directory {
+                let root = self.tree.root();
+                self.tree.attributes_mut(root).mtime = clamp(entry.mtime);
+            }
             return Ok(());
         };
-        if above.iter().any(|part| part.starts_with(AUFS))
-            || (base.starts_with(AUFS) && base != OPAQUE)
-        {
-            return Ok(());
-        }
-        if above.iter().any(|part| part.starts_with(WHITEOUT)) {
-            return Err(EntryProblem::Whiteout.into());
-        }
         let parent = self.parent(above)?;
         if base == OPAQUE {
-            let name = XattrName::new(b"trusted.overlay.opaque")?;
-            self.tree.attributes_mut(parent).xattrs.insert(name, b"y")?;
-            return Ok(());
+            return self.opaque(parent);
         }
         if let Some(hidden) = base.strip_prefix(WHITEOUT) {
             return self.whiteout(entry, parent, hidden);
@@ -95,9 +115,29 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
             if is_directory && entry.kind == Kind::Directory {
                 return self.set_attributes(existing, entry);
             }
+            if let Some(&last) = self.times.last.get(&existing) {
+                let path = parts.iter().map(|part| part.to_vec()).collect();
+                let time = self.tree.node(existing).attributes().mtime;
+                self.times.replaced.push((last, path, time));
+            }
             self.tree.remove(parent, base);
         }
         self.create(entry, archive, parent, name)
+    }
+
+    /// Says that all entries were applied.
+    pub fn finish(&mut self) {
+        self.times
+            .replaced
+            .sort_unstable_by_key(|(entry, ..)| *entry);
+        for (entry, path, time) in std::mem::take(&mut self.times.replaced) {
+            let path: Vec<&[u8]> = path.iter().map(Vec::as_slice).collect();
+            if let Resolved::File(node) = resolve(&self.tree, &path)
+                && self.times.last.get(&node).is_none_or(|last| *last < entry)
+            {
+                self.tree.attributes_mut(node).mtime = time;
+            }
+        }
     }
 
     fn create<R: BufRead>(
@@ -120,9 +160,13 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
                 self.tree.link(parent, name, target)?;
                 return self.set_attributes(target, entry);
             }
+            // Only its name had a say.
+            Kind::Global => return Ok(()),
             Kind::Other(letter) => return Err(EntryProblem::Type(letter.into()).into()),
         };
-        let node = self.tree.insert(parent, name, new_directory(), content)?;
+        let above = self.tree.node(parent).attributes();
+        let attributes = attributes::born(above, content.kind())?;
+        let node = self.tree.insert(parent, name, attributes, content)?;
         self.set_attributes(node, entry)
     }
 
@@ -148,17 +192,23 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
                 Some(child) => child,
                 None => {
                     let name = to_name(part)?;
-                    let attributes = self.implied(&sofar)?;
+                    let attributes = self.implied(node, &sofar)?;
                     let content = Content::Directory(Directory::default());
-                    self.tree.insert(node, name, attributes, content)?
+                    let child = self.tree.insert(node, name, attributes, content)?;
+                    self.implied.insert(child);
+                    child
                 }
             };
         }
         Ok(node)
     }
 
-    /// The attributes of a directory that only a path implies.
-    fn implied(&mut self, path: &[&[u8]]) -> Result<Attributes, ApplyError<O::Error>> {
+    /// The attributes of a directory in `parent` that only a path implies.
+    fn implied(
+        &mut self,
+        parent: NodeId,
+        path: &[&[u8]],
+    ) -> Result<Attributes, ApplyError<O::Error>> {
         self.needs_lower = true;
         let found = self
             .lower
@@ -167,15 +217,55 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
                 path: join(path),
                 source,
             })?;
-        Ok(match found {
-            LowerDirectory::Found(mut attributes) => {
+        let above = self.tree.node(parent).attributes();
+        let mut attributes = attributes::born(above, FileKind::Directory)?;
+        attributes::chmod(&mut attributes, Permissions::of_mode(0o755))?;
+        if let LowerDirectory::Found(lower) = found {
+            attributes.uid = lower.uid;
+            attributes.gid = lower.gid;
+            attributes.mtime = clamp((lower.mtime.seconds(), lower.mtime.nanos()));
+            attributes::chmod(&mut attributes, lower.permissions)?;
+            for (name, value) in lower.xattrs.iter() {
                 // Above all not the mark of an opaque directory.
-                attributes.xattrs.retain(|name| !name.is_trusted());
-                attributes.mtime = clamp((attributes.mtime.seconds(), attributes.mtime.nanos()));
-                attributes
+                if !name.is_trusted() {
+                    attributes.xattrs.insert(name.clone(), value)?;
+                }
             }
-            LowerDirectory::Replaced | LowerDirectory::Absent => new_directory(),
-        })
+        }
+        Ok(attributes)
+    }
+
+    /// Hides what the layers below have in a directory.
+    fn opaque(&mut self, directory: NodeId) -> Result<(), ApplyError<O::Error>> {
+        self.whiteouts = true;
+        if !self.lowest {
+            let name = XattrName::new(b"trusted.overlay.opaque")?;
+            self.tree
+                .attributes_mut(directory)
+                .xattrs
+                .insert(name, b"y")?;
+            return Ok(());
+        }
+        // What no entry named is taken for a lower layer's.
+        self.needs_lower = true;
+        let mut waiting = vec![directory];
+        while let Some(directory) = waiting.pop() {
+            let Some(entries) = self.tree.node(directory).directory() else {
+                continue;
+            };
+            let mut gone = Vec::new();
+            for (name, node) in entries.iter() {
+                if self.implied.contains(&node) {
+                    gone.push(name.clone());
+                } else if self.tree.node(node).directory().is_some() {
+                    waiting.push(node);
+                }
+            }
+            for name in gone {
+                self.tree.remove(directory, name.as_bytes());
+            }
+        }
+        Ok(())
     }
 
     fn whiteout(
@@ -185,66 +275,74 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
         hidden: &[u8],
     ) -> Result<(), ApplyError<O::Error>> {
         let name = Name::new(hidden).map_err(|_| EntryProblem::Whiteout)?;
+        self.whiteouts = true;
+        if self.lowest {
+            self.needs_lower = true;
+            self.tree.remove(parent, hidden);
+            return Ok(());
+        }
         if let Some(existing) = self.tree.lookup(parent, hidden) {
             let content = self.tree.node(existing).content();
             if !matches!(content, Content::CharDevice(Device::WHITEOUT)) {
                 return Err(EntryProblem::WhiteoutOfOwn.into());
             }
         }
-        let attributes = Attributes {
-            permissions: Permissions::of_mode(0),
-            uid: id("owner", entry.uid)?,
-            gid: id("group", entry.gid)?,
-            mtime: Timestamp::EPOCH,
-            xattrs: Xattrs::new(),
-        };
+        let kind = FileKind::CharDevice;
+        let mut attributes = attributes::born(self.tree.node(parent).attributes(), kind)?;
+        attributes::chmod(&mut attributes, Permissions::of_mode(0))?;
+        attributes::chown(&mut attributes, kind, entry)?;
         let content = Content::CharDevice(Device::WHITEOUT);
         self.tree.insert(parent, name, attributes, content)?;
         Ok(())
     }
 
+    /// What a hard link is to. Symbolic links on its way are followed before a ".."
+    /// behind them counts; one at the end is not.
     fn link_target(&self, link: &[u8]) -> Result<NodeId, ApplyError<O::Error>> {
         let text = || String::from_utf8_lossy(link).into_owned();
         let missing = || EntryProblem::MissingTarget(text());
-        let parts = clean(link)?;
-        let (base, above) = parts.split_last().ok_or_else(missing)?;
-        let parent = match resolve(&self.tree, above) {
+        clean(link)?;
+        let parts: Vec<&[u8]> = link.split(|byte| *byte == b'/').collect();
+        let (base, above) = match parts.split_last() {
+            Some((&base, above)) if !matches!(base, b"" | b"." | b"..") => (Some(base), above),
+            _ => (None, &parts[..]),
+        };
+        let found = match resolve(&self.tree, above) {
             Resolved::File(node) => node,
             Resolved::Missing(_) | Resolved::ThroughFile => return Err(missing().into()),
             Resolved::TooManyLinks => return Err(EntryProblem::TooManyLinks.into()),
         };
-        let target = self.tree.lookup(parent, base).ok_or_else(missing)?;
+        let target = match base {
+            Some(base) => self.tree.lookup(found, base).ok_or_else(missing)?,
+            None => found,
+        };
         if self.tree.node(target).directory().is_some() {
             return Err(EntryProblem::LinkToDirectory(text()).into());
         }
         Ok(target)
     }
 
-    /// Takes owner, mode, time and extended attributes from an entry.
+    /// Takes owner, extended attributes, mode and time from an entry.
     fn set_attributes(&mut self, node: NodeId, entry: &Entry) -> Result<(), ApplyError<O::Error>> {
         let kind = self.tree.node(node).content().kind();
+        if kind == FileKind::Directory {
+            self.times.last.insert(node, self.times.entries);
+            self.times.entries += 1;
+            self.implied.remove(&node);
+        }
         let attributes = self.tree.attributes_mut(node);
-        attributes.uid = id("owner", entry.uid)?;
-        attributes.gid = id("group", entry.gid)?;
-        attributes.mtime = clamp(entry.mtime);
-        attributes.permissions = match kind {
-            FileKind::Symlink => Permissions::of_mode(0o777),
-            _ => Permissions::of_mode(entry.mode),
-        };
+        attributes::chown(attributes, kind, entry)?;
         for (name, value) in &entry.xattrs {
-            let allowed = match kind {
-                FileKind::File | FileKind::Directory => true,
-                // The kernel has user attributes of nothing else.
-                _ => !name.starts_with(b"user."),
-            };
-            match XattrName::new(name) {
-                Ok(name) if allowed && !name.is_trusted() => {
-                    attributes.xattrs.insert(name, value)?;
-                }
-                Ok(_) | Err(XattrError::Namespace { .. }) => self.ignored_xattrs += 1,
-                Err(error) => return Err(error.into()),
+            if !attributes::set_xattr(attributes, kind, name, value)? {
+                self.ignored_xattrs += 1;
             }
         }
+        let mode = match kind {
+            FileKind::Symlink => 0o777,
+            _ => entry.mode,
+        };
+        attributes::chmod(attributes, Permissions::of_mode(mode))?;
+        attributes.mtime = clamp(entry.mtime);
         Ok(())
     }
 
@@ -318,17 +416,6 @@ fn resolve(tree: &Tree, path: &[&[u8]]) -> Resolved<NodeId> {
     }
 }
 
-/// A directory that nobody described.
-fn new_directory() -> Attributes {
-    Attributes {
-        permissions: Permissions::of_mode(0o755),
-        uid: 0,
-        gid: 0,
-        mtime: Timestamp::EPOCH,
-        xattrs: Xattrs::new(),
-    }
-}
-
 /// The parts of a path, without "." and empty ones; ".." takes one away.
 fn clean(path: &[u8]) -> Result<Vec<&[u8]>, EntryProblem> {
     if path.len() > MAX_PATH {
@@ -356,25 +443,4 @@ fn to_name(part: &[u8]) -> Result<Name, EntryProblem> {
 
 fn join(path: &[&[u8]]) -> String {
     String::from_utf8_lossy(&path.join(&b'/')).into_owned()
-}
-
-/// An owner or group; -2 is 4294967294, as `chown(2)` takes it.
-fn id(field: &'static str, value: i64) -> Result<u32, EntryProblem> {
-    u32::try_from(value)
-        .or_else(|_| i32::try_from(value).map(i32::cast_unsigned))
-        .map_err(|_| EntryProblem::Number {
-            field,
-            value: value.cast_unsigned(),
-            max: u32::MAX.into(),
-        })
-}
-
-/// A time within what containerd sets: others become 1970-01-01.
-fn clamp((seconds, nanos): (i64, u32)) -> Timestamp {
-    // The last nanosecond that fits 63 bits.
-    const LAST: (i64, u32) = (i64::MAX / 1_000_000_000, (i64::MAX % 1_000_000_000) as u32);
-    if seconds < 0 || (seconds, nanos) > LAST {
-        return Timestamp::EPOCH;
-    }
-    Timestamp::new(seconds, nanos).unwrap_or(Timestamp::EPOCH)
 }

@@ -5,8 +5,8 @@
 //! 1.0), as in POSIX.1-2024 `pax` and the GNU tar manual, "Tar Internals". Where
 //! these leave a choice, it falls as Go's `archive/tar` has it, because that is
 //! what containerd reads layers with: entries that are no regular file have no
-//! data whatever their size says, global pax headers change nothing, checksums
-//! are right as signed or unsigned sums, and a tar may end without end blocks.
+//! data whatever their size says, records of global pax headers change no entry
+//! (but the header's name is one, see the crate's documentation), checksums are right as signed or unsigned sums, and a tar may end without end blocks.
 //!
 //! (The `tar` crate is not used for reading: it splits pax records at newlines,
 //! which binary attribute values may contain, and reads extension headers of any
@@ -53,6 +53,8 @@ pub enum Kind {
     BlockDevice,
     Directory,
     Fifo,
+    /// Records for all entries behind it, which nobody heeds.
+    Global,
     /// A type that is no file, by its letter.
     Other(u8),
 }
@@ -126,10 +128,11 @@ impl<R: BufRead> Archive<R> {
                 }
                 b'g' => {
                     let records = self.extension(size, offset)?;
-                    parse_records(&records).map_err(error)?;
+                    let records = parse_records(&records).map_err(error)?;
+                    return Ok(Some(global(&header, records)));
                 }
-                b'L' => extensions.name = Some(until_nul(&self.extension(size, offset)?).to_vec()),
-                b'K' => extensions.link = Some(until_nul(&self.extension(size, offset)?).to_vec()),
+                b'L' => extensions.name = self.long_text(size, offset)?,
+                b'K' => extensions.link = self.long_text(size, offset)?,
                 _ => return self.entry(&header, size, extensions, offset).map(Some),
             }
         }
@@ -265,6 +268,13 @@ impl<R: BufRead> Archive<R> {
         }
     }
 
+    /// A long name or link target; an empty one says nothing.
+    fn long_text(&mut self, size: u64, offset: u64) -> Result<Option<Vec<u8>>, ArchiveError> {
+        let bytes = self.extension(size, offset)?;
+        let text = until_nul(&bytes);
+        Ok((!text.is_empty()).then(|| text.to_vec()))
+    }
+
     fn set_data(&mut self, size: u64, offset: u64) -> Result<(), ArchiveError> {
         let end = size.checked_next_multiple_of(BLOCK as u64);
         let end = end.ok_or(ArchiveError::Header {
@@ -302,7 +312,7 @@ impl<R: BufRead> Archive<R> {
         // Only the low 12 bits are of use; some tars put the file type above.
         let mode = number(100..108, "the mode is no number")?;
         entry.mode = u32::try_from(mode & 0o7777).unwrap_or(0);
-        if header.is_ustar() && matches!(header.0[156], b'3' | b'4') {
+        if header.has_devices() && matches!(header.0[156], b'3' | b'4') {
             let device = |range| {
                 let number = header.number(range);
                 let number = number.and_then(|number| u64::try_from(number).ok());
@@ -347,26 +357,29 @@ impl<R: BufRead> Archive<R> {
             entry.sparse = Some(map);
         } else {
             self.set_data(stored, offset)?;
-            if sparse.major == Some(1) && sparse.minor == Some(0) {
-                let padding_to = self.position;
-                sparse.map = self.pax_1_0_map(offset)?;
-                // The map is padded to a block of its own.
-                let used = self.position - padding_to;
-                let rest = used.next_multiple_of(BLOCK as u64) - used;
-                if rest > self.data {
-                    return Err(error("the sparse map is longer than the entry"));
+            match (sparse.major, sparse.minor) {
+                (Some(1), Some(0)) => {
+                    let start = self.position;
+                    sparse.map = self.pax_1_0_map(offset)?;
+                    // The map is padded to a block of its own.
+                    let used = self.position - start;
+                    let rest = used.next_multiple_of(BLOCK as u64) - used;
+                    if rest > self.data {
+                        return Err(error("the sparse map is longer than the entry"));
+                    }
+                    self.data -= rest;
+                    self.skip_now(rest)?;
+                    entry.sparse = Some(pairs(&sparse.map).map_err(error)?);
                 }
-                self.data -= rest;
-                self.skip_now(rest)?;
-                entry.sparse = Some(pairs(&sparse.map).map_err(error)?);
-            } else if !sparse.map.is_empty() || sparse.size.is_some() {
-                entry.sparse = Some(pairs(&sparse.map).map_err(error)?);
+                (Some(0), Some(0 | 1)) => entry.sparse = Some(pairs(&sparse.map).map_err(error)?),
+                (None, None) if !sparse.map.is_empty() => {
+                    entry.sparse = Some(pairs(&sparse.map).map_err(error)?);
+                }
+                // Not sparse, or in a way that nobody knows.
+                _ => {}
             }
             if entry.sparse.is_some() {
-                let size = sparse
-                    .size
-                    .ok_or_else(|| error("a sparse file without its size"))?;
-                entry.size = size;
+                entry.size = sparse.size.or(sparse.real_size).unwrap_or(stored);
                 if let Some(name) = sparse.name {
                     entry.path = name;
                 }
@@ -473,6 +486,28 @@ struct Extensions {
     name: Option<Vec<u8>>,
     link: Option<Vec<u8>>,
     records: Vec<Record>,
+}
+
+/// A global header, which is called as its records say or itself.
+fn global(header: &Header, records: Vec<Record>) -> Entry {
+    let mut paths = records
+        .into_iter()
+        .rev()
+        .filter(|(key, path)| key == b"path" && !path.is_empty());
+    Entry {
+        kind: Kind::Global,
+        path: paths.next().map_or_else(|| header.path(), |(_, path)| path),
+        link: Vec::new(),
+        mode: 0,
+        uid: 0,
+        gid: 0,
+        mtime: (0, 0),
+        major: 0,
+        minor: 0,
+        size: 0,
+        sparse: None,
+        xattrs: Vec::new(),
+    }
 }
 
 /// Offsets and lengths as ranges.

@@ -48,7 +48,7 @@ where
     thread::scope(|scope| {
         let decoding = scope.spawn(|| feeder.run(blob, options.compression, &options.expected));
         let writer = ImageWriter::new(output, options.max_image_size);
-        let mut applier = Applier::new(lower, writer);
+        let mut applier = Applier::new(lower, options.parent.is_none(), writer);
         let mut archive = Archive::new(blocks);
         let applied = apply_all(&mut applier, &mut archive, options);
         let mut blocks: Blocks = archive.into_reader();
@@ -94,6 +94,7 @@ where
             tar_size,
             chain_id,
             needs_lower,
+            whiteouts: applier.whiteouts,
             uuid,
             image,
             ignored_xattrs: applier.ignored_xattrs,
@@ -153,6 +154,7 @@ fn apply_all<L: LowerLookup + ?Sized, O: Output>(
                 ApplyError::Write(source) => write_error(options, source),
             })?;
     }
+    applier.finish();
     Ok(())
 }
 

@@ -31,10 +31,8 @@ pub enum EntryProblem {
     /// A part of the path that was made by this layer is no directory.
     #[error("{0:?} on its way is not a directory")]
     NotADirectory(String),
-    /// "`.wh.`" with nothing that could be deleted behind it, or on the way.
-    #[error(
-        "is no valid whiteout: \".wh.\" must be followed by the name of what is hidden, and can have nothing below it"
-    )]
+    /// "`.wh.`" with nothing that could be deleted behind it.
+    #[error("is no valid whiteout: \".wh.\" must be followed by the name of what is hidden")]
     Whiteout,
     /// A whiteout of something that the same layer has made before.
     #[error("hides something that the same layer made before it")]
@@ -54,13 +52,21 @@ pub enum EntryProblem {
     /// An extended attribute too large.
     #[error(transparent)]
     Xattr(#[from] accel_erofs::XattrError),
+    /// An extended attribute that Linux does not take.
+    #[error("extended attribute {name:?} {reason}")]
+    XattrValue {
+        /// Its name.
+        name: String,
+        /// What is wrong with its value.
+        reason: &'static str,
+    },
     /// A number that does not fit.
-    #[error("its {field} is {value}, more than {max}")]
+    #[error("its {field} is {value}, out of the range of up to {max}")]
     Number {
         /// Which number.
         field: &'static str,
         /// What it is.
-        value: u64,
+        value: i64,
         /// What it may be.
         max: u64,
     },

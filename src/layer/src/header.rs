@@ -36,15 +36,18 @@ impl Header {
             .filter(|_| !digits.starts_with(['+', '-']))
     }
 
-    pub fn is_ustar(&self) -> bool {
-        self.0[257..262] == *b"ustar"
+    /// Whether there are device numbers: not in v7.
+    pub fn has_devices(&self) -> bool {
+        self.0[257..263] == *b"ustar\0" || self.0[257..265] == *b"ustar  \0"
     }
 
     pub fn path(&self) -> Vec<u8> {
         let name = self.text(0..100);
         // GNU's own magic goes on with spaces; the prefix' place has other uses.
         if self.0[257..263] == *b"ustar\0" {
-            let prefix = self.text(345..500);
+            // star has times behind a shorter one.
+            let is_star = self.0[508..] == *b"tar\0";
+            let prefix = self.text(if is_star { 345..476 } else { 345..500 });
             if !prefix.is_empty() {
                 return [prefix, b"/", name].concat();
             }
@@ -67,6 +70,7 @@ pub struct PaxSparse {
     pub major: Option<u64>,
     pub minor: Option<u64>,
     pub size: Option<u64>,
+    pub real_size: Option<u64>,
     pub name: Option<Vec<u8>>,
     pub map: Vec<u64>,
 }
@@ -93,10 +97,15 @@ pub fn parse_records(mut bytes: &[u8]) -> Result<Vec<Record>, &'static str> {
             .iter()
             .position(|byte| *byte == b'=')
             .ok_or(PROBLEM)?;
-        if equals == 0 {
+        let (key, value) = (&record[..equals], &record[equals + 1..]);
+        let text = match key {
+            b"path" | b"linkpath" | b"uname" | b"gname" => value,
+            _ => key,
+        };
+        if key.is_empty() || text.contains(&0) {
             return Err(PROBLEM);
         }
-        records.push((record[..equals].to_vec(), record[equals + 1..].to_vec()));
+        records.push((key.to_vec(), value.to_vec()));
         bytes = rest;
     }
     Ok(records)
@@ -130,7 +139,14 @@ pub fn record(
         return Ok(());
     }
     let number = |problem| decimal(&value).ok_or(problem);
-    let signed = |problem| number(problem).and_then(|n| i64::try_from(n).map_err(|_| problem));
+    let signed = |problem| {
+        let (negative, digits) = match value.strip_prefix(b"-") {
+            Some(digits) => (true, digits),
+            None => (false, &value[..]),
+        };
+        let number = decimal(digits).and_then(|number| i64::try_from(number).ok());
+        number.map(|n| if negative { -n } else { n }).ok_or(problem)
+    };
     match key {
         b"path" => entry.path = value,
         b"linkpath" => entry.link = value,
@@ -140,8 +156,9 @@ pub fn record(
         b"mtime" => entry.mtime = time(&value).ok_or("a pax mtime that is no time")?,
         b"GNU.sparse.major" => sparse.major = Some(number("a sparse version that is no number")?),
         b"GNU.sparse.minor" => sparse.minor = Some(number("a sparse version that is no number")?),
-        b"GNU.sparse.size" | b"GNU.sparse.realsize" => {
-            sparse.size = Some(number("a sparse size that is no number")?);
+        b"GNU.sparse.size" => sparse.size = Some(number("a sparse size that is no number")?),
+        b"GNU.sparse.realsize" => {
+            sparse.real_size = Some(number("a sparse size that is no number")?);
         }
         b"GNU.sparse.name" => sparse.name = Some(value),
         b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => {

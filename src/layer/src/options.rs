@@ -132,9 +132,13 @@ pub struct LayerSummary {
     pub tar_size: u64,
     /// The layer's chain ID on [`LayerOptions::parent`].
     pub chain_id: ChainId,
-    /// The tree depends on the layers below: publish it by chain ID (`chains/`),
-    /// never by diffID. The UUID is derived from the same name.
+    /// The tree depends on the layers below, or on that there are none: publish it
+    /// by chain ID (`chains/`), never by diffID. The UUID is derived from the same
+    /// name.
     pub needs_lower: bool,
+    /// There are whiteouts or marks of opaque directories in the tar: as the lowest
+    /// layer it has another tree than on top of others.
+    pub whiteouts: bool,
     /// The image's UUID.
     pub uuid: Uuid,
     /// The image.

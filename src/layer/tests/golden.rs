@@ -5,7 +5,7 @@ mod common;
 
 use accel_erofs::Timestamp;
 use accel_layer::{Attributes, LayerOptions, LowerDirectory, NoLower, convert_layer};
-use common::{Below, Memory, Tar, convert, convert_with, header};
+use common::{Below, Memory, Tar, convert, convert_with, header, on_another};
 use std::io::{self, Read, Write};
 
 /// BLAKE3 in hex.
@@ -48,7 +48,7 @@ fn layout_1_gives_these_bytes() {
     for number in 0..300 {
         tar.file(&format!("many/{number}-{}", "x".repeat(50)), b"");
     }
-    let (summary, image) = convert(&tar.end()).unwrap();
+    let (summary, image) = convert_with(&tar.end(), &on_another(), &mut NoLower).unwrap();
     assert_eq!(
         summary.uuid.to_string(),
         "23f87a21-9975-8e63-b44f-02916a554bf8"
@@ -96,7 +96,7 @@ fn everything() -> Vec<u8> {
             "SCHILY.xattr.security.capability",
             b"\x01\0\0\x02\0\x20\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
         ),
-        ("SCHILY.xattr.system.posix_acl_access", b"\x02\0\0\0\n"),
+        ("SCHILY.xattr.system.posix_acl_access", ACL),
         ("SCHILY.xattr.user.large", &bytes(3, 5000)),
     ])
     .file("attributes/binary", b"");
@@ -124,7 +124,12 @@ fn everything() -> Vec<u8> {
     tar.end()
 }
 
-const EVERYTHING: &str = "3377ce380d4c6b8cca2c5f8b1ed034932ff76a322c2f51165cbb7330807d2b14";
+/// rw- for the owner, r-x for user 1000 and the group, r-- for the mask and others:
+/// as a mode, 0644.
+const ACL: &[u8] = b"\x02\0\0\0\x01\0\x06\0\xff\xff\xff\xff\x02\0\x05\0\xe8\x03\0\0\
+    \x04\0\x05\0\xff\xff\xff\xff\x10\0\x04\0\xff\xff\xff\xff\x20\0\x04\0\xff\xff\xff\xff";
+
+const EVERYTHING: &str = "57685032c6c85adcfaeaa8285e40d6c3fb3a9143ed7054625f42c8a7cd7f9349";
 
 #[test]
 fn layout_1_gives_these_bytes_of_everything() {

@@ -3,22 +3,23 @@
 #![allow(clippy::cast_possible_truncation)] // sizes here are small
 
 mod common;
+#[path = "common/seen.rs"]
+mod seen;
 #[path = "../../erofs/tests/common/tools.rs"]
 mod tools;
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, Timespec, Timestamps, Uid, XattrFlags, chownat, lgetxattr,
-    llistxattr, lsetxattr, makedev, mknodat, utimensat,
+    AtFlags, CWD, FileType, Gid, Mode, Timespec, Timestamps, Uid, XattrFlags, chownat, lsetxattr,
+    makedev, mknodat, utimensat,
 };
 use std::{
-    collections::{BTreeMap, HashMap},
     ffi::OsStr,
     fs,
     os::unix::{
         ffi::OsStrExt,
-        fs::{FileExt, MetadataExt, PermissionsExt, symlink},
+        fs::{FileExt, PermissionsExt, symlink},
     },
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
 };
 
@@ -122,70 +123,6 @@ fn source(root: &Path) {
     }
 }
 
-/// All that is to be known of every file below `root`, by path.
-fn look(root: &Path) -> BTreeMap<PathBuf, String> {
-    let mut found = BTreeMap::new();
-    let mut paths = vec![];
-    let mut waiting = vec![PathBuf::new()];
-    while let Some(path) = waiting.pop() {
-        let full = root.join(&path);
-        if fs::symlink_metadata(&full).unwrap().is_dir() {
-            for entry in fs::read_dir(&full).unwrap() {
-                waiting.push(path.join(entry.unwrap().file_name()));
-            }
-        }
-        paths.push(path);
-    }
-    paths.sort();
-    let mut first: HashMap<u64, PathBuf> = HashMap::new();
-    for path in paths {
-        let full = root.join(&path);
-        let meta = fs::symlink_metadata(&full).unwrap();
-        let same_as = first
-            .entry(meta.ino())
-            .or_insert_with(|| path.clone())
-            .clone();
-        let data = if meta.is_file() {
-            blake3::hash(&fs::read(&full).unwrap()).to_string()
-        } else if meta.is_symlink() {
-            format!("{:?}", fs::read_link(&full).unwrap())
-        } else {
-            String::new()
-        };
-        let size = if meta.is_file() { meta.size() } else { 0 };
-        // A directory counts its links as its file system likes.
-        let links = if meta.is_dir() { 0 } else { meta.nlink() };
-        let line = format!(
-            "{:o} {}:{} {}.{:09} size {size} links {links} of {same_as:?} dev {} {data} {:?}",
-            meta.mode(),
-            meta.uid(),
-            meta.gid(),
-            meta.mtime(),
-            meta.mtime_nsec(),
-            meta.rdev(),
-            xattrs(&full),
-        );
-        found.insert(path, line);
-    }
-    found
-}
-
-fn xattrs(path: &Path) -> BTreeMap<String, Vec<u8>> {
-    let mut names = vec![0; 65536];
-    let len = llistxattr(path, &mut names).unwrap();
-    let names = names[..len]
-        .split(|byte| *byte == 0)
-        .filter(|name| !name.is_empty());
-    names
-        .map(|name| {
-            let mut value = vec![0; 65536];
-            let len = lgetxattr(path, OsStr::from_bytes(name), &mut value).unwrap();
-            value.truncate(len);
-            (name.escape_ascii().to_string(), value)
-        })
-        .collect()
-}
-
 /// Converts a tar, mounts the image and compares it with what tar unpacks.
 fn check(tar: &Path, work: &Path) {
     let (summary, image) = common::convert(&fs::read(tar).unwrap()).unwrap();
@@ -211,8 +148,8 @@ fn check(tar: &Path, work: &Path) {
         ],
     );
     let mounted = tools::try_mount(&image_path).expect("the image mounts");
-    let expected = look(&unpacked);
-    let found = look(mounted.0.path());
+    let expected = seen::look(&unpacked);
+    let found = seen::look(mounted.0.path());
     assert_eq!(
         expected.keys().collect::<Vec<_>>(),
         found.keys().collect::<Vec<_>>()

@@ -4,7 +4,8 @@ mod common;
 
 use accel_layer::{Attributes, ErofsLower, LayerOptions, LowerDirectory, LowerStack};
 use common::{
-    Below, Tar, assert_image, assert_tree, convert, convert_with, header, picture, refusal,
+    Below, Tar, assert_image, assert_tree, convert, convert_with, header, on_another, picture,
+    refusal,
 };
 use std::{collections::HashMap, fs};
 
@@ -72,7 +73,8 @@ fn an_opaque_mark_survives_its_directory_coming_again() {
             .end(),
         &[("/d", "d 0700 1:2 3 trusted.overlay.opaque=\"y\"")],
     );
-    let (_, image) = convert(&Tar::default().file(".wh..wh..opq", b"").end()).unwrap();
+    let tar = Tar::default().file(".wh..wh..opq", b"").end();
+    let (_, image) = convert_with(&tar, &on_another(), &mut accel_layer::NoLower).unwrap();
     assert_eq!(
         picture(&image)["/"],
         "d 0755 0:0 0 trusted.overlay.opaque=\"y\""
@@ -80,22 +82,79 @@ fn an_opaque_mark_survives_its_directory_coming_again() {
 }
 
 #[test]
-fn what_aufs_kept_for_itself_is_left_out() {
+fn names_that_aufs_kept_for_itself_are_like_others() {
     assert_tree(
         &Tar::default()
             .file(".wh..wh.aufs", b"x")
-            .dir(".wh..wh.plnk", 0o700)
             .file(".wh..wh.plnk/1.2", b"x")
-            .file("d/.wh..wh.orph/x", b"x")
-            .file("kept", b"")
+            .file(".wh.d/f", b"x")
             .end(),
-        &[("/kept", "f 0644 1:2 3 \"\"")],
+        &[
+            ("/.wh.aufs", "c 0000 1:2 0 0:0"),
+            ("/.wh..wh.plnk", IMPLIED),
+            ("/.wh..wh.plnk/1.2", "f 0644 1:2 3 \"x\""),
+            ("/.wh.d", IMPLIED),
+            ("/.wh.d/f", "f 0644 1:2 3 \"x\""),
+        ],
+    );
+}
+
+#[test]
+fn whiteouts_of_the_lowest_layer_remove_and_leave_nothing() {
+    let tar = Tar::default()
+        .file("f", b"1")
+        .file(".wh.f", b"")
+        .file(".wh.nothing", b"")
+        .dir("d", 0o755)
+        .file("d/implied/f", b"")
+        .dir("d/described", 0o755)
+        .file("d/.wh..wh..opq", b"")
+        .file("d/later/f", b"")
+        .end();
+    let (summary, image) = convert(&tar).unwrap();
+    assert!(summary.needs_lower);
+    assert_image(
+        &image,
+        &[
+            ("/d", "d 0755 1:2 3"),
+            ("/d/described", "d 0755 1:2 3"),
+            ("/d/later", IMPLIED),
+            ("/d/later/f", "f 0644 1:2 3 \"\""),
+        ],
+    );
+    for marker in [".wh.f", ".wh..wh..opq"] {
+        let tar = Tar::default().file(marker, b"").end();
+        assert!(convert(&tar).unwrap().0.needs_lower);
+        let on_another = convert_with(&tar, &on_another(), &mut accel_layer::NoLower);
+        assert!(!on_another.unwrap().0.needs_lower);
+    }
+}
+
+#[test]
+fn what_replaces_a_directory_gets_its_time() {
+    let mut dir = header(b"d", b'5', 0);
+    dir.set_mtime(50);
+    let mut other = header(b"e", b'5', 0);
+    other.set_mtime(60);
+    assert_tree(
+        &Tar::default()
+            .raw(dir, b"")
+            .file("d", b"")
+            .raw(other, b"")
+            .symlink("e", "f")
+            .file("f", b"")
+            .end(),
+        &[
+            ("/d", "f 0644 1:2 50 \"\""),
+            ("/e", "l 0777 1:2 3 -> f"),
+            ("/f", "f 0644 1:2 60 \"\""),
+        ],
     );
 }
 
 #[test]
 fn whiteouts_of_nothing_are_refused() {
-    for path in [".wh.", "d/.wh..", ".wh...", ".wh.d/f"] {
+    for path in [".wh.", "d/.wh..", ".wh..."] {
         let text = refusal(&Tar::default().file(path, b"").end());
         assert!(
             text.contains(path) && text.contains("no valid whiteout"),
@@ -167,7 +226,8 @@ fn hard_links_to_what_is_not_there_are_refused() {
         ("d/missing", "has not made"),
         ("d", "to the directory \"d\""),
         ("../d", "climbs out"),
-        ("", "has not made"),
+        // The root.
+        ("", "to the directory \"\""),
         // The link takes its own name first.
         ("d/l", "has not made"),
     ] {
@@ -326,7 +386,7 @@ fn xattrs_arrive_but_for_what_a_tar_must_not_set() {
     let records: &[(&str, &[u8])] = &[
         ("SCHILY.xattr.user.x", value),
         ("SCHILY.xattr.user.empty", b""),
-        ("SCHILY.xattr.security.capability", b"cap"),
+        ("SCHILY.xattr.security.any", b"any"),
         ("SCHILY.xattr.trusted.overlay.opaque", b"y"),
         ("SCHILY.xattr.system.nfs4_acl", b"acl"),
     ];
@@ -345,7 +405,7 @@ fn xattrs_arrive_but_for_what_a_tar_must_not_set() {
         &[
             (
                 "/f",
-                "f 0644 1:2 3 \"\" security.capability=\"cap\" user.empty=\"\" \
+                "f 0644 1:2 3 \"\" security.any=\"any\" user.empty=\"\" \
                  user.x=\"a\\\\nb=\\\\x00\\\\xff\"",
             ),
             ("/s", "l 0777 1:2 3 -> f security.s=\"2\""),
@@ -398,7 +458,8 @@ fn an_implied_directory_is_like_the_lower_one() {
         &image,
         &[
             ("/a", "d 2775 7:8 500.000000001 user.kept=\"y\""),
-            ("/a/b", IMPLIED),
+            // Of its directory's group, as that is setgid.
+            ("/a/b", "d 0755 0:8 0"),
             ("/a/b/c", IMPLIED),
             ("/a/b/c/f", "f 0644 1:2 3 \"\""),
             ("/a/g", "f 0644 1:2 3 \"\""),
@@ -419,7 +480,8 @@ fn the_lowest_layer_needs_lower_too_if_a_directory_is_implied() {
 fn images_answer_for_the_layers_below() {
     let dir = tempfile::tempdir().unwrap();
     let image = |name: &str, tar: &mut Tar| {
-        let (_, image) = convert(&tar.end()).unwrap();
+        let (_, image) =
+            convert_with(&tar.end(), &on_another(), &mut accel_layer::NoLower).unwrap();
         let path = dir.path().join(name);
         fs::write(&path, image).unwrap();
         ErofsLower::open_file(&path).unwrap()

@@ -200,11 +200,22 @@ impl Work<'_> {
             self.wait(same)?;
         }
         let started = Instant::now();
-        let (name, fate, root, size) = match self.ufs.find_layer(layer.diff_id, layer.chain_id)? {
+        let found = match self.ufs.find_layer(layer.diff_id, layer.chain_id)? {
+            // Made for other places in an image.
+            Some(LayerName::Layer(_)) if number == 0 && self.hides_lower(layer)? => None,
+            found => found,
+        };
+        let (name, fate, root, size, whiteouts) = match found {
             Some(name) => {
                 let header = self.ufs.index_header(&name)?;
                 self.bars.skip(layer.size);
-                (name, Fate::Present, header.root(), header.image_size())
+                (
+                    name,
+                    Fate::Present,
+                    header.root(),
+                    header.image_size(),
+                    false,
+                )
             }
             None => {
                 let label = format!("layer {}/{}", number + 1, layers.len());
@@ -212,7 +223,7 @@ impl Work<'_> {
                 self.convert(number, bar)?
             }
         };
-        self.note_digest(layer)?;
+        self.note_digest(layer, whiteouts)?;
         let done = Done {
             fate,
             took: started.elapsed(),
@@ -244,7 +255,7 @@ impl Work<'_> {
         &self,
         number: usize,
         bar: Bar,
-    ) -> anyhow::Result<(LayerName, Fate, Root, ImageSize)> {
+    ) -> anyhow::Result<(LayerName, Fate, Root, ImageSize, bool)> {
         let layer = &self.image.layers[number];
         let publication = self.ufs.create("erofs")?;
         let blob = self.image.open_layer(layer)?;
@@ -284,18 +295,26 @@ impl Work<'_> {
             layer.digest,
         );
         let fate = self.publish(&publication, &name, root, &index)?;
-        Ok((name, fate, root, size))
+        Ok((name, fate, root, size, summary.whiteouts))
+    }
+
+    /// Whether the layer is known to have whiteouts.
+    fn hides_lower(&self, layer: &Layer) -> Result<bool, UfsError> {
+        let record = self.ufs.read_record(&names::by_digest(&layer.digest))?;
+        let record = record.and_then(|json| DigestRecord::parse(&json).ok());
+        Ok(record.is_some_and(|record| record.whiteouts))
     }
 
     /// Notes the diffID of the layer's blob, also for a converter that ended
     /// before it came to that.
-    fn note_digest(&self, layer: &Layer) -> Result<(), UfsError> {
+    fn note_digest(&self, layer: &Layer, whiteouts: bool) -> Result<(), UfsError> {
         let path = names::by_digest(&layer.digest);
         if self.ufs.read_record(&path)?.is_none() {
             let digest = DigestRecord {
                 layout: record::LAYOUT,
                 digest: layer.digest,
                 diff_id: layer.diff_id,
+                whiteouts,
             };
             self.ufs.publish(&path, &digest.to_json())?;
         }

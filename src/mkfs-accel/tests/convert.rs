@@ -170,6 +170,34 @@ fn a_layer_that_depends_on_those_below_is_named_by_its_chain() {
     assert_ne!(mode(&alone, 0), mode(&above, 0));
 }
 
+/// The lowest layer's whiteouts hide nothing; on top of others they must.
+#[test]
+fn a_layer_with_whiteouts_is_another_one_as_the_lowest() {
+    let hiding = Tar::new().file(".wh.hello", b"").finish();
+    let above = Image::gzipped(&[sample_tar(1), hiding.clone()]);
+    let alone = Image::gzipped(&[hiding]);
+    for order in [[&above, &alone], [&alone, &above]] {
+        let ufs = Ufs::new();
+        for image in order {
+            let report = ufs.convert(&image.source());
+            let layers = report["layers"].as_array().unwrap();
+            let layer = layers.last().unwrap();
+            assert_eq!(layer["fate"], "converted");
+            let path = layer["erofs"]["path"].as_str().unwrap();
+            let expected = match layers.len() {
+                1 => "chains/",
+                _ => "layers/",
+            };
+            assert!(path.starts_with(expected), "{path}");
+        }
+        for image in order {
+            let report = ufs.convert(&image.source());
+            let layers = report["layers"].as_array().unwrap();
+            assert_eq!(layers.last().unwrap()["fate"], "present");
+        }
+    }
+}
+
 /// An image's file as `accel-erofs` reads it.
 struct ImageFile(fs::File);
 

@@ -220,6 +220,11 @@ pub struct DigestRecord {
     pub digest: Digest,
     /// Digest of the tar in it.
     pub diff_id: DiffId,
+    /// It hides what lies below it, so as the lowest layer of an image it has
+    /// another tree than on top of others: an image of it that is published by its
+    /// diffID does not serve as that. Left out if not.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub whiteouts: bool,
 }
 
 impl DigestRecord {

@@ -7,7 +7,7 @@ use std::{
     process::Command,
 };
 
-fn missing<T>(what: &str) -> Option<T> {
+pub fn missing<T>(what: &str) -> Option<T> {
     assert!(
         std::env::var("ACCEL_TESTS_FULL").as_deref() != Ok("1"),
         "{what}, and ACCEL_TESTS_FULL=1 wants every test to run"

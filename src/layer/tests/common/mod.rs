@@ -137,9 +137,18 @@ pub fn convert(blob: &[u8]) -> Converted<(LayerSummary, Vec<u8>)> {
     convert_with(blob, &LayerOptions::new("test"), &mut NoLower)
 }
 
+/// Options for a layer that lies on another.
+pub fn on_another() -> LayerOptions {
+    let (below, _) = convert(&[]).expect("an empty layer is one");
+    let mut options = LayerOptions::new("test");
+    options.parent = Some(below.chain_id);
+    options
+}
+
 /// The error's whole text, with its causes.
 pub fn refusal(blob: &[u8]) -> String {
-    chain(&convert(blob).expect_err("must be refused"))
+    let result = convert_with(blob, &on_another(), &mut NoLower);
+    chain(&result.expect_err("must be refused"))
 }
 
 pub fn chain(error: &dyn std::error::Error) -> String {
@@ -254,10 +263,11 @@ pub fn contents(fs: &EroFS<SliceImage<'_>>, inode: Inode) -> Vec<u8> {
     data
 }
 
-/// Asserts the picture, the root left out.
+/// Asserts the picture of a layer that lies on another, the root left out.
 #[track_caller]
 pub fn assert_tree(blob: &[u8], expected: &[(&str, &str)]) {
-    let (_, image) = convert(blob).unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let result = convert_with(blob, &on_another(), &mut NoLower);
+    let (_, image) = result.unwrap_or_else(|error| panic!("{}", chain(&error)));
     assert_image(&image, expected);
 }
 

@@ -106,8 +106,13 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     say!("diffID  {}", report.diff_id)?;
     say!("root    {root}")?;
     say!("UUID    {}", report.uuid)?;
+    if summary.whiteouts {
+        say!(
+            "        as the lowest layer of an image: its whiteouts hide nothing and are left out"
+        )?;
+    }
     if summary.needs_lower {
-        say!("        some directories are only implied by paths; they got mode 0755 and root")?;
+        say!("        directories that only a path implies got mode 0755 and root")?;
     }
     say!(
         "{} of tar -> {} in {}",
