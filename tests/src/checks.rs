@@ -5,7 +5,7 @@
 //! | [`trees`] | a mounted image is the ordinary unpack; its program runs and prints the same |
 //! | [`reads`] | an exported device has the bytes of the published file, however it is read |
 //! | [`damage`] | bytes that changed on UFS are I/O errors, and nothing else is |
-//! | [`lifecycle`] | unmounting and stopping leave nothing behind |
+//! | [`lifecycle`] | unmounting and stopping leave nothing behind; a killed daemon is not noticed |
 //! | [`usage`] | wrong usage is answered with what is wrong |
 
 use anyhow::Result;
@@ -51,7 +51,7 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             ));
         }
     }
-    let others: [(&str, Check); 14] = [
+    let others: [(&str, Check); 15] = [
         (
             "mount::by_manifest_digest",
             trees::mounts_by_manifest_digest,
@@ -83,6 +83,10 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
         (
             "lifecycle::images_share_layers",
             lifecycle::images_share_layers,
+        ),
+        (
+            "lifecycle::killed_daemon_is_succeeded",
+            lifecycle::killed_daemon_is_succeeded,
         ),
         (
             "lifecycle::stop_leaves_nothing",

@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -19,7 +20,9 @@ const PATIENCE: Duration = Duration::from_secs(120);
 #[derive(Debug)]
 pub struct Daemon {
     program: PathBuf,
-    child: Child,
+    ufs: PathBuf,
+    transport: String,
+    child: Mutex<Child>,
     directory: tempfile::TempDir,
 }
 
@@ -38,39 +41,57 @@ impl Daemon {
     /// As [`Daemon::start`].
     pub fn start_program(setting: &Setting, program: &Path, ufs: &Path) -> Result<Self> {
         let directory = setting.scratch_dir()?;
-        let log = File::create(directory.path().join("log"))?;
-        let child = Command::new(program)
-            .arg("serve")
-            .arg("--ufs")
-            .arg(ufs)
-            .arg("--socket")
-            .arg(directory.path().join("socket"))
-            .args(["--cache-size", "256M", "--transport", &setting.transport])
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .with_context(|| format!("starting {}", program.display()))?;
-        let mut daemon = Self {
+        let child = spawn(program, ufs, &setting.transport, directory.path())?;
+        let daemon = Self {
             program: program.to_owned(),
-            child,
+            ufs: ufs.to_owned(),
+            transport: setting.transport.clone(),
+            child: Mutex::new(child),
             directory,
         };
+        daemon.await_answer()?;
+        Ok(daemon)
+    }
+
+    fn child(&self) -> MutexGuard<'_, Child> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn await_answer(&self) -> Result<()> {
         let started = Instant::now();
         loop {
-            if let Some(status) = daemon.child.try_wait()? {
-                bail!("the daemon ended at once: {status}\n{}", daemon.log());
+            if let Some(status) = self.child().try_wait()? {
+                bail!("the daemon ended at once: {status}\n{}", self.log());
             }
-            if daemon.client(["list"])?.status.success() {
-                return Ok(daemon);
+            if self.client(["list"])?.status.success() {
+                return Ok(());
             }
             ensure!(
                 started.elapsed() < PATIENCE,
                 "the daemon does not answer\n{}",
-                daemon.log()
+                self.log()
             );
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// Kills it, whatever it is doing, and starts another in its place.
+    ///
+    /// # Errors
+    /// When that does not start.
+    pub fn kill_and_restart(&self) -> Result<()> {
+        {
+            let mut child = self.child();
+            child.kill()?;
+            child.wait()?;
+            *child = spawn(
+                &self.program,
+                &self.ufs,
+                &self.transport,
+                self.directory.path(),
+            )?;
+        }
+        self.await_answer()
     }
 
     /// Its admin socket.
@@ -184,7 +205,7 @@ impl Daemon {
     ///
     /// # Errors
     /// When it does not, or not with success.
-    pub fn stop(mut self) -> Result<()> {
+    pub fn stop(self) -> Result<()> {
         let status = self.terminate()?;
         ensure!(
             status.success(),
@@ -194,19 +215,20 @@ impl Daemon {
         Ok(())
     }
 
-    fn terminate(&mut self) -> Result<std::process::ExitStatus> {
-        if let Some(status) = self.child.try_wait()? {
+    fn terminate(&self) -> Result<std::process::ExitStatus> {
+        let mut child = self.child();
+        if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
-        kill_process(Pid::from_child(&self.child), Signal::TERM)?;
+        kill_process(Pid::from_child(&child), Signal::TERM)?;
         let started = Instant::now();
         while started.elapsed() < PATIENCE {
-            if let Some(status) = self.child.try_wait()? {
+            if let Some(status) = child.try_wait()? {
                 return Ok(status);
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        self.child.kill()?;
+        child.kill()?;
         bail!(
             "the daemon did not end in {PATIENCE:?} and was killed\n{}",
             self.log()
@@ -220,6 +242,25 @@ impl Drop for Daemon {
             eprintln!("{error:#}");
         }
     }
+}
+
+fn spawn(program: &Path, ufs: &Path, transport: &str, directory: &Path) -> Result<Child> {
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(directory.join("log"))?;
+    Command::new(program)
+        .arg("serve")
+        .arg("--ufs")
+        .arg(ufs)
+        .arg("--socket")
+        .arg(directory.join("socket"))
+        .args(["--cache-size", "256M", "--transport", transport])
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("starting {}", program.display()))
 }
 
 /// A mounted image.

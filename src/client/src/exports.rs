@@ -14,6 +14,8 @@ pub fn device(paths: &Paths, layer: &AttachedLayer) -> Result<PathBuf> {
         DeviceView::Fuse { served } => {
             let path = paths.export(layer.root);
             if !served {
+                // What was mounted from a file that nobody serves is dead, too.
+                system::detach(&paths.layer(layer.root))?;
                 system::serve_file(&paths.socket, layer.root, &path)
                     .with_context(|| format!("cannot mount the FUSE file of {}", layer.name))?;
             }

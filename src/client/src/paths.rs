@@ -4,7 +4,8 @@
 //! |---|---|---|
 //! | `ublk-server.sock` (default) | admin socket | daemon |
 //! | `daemon.lock` | locked by the running daemon | daemon |
-//! | `journal/` | one file per block device | daemon |
+//! | `journal/` | one file per export | daemon |
+//! | `keeper.sock` | what keeps FUSE connections beyond the daemon | keeper |
 //! | `client.lock` | locked while a client mounts or unmounts | client |
 //! | `mounts/` | one file per mounted image | client |
 //! | `exports/<root>` | FUSE files | client |
@@ -51,6 +52,11 @@ impl Paths {
     /// Locked by the running daemon.
     pub fn daemon_lock(&self) -> PathBuf {
         self.run.join("daemon.lock")
+    }
+
+    /// Where the connection keeper listens.
+    pub fn keeper(&self) -> PathBuf {
+        self.run.join("keeper.sock")
     }
 
     /// Locked while a client changes mounts.

@@ -136,6 +136,9 @@ pub struct Status {
     pub transport: String,
     /// Why this one.
     pub transport_reason: String,
+    /// Process id of what keeps FUSE connections beyond the daemon, while there are
+    /// any.
+    pub keeper: Option<i32>,
     /// False only in builds for one test.
     pub verifies: bool,
     /// Bytes read from the source since the daemon started, of everything.

@@ -190,6 +190,21 @@ pub fn unmount_point(point: &Path) -> Result<()> {
     }
 }
 
+/// Takes away what is mounted at `point`, also if it is in use: it ends with its
+/// last user. For what cannot be read any more.
+pub fn detach(point: &Path) -> Result<()> {
+    let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+    loop {
+        match rustix::mount::unmount(point, flags) {
+            Ok(()) => {}
+            Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot unmount {}", point.display()));
+            }
+        }
+    }
+}
+
 /// Unmounts `point` and removes the directory.
 pub fn unmount_directory(point: &Path) -> Result<()> {
     unmount_point(point)?;
@@ -214,8 +229,8 @@ pub fn unmount_file(path: &Path) -> Result<()> {
 
 /// Mounts a FUSE file for a layer and gives its connection to the daemon.
 pub fn serve_file(socket: &Path, root: Root, path: &Path) -> Result<()> {
-    // One that an earlier daemon left is dead.
-    unmount_file(path)?;
+    // One that is there is dead: nobody has its connection any more.
+    detach(path)?;
     if let Some(directory) = path.parent() {
         fs::create_dir_all(directory)?;
     }

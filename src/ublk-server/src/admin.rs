@@ -91,6 +91,7 @@ fn status(daemon: &Daemon) -> Status {
         ufs: daemon.ufs.clone(),
         transport: devices.name().to_owned(),
         transport_reason: devices.reason.clone(),
+        keeper: devices.keeper(),
         verifies: !SKIPS_VERIFICATION,
         fetched_bytes: sources.iter().map(|source| source.bytes).sum(),
         cache: CacheStatus {

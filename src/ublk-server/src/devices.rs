@@ -1,6 +1,8 @@
 //! The transport of this daemon, behind one interface.
 
 use crate::engine::ExportReader;
+use crate::keeper::Keeper;
+use crate::paths::Paths;
 use crate::protocol::DeviceView;
 use accel_transport::fuse::{FuseId, FuseOptions, FuseTransport};
 use accel_transport::ublk::{Removal, UblkDevice, UblkOptions, UblkSpec, UblkTransport};
@@ -30,6 +32,8 @@ enum Kind {
         transport: FuseTransport<ExportReader>,
         /// Layers whose files are mounted and served.
         served: Mutex<HashMap<Root, FuseId>>,
+        /// Has their connections when this daemon is gone.
+        keeper: Keeper,
     },
 }
 
@@ -50,13 +54,14 @@ impl fmt::Debug for Devices {
 
 impl Devices {
     /// Starts the transport that is wanted, or the best one that works here.
-    pub fn start(wanted: Wanted) -> Result<Self> {
+    pub fn start(wanted: Wanted, paths: &Paths) -> Result<Self> {
         let Choice { transport, reason } = accel_transport::choose(wanted)?;
         let kind = match transport {
             Transport::Ublk => Kind::Ublk(UblkTransport::start(UblkOptions::default())?),
             Transport::Fuse => Kind::Fuse {
                 transport: FuseTransport::start(&FuseOptions::default())?,
                 served: Mutex::default(),
+                keeper: Keeper::new(paths.keeper()),
             },
         };
         Ok(Self { kind, reason })
@@ -85,6 +90,48 @@ impl Devices {
         }
     }
 
+    /// What an earlier daemon served over FUSE and the keeper still has.
+    pub fn kept(&self) -> HashMap<Root, OwnedFd> {
+        let Kind::Fuse { keeper, .. } = &self.kind else {
+            return HashMap::new();
+        };
+        keeper.take_over().unwrap_or_else(|error| {
+            tracing::error!(
+                error = format!("{error:#}"),
+                "cannot take over the exports of an earlier daemon"
+            );
+            HashMap::new()
+        })
+    }
+
+    /// Serves a connection that the keeper had, and its readers go on.
+    pub fn adopt(&self, root: Root, fd: OwnedFd, reader: &Arc<ExportReader>) -> Result<()> {
+        let Kind::Fuse {
+            transport, served, ..
+        } = &self.kind
+        else {
+            bail!("this daemon serves block devices, not FUSE files");
+        };
+        let id = transport.adopt(fd, Arc::clone(reader))?;
+        lock(served).insert(root, id);
+        Ok(())
+    }
+
+    /// Closes a connection that the keeper had and that nobody serves.
+    pub fn forget(&self, root: Root) {
+        if let Kind::Fuse { keeper, .. } = &self.kind {
+            keeper.release(root);
+        }
+    }
+
+    /// The process that keeps connections.
+    pub fn keeper(&self) -> Option<i32> {
+        match &self.kind {
+            Kind::Fuse { keeper, .. } => keeper.pid(),
+            Kind::Ublk(_) => None,
+        }
+    }
+
     /// The block-device transport, if it is that.
     pub fn ublk(&self) -> Option<&UblkTransport<ExportReader>> {
         match &self.kind {
@@ -101,6 +148,10 @@ impl Devices {
                 loop {
                     match transport.remove(device.id, Removal::IfUnused) {
                         Ok(()) => return Ok(()),
+                        // Somebody else has removed it: that is what was wanted.
+                        Err(_) if matches!(transport.state(device.id), Ok(None)) => {
+                            return Ok(());
+                        }
                         Err(error) if since.elapsed() > BUSY => {
                             return Err(error).context("the device is still in use");
                         }
@@ -108,10 +159,18 @@ impl Devices {
                     }
                 }
             }
-            (Kind::Fuse { transport, served }, Device::Fuse) => {
+            (
+                Kind::Fuse {
+                    transport,
+                    served,
+                    keeper,
+                },
+                Device::Fuse,
+            ) => {
                 let id = lock(served).remove(&root);
-                id.map_or(Ok(()), |id| transport.remove(id))?;
-                Ok(())
+                let removed = id.map_or(Ok(()), |id| transport.remove(id));
+                keeper.release(root);
+                Ok(removed?)
             }
             _ => bail!("the device belongs to another transport"),
         }
@@ -119,9 +178,18 @@ impl Devices {
 
     /// Serves a layer on a FUSE file system that a client has mounted.
     pub fn serve_fuse(&self, root: Root, fd: OwnedFd, reader: &Arc<ExportReader>) -> Result<()> {
-        let Kind::Fuse { transport, served } = &self.kind else {
+        let Kind::Fuse {
+            transport,
+            served,
+            keeper,
+        } = &self.kind
+        else {
             bail!("this daemon serves block devices, not FUSE files");
         };
+        // Before anybody relies on it.
+        keeper
+            .keep(root, &fd)
+            .context("cannot have the connection kept beyond this daemon")?;
         let id = transport.add(fd, Arc::clone(reader))?;
         if let Some(old) = lock(served).insert(root, id) {
             // Its file was unmounted behind our back.
@@ -136,7 +204,12 @@ impl Devices {
             (_, Device::Ublk(device)) => DeviceView::Ublk {
                 path: device.path.clone(),
             },
-            (Kind::Fuse { transport, served }, Device::Fuse) => {
+            (
+                Kind::Fuse {
+                    transport, served, ..
+                },
+                Device::Fuse,
+            ) => {
                 let id = lock(served).get(&root).copied();
                 let connected = id.is_some_and(|id| transport.is_connected(id).unwrap_or(false));
                 DeviceView::Fuse { served: connected }

@@ -1,12 +1,13 @@
 //! What a successor needs to know, on local disk before it is relied on.
 //!
-//! One JSON file per ublk device under `RUN_DIR/journal/`, named after the
+//! One JSON file per export under `RUN_DIR/journal/`, named after the
 //! layer's root. Its `state` is `intent` (the device has its id, nobody can use
 //! it yet), then `live`, then `deleting`. Files are written whole: temporary
 //! file, fsync, rename, fsync of the directory. Ids mean nothing after a reboot,
 //! so every file carries the boot's id.
 //!
-//! FUSE exports are not journalled: they end with the daemon.
+//! Of an export over FUSE the device is not in the kernel but with the
+//! [keeper](crate::keeper), under the same name.
 
 use accel_oci::{ChainId, DiffId, Digest};
 use accel_ufs::index::{ImageSize, Root};
@@ -16,8 +17,10 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-/// Number of the format.
+/// Number of the format; entries of FUSE exports have the second, because a daemon
+/// that knows only the first would take them for block devices.
 const LAYOUT: u32 = 1;
+const LAYOUT_FUSE: u32 = 2;
 
 /// How far a device has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +32,17 @@ pub enum State {
     Live,
     /// To be removed.
     Deleting,
+}
+
+/// How a layer is exported.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transport {
+    /// As a block device.
+    #[default]
+    Ublk,
+    /// As a file on FUSE.
+    Fuse,
 }
 
 /// Who holds a device's image.
@@ -47,12 +61,15 @@ pub struct HolderEntry {
 /// One device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// Number of the format, always 1.
+    /// Number of the format.
     pub layout: u32,
     /// Of this boot only.
     pub boot_id: String,
     /// How far it has come.
     pub state: State,
+    /// How it is exported.
+    #[serde(default)]
+    pub transport: Transport,
     /// `N` of `/dev/ublkbN`.
     pub device: u32,
     /// ublk flags it was made with; for people.
@@ -84,6 +101,7 @@ impl Entry {
             layout: LAYOUT,
             boot_id: journal.boot_id.clone(),
             state: State::Intent,
+            transport: Transport::Ublk,
             device: 0,
             features: 0,
             queue_depth: 0,
@@ -93,6 +111,15 @@ impl Entry {
             root,
             size,
             holders: Vec::new(),
+        }
+    }
+
+    /// The same for an export over FUSE.
+    pub fn over_fuse(self) -> Self {
+        Self {
+            layout: LAYOUT_FUSE,
+            transport: Transport::Fuse,
+            ..self
         }
     }
 
@@ -177,7 +204,7 @@ impl Journal {
                 continue;
             }
             match serde_json::from_slice::<Entry>(&fs::read(&path)?) {
-                Ok(entry) if entry.layout != LAYOUT => {
+                Ok(entry) if ![LAYOUT, LAYOUT_FUSE].contains(&entry.layout) => {
                     tracing::error!(path = %path.display(), layout = entry.layout,
                         "a journal entry of another version is left alone");
                 }

@@ -9,7 +9,7 @@
 //!
 //! * [`serve`] puts the daemon together; [`namespace`] keeps its mounts apart.
 //! * [`registry`] knows what is exported and who needs it; [`journal`] makes
-//!   that survive the daemon.
+//!   that survive the daemon, and [`keeper`] the connections of FUSE files.
 //! * [`engine`] turns requests of the kernel into verified bytes.
 //! * [`client`] asks and mounts.
 
@@ -19,6 +19,7 @@ pub mod client;
 pub mod devices;
 pub mod engine;
 pub mod journal;
+pub mod keeper;
 pub mod namespace;
 pub mod registry;
 pub mod serve;

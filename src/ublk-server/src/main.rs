@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 use ublk_server::paths::{Paths, SOCKET};
-use ublk_server::{client, serve, size, time};
+use ublk_server::{client, keeper, serve, size, time};
 
 /// Serves converted images on this node: on demand, verified, as block devices.
 #[derive(Debug, Parser)]
@@ -109,6 +109,12 @@ enum Command {
         #[command(flatten)]
         place: Place,
     },
+    /// Keeps connections of the daemon, which starts it, beyond its end.
+    #[command(hide = true)]
+    KeepConnections {
+        /// Where its socket lies; it comes as standard input.
+        socket: PathBuf,
+    },
     /// Reads files for the daemon, which starts it.
     #[command(hide = true)]
     SourceWorker {
@@ -157,6 +163,7 @@ fn run(command: Command) -> Result<()> {
             place,
         } => client::mount(&place.into(), &image, &directory, rw.as_deref())?,
         Command::Unmount { directory, place } => client::unmount(&place.into(), &directory)?,
+        Command::KeepConnections { socket } => keeper::process::run(&socket)?,
         Command::SourceWorker { directory } => worker::run(&directory)?,
     }
     Ok(())

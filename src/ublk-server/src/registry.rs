@@ -11,10 +11,10 @@
 use crate::catalog::{Catalog, Image, Layer};
 use crate::devices::{Device, Devices};
 use crate::engine::{Engine, Export, ExportReader, Warmer};
-use crate::journal::{Entry, HolderEntry, Journal, State as JournalState};
+use crate::journal::{Entry, HolderEntry, Journal, State as JournalState, Transport};
 use crate::paths::Paths;
 use crate::protocol::{
-    Attached, AttachedLayer, Detached, Ended, ExportStatus, Holder, HolderStatus,
+    Attached, AttachedLayer, Detached, DeviceView, Ended, ExportStatus, Holder, HolderStatus,
 };
 use accel_oci::Digest;
 use accel_transport::ublk::{DeviceState, Removal};
@@ -201,19 +201,39 @@ impl Registry {
             Ok(device) => device,
             Err(error) => {
                 if noted {
-                    self.journal
-                        .remove(root)
-                        .context("cannot undo the journal")?;
+                    self.undo(&entry)?;
                 }
                 return Err(error).with_context(|| format!("cannot export {name}"));
             }
         };
-        let entry = noted.then_some(entry);
+        if matches!(device, Device::Fuse) {
+            entry = entry.over_fuse();
+            self.journal
+                .check_vacant(root)
+                .and_then(|()| self.journal.write(&entry))
+                .with_context(|| format!("cannot export {name}"))?;
+        }
         Ok(Served {
             export,
             device,
-            entry,
+            entry: Some(entry),
         })
+    }
+
+    /// Removes the entry of a device that was not made after all. If the driver still
+    /// has it, the entry stays: a later daemon removes both.
+    fn undo(&self, entry: &Entry) -> Result<()> {
+        let left = self.devices.ublk().map(|ublk| ublk.state(entry.device));
+        if let Some(Ok(Some(_)) | Err(_)) = left {
+            tracing::error!(
+                device = entry.device,
+                "a device that did not start cannot be removed; the next daemon tries again"
+            );
+            return Ok(());
+        }
+        self.journal
+            .remove(entry.root)
+            .context("cannot undo the journal")
     }
 
     /// Notes a holder, also in the journal of all its layers. If that fails, what
@@ -286,14 +306,25 @@ impl Registry {
             let view = {
                 let state = self.state();
                 let needed = state.holders.values().any(|h| h.layers.contains(&root));
-                let served = state.exports.get(&root).filter(|_| !needed);
-                served.map(|served| self.devices.view(root, &served.device))
+                let served = state.exports.get(&root);
+                match served {
+                    _ if needed => continue,
+                    Some(served) => Some(self.devices.view(root, &served.device)),
+                    None => None,
+                }
             };
             let Some(device) = view else {
+                // It ended in an attempt that did not come to its end. Its FUSE file
+                // may still be there.
+                if self.devices.ublk().is_none() {
+                    let device = DeviceView::Fuse { served: false };
+                    ended.push(Ended { root, device });
+                }
                 continue;
             };
             if let Err(error) = self.end(root) {
-                // What is left can be tried again; its journal names the holder.
+                // What is left can be tried again; its journal names the holder, and
+                // what has ended is told then.
                 self.state().holders.insert(holder, holding);
                 return Err(error);
             }
@@ -420,44 +451,88 @@ impl Registry {
 
     fn recover_devices(&self) -> Result<()> {
         let entries = self.journal.load().context("cannot read the journal")?;
-        let Some(ublk) = self.devices.ublk() else {
-            for entry in entries {
-                tracing::error!(device = entry.device, layer = %entry.name(),
-                    "a block device of an earlier daemon waits; start with --transport ublk");
+        let _one = self.operate();
+        let mut kept = self.devices.kept();
+        for entry in entries {
+            let fuse = self.devices.ublk().is_none();
+            match entry.transport {
+                Transport::Ublk if fuse => {
+                    tracing::error!(device = entry.device, layer = %entry.name(),
+                        "a block device of an earlier daemon waits; start with --transport ublk");
+                }
+                Transport::Fuse if !fuse => {
+                    tracing::error!(layer = %entry.name(),
+                        "a FUSE export of an earlier daemon waits; start with --transport fuse");
+                }
+                Transport::Ublk => self.recover_ublk(entry)?,
+                Transport::Fuse => {
+                    let connection = kept.remove(&entry.root);
+                    self.recover_fuse(entry, connection)?;
+                }
             }
+        }
+        for root in kept.into_keys() {
+            tracing::warn!(%root, "ending a FUSE export that no journal knows");
+            self.devices.forget(root);
+        }
+        Ok(())
+    }
+
+    /// Takes over an export over FUSE. Without a connection, because nobody has
+    /// mounted it or the keeper died, it is as if it had just been attached.
+    fn recover_fuse(&self, entry: Entry, connection: Option<OwnedFd>) -> Result<()> {
+        let (root, name) = (entry.root, entry.name());
+        if entry.state != JournalState::Live {
+            tracing::info!(layer = %name, "removed an unfinished export");
+            drop(connection);
+            self.devices.forget(root);
+            self.journal.remove(root)?;
+            return Ok(());
+        }
+        let export = Arc::new(Export::recovered(name, root, entry.size));
+        let reader = Arc::new(ExportReader::new(&self.engine, &export));
+        match connection.map(|fd| self.devices.adopt(root, fd, &reader)) {
+            Some(Ok(())) => tracing::info!(layer = %name, "recovered"),
+            Some(Err(error)) => tracing::error!(layer = %name, error = format!("{error:#}"),
+                "cannot go on serving a file; who reads it waits"),
+            None => tracing::warn!(layer = %name, "the file of an export is not mounted any more"),
+        }
+        self.recovered(export, Device::Fuse, entry);
+        Ok(())
+    }
+
+    fn recover_ublk(&self, entry: Entry) -> Result<()> {
+        let Some(ublk) = self.devices.ublk() else {
+            bail!("no ublk");
+        };
+        let (id, name) = (entry.device, entry.name());
+        let info = match ublk.state(id) {
+            Ok(info) => info,
+            Err(error) => {
+                tracing::error!(device = id, layer = %name, %error, "cannot look at a device");
+                return Ok(());
+            }
+        };
+        let Some(info) = info else {
+            tracing::info!(device = id, layer = %name, "a device is gone; dropping its entry");
+            self.journal.remove(entry.root)?;
             return Ok(());
         };
-        let _one = self.operate();
-        for entry in entries {
-            let (id, name) = (entry.device, entry.name());
-            let info = match ublk.state(id) {
-                Ok(info) => info,
+        if entry.state != JournalState::Live || info.state == DeviceState::Stopped {
+            match ublk.remove(id, Removal::Always) {
+                Ok(()) => {
+                    tracing::info!(device = id, layer = %name, "removed an unfinished device");
+                    self.journal.remove(entry.root)?;
+                }
                 Err(error) => {
-                    tracing::error!(device = id, layer = %name, %error, "cannot look at a device");
-                    continue;
+                    tracing::error!(device = id, layer = %name, %error, "cannot remove a device");
                 }
-            };
-            let Some(info) = info else {
-                tracing::info!(device = id, layer = %name, "a device is gone; dropping its entry");
-                self.journal.remove(entry.root)?;
-                continue;
-            };
-            if entry.state != JournalState::Live || info.state == DeviceState::Stopped {
-                match ublk.remove(id, Removal::Always) {
-                    Ok(()) => {
-                        tracing::info!(device = id, layer = %name, "removed an unfinished device");
-                        self.journal.remove(entry.root)?;
-                    }
-                    Err(error) => {
-                        tracing::error!(device = id, layer = %name, %error, "cannot remove a device");
-                    }
-                }
-                continue;
             }
-            if let Err(error) = self.recover_one(entry) {
-                tracing::error!(device = id, layer = %name, error = format!("{error:#}"),
-                    "cannot recover a device; who reads it waits");
-            }
+            return Ok(());
+        }
+        if let Err(error) = self.recover_one(entry) {
+            tracing::error!(device = id, layer = %name, error = format!("{error:#}"),
+                "cannot recover a device; who reads it waits");
         }
         Ok(())
     }
@@ -471,6 +546,12 @@ impl Registry {
         let reader = Arc::new(ExportReader::new(&self.engine, &export));
         let device = ublk.recover(entry.device, reader)?;
         tracing::info!(device = entry.device, layer = %export.name, "recovered");
+        self.recovered(export, Device::Ublk(device), entry);
+        Ok(())
+    }
+
+    /// Notes an export that an earlier daemon had, and who holds it.
+    fn recovered(&self, export: Arc<Export>, device: Device, entry: Entry) {
         let mut state = self.state();
         for holder in &entry.holders {
             let holding = Holding {
@@ -482,15 +563,14 @@ impl Registry {
         }
         let served = Served {
             export,
-            device: Device::Ublk(device),
+            device,
             entry: Some(entry),
         };
         state.exports.insert(served.export.root, served);
-        Ok(())
     }
 
-    /// Ends what can be ended before the daemon does. Block devices in use stay
-    /// for the next daemon; their number is returned.
+    /// Ends what can be ended before the daemon does. Exports in use stay for the
+    /// next daemon; their number is returned.
     pub fn shut_down(&self) -> usize {
         let _one = self.operate();
         self.state().closed = true;
@@ -575,7 +655,7 @@ mod tests {
             Patience::DATA,
         );
         let engine = engine.unwrap();
-        let devices = Devices::start(Wanted::Fuse).unwrap();
+        let devices = Devices::start(Wanted::Fuse, paths).unwrap();
         let journal = Journal::open(&paths.run, Path::new("/ufs")).unwrap();
         let name = LayerName::Layer(DiffId(Digest::of(b"layer")));
         let size = ImageSize::new(4096).unwrap();

@@ -72,14 +72,22 @@ pub fn run(options: &Options) -> Result<()> {
     let ufs = std::path::absolute(&options.ufs)?;
     let lock = claim(paths)?;
     let result = serve(options, &ufs);
+    if matches!(result, Ok(1..)) {
+        // Exports stay for the next daemon, which must not begin with them before
+        // this process has let go: the lock ends with the process.
+        std::mem::forget(lock);
+        return Ok(());
+    }
     // Empty unless devices stay for the next daemon.
     let _ = fs::remove_dir(paths.run.join("journal"));
     lock.remove();
     paths.tidy();
-    result
+    result.map(drop)
 }
 
-fn serve(options: &Options, ufs: &Path) -> Result<()> {
+/// Serves until a signal comes; gives the number of exports that stay for the next
+/// daemon.
+fn serve(options: &Options, ufs: &Path) -> Result<usize> {
     let paths = &options.paths;
     let program = std::env::current_exe().context("cannot find this program")?;
     let needed = [
@@ -116,18 +124,16 @@ fn serve(options: &Options, ufs: &Path) -> Result<()> {
     let _ = fs::remove_file(&paths.socket);
     drop(listener);
     let left = daemon.registry.shut_down();
-    if left > 0 && devices.name() == "ublk" {
-        tracing::warn!(
-            devices = left,
-            "devices are in use: who reads them waits until the daemon serves again"
-        );
-    } else if left > 0 {
+    if left > 0 {
         tracing::warn!(
             exports = left,
-            "exports are in use: who reads them gets errors from now on"
+            "exports are in use: who reads them waits until the daemon serves again"
         );
+        // Requests that are under way are the next daemon's. Taken down in order,
+        // they would be answered with errors.
+        std::mem::forget(daemon);
     }
-    Ok(())
+    Ok(left)
 }
 
 /// Makes sure that this is the only daemon here.
@@ -190,7 +196,7 @@ fn start(options: &Options, ufs: &Path, journal: Journal, leftovers: bool) -> Re
         ..Patience::DATA
     };
     let engine = Engine::start(shared, arena, patience).context("cannot start the verifiers")?;
-    let devices = Devices::start(options.transport)?;
+    let devices = Devices::start(options.transport, &options.paths)?;
     let registry = Registry::new(Arc::clone(&engine), devices, journal, ufs.to_owned())?;
     Ok(Arc::new(Daemon {
         registry,

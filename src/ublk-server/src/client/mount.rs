@@ -13,7 +13,7 @@
 use super::{check_daemon, image_name, lock};
 use crate::lock::Lock;
 use crate::paths::Paths;
-use crate::protocol::{Attached, Command, Holder};
+use crate::protocol::{Attached, Command, Holder, Status};
 use crate::wire;
 use accel_client::exports::{device, release};
 use accel_client::system::{self, Overlay};
@@ -231,6 +231,21 @@ fn take_back(paths: &Paths, note: &Noted) -> Result<()> {
         }
     } else {
         release(paths, holder)?;
+        // Of a client that died after the daemon had ended exports and before it
+        // took their files away.
+        let is_there = |root: &&Root| {
+            let file = fs::symlink_metadata(paths.export(**root));
+            !file.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+        };
+        let left: Vec<_> = unused().filter(is_there).collect();
+        if !left.is_empty() {
+            let status: Status = wire::ask(&paths.socket, &Command::Status, None)?;
+            for root in left {
+                if !status.exports.iter().any(|export| export.root == *root) {
+                    system::unmount_file(&paths.export(*root))?;
+                }
+            }
+        }
     }
     match fs::remove_file(paths.note(&note.directory)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
