@@ -73,14 +73,16 @@ measure_lazy() {
     "$bin/ublk-server" mount --socket "$socket" "$image" "$root" >/dev/null ||
         { cat "$scratch/ublk-server.log" >&2; die "could not mount $image"; }
     echo "mounted=$(($(now_ms) - start))"
+    "$bin/ublk-server" status --socket "$socket" --json >"$scratch/status.mounted"
     result=$(first_output "$root" "$start")
     echo "lazy_output=${result%% *}"
     echo "lazy_line=${result#* }"
     "$bin/ublk-server" status --socket "$socket" --json >"$scratch/status"
-    /usr/bin/python3 - "$scratch/status" <<'PY'
+    /usr/bin/python3 - "$scratch/status.mounted" "$scratch/status" <<'PY'
 import json, sys
-status = json.load(open(sys.argv[1]))
+mounted, status = (json.load(open(path)) for path in sys.argv[1:])
 print(f"transport={status['transport']}")
+print(f"fetched_to_mount={mounted['fetched_bytes']}")
 print(f"fetched={status['fetched_bytes']}")
 PY
     unmount_image "$root"
