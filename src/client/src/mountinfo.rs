@@ -56,9 +56,25 @@ fn kinds_in(text: &str, path: &Path) -> Vec<String> {
     text.lines().filter_map(at).collect()
 }
 
+/// Mount points of this kind in a text that [`read`] gave.
+pub fn points(text: &str, kind: &str) -> Vec<PathBuf> {
+    let of_kind = |line: &str| {
+        let (front, back) = line.split_once(" - ")?;
+        let point = unescape(front.split(' ').nth(4)?);
+        (back.split(' ').next()? == kind).then_some(point)
+    };
+    text.lines().filter_map(of_kind).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn points_of_a_kind_are_found() {
+        let text = "1 0 0:5 / /a rw - erofs x ro\n2 0 0:6 / /b rw shared:1 - ext4 y rw\n";
+        assert_eq!(points(text, "erofs"), [Path::new("/a")]);
+    }
 
     #[test]
     fn octal_is_undone() {

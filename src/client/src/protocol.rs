@@ -4,7 +4,7 @@
 //! file descriptor, and a line of JSON back: `{"ok": …}` or `{"error": "…"}`.
 //! Client and daemon are the same version; fields a peer does not know are ignored.
 
-use accel_oci::Digest;
+use accel_oci::{ChainId, DiffId, Digest};
 use accel_ufs::index::{ImageSize, Root};
 use accel_ufs::names::Uuid;
 use serde::{Deserialize, Serialize};
@@ -23,6 +23,20 @@ pub enum Command {
         image: String,
         /// Who needs it: a mount's directory; none for an operator's `attach`.
         holder: Option<String>,
+    },
+    /// Export one layer, whose root the client knows from elsewhere than UFS;
+    /// answered with a [`LayerAnswer`].
+    AttachLayer {
+        /// Which layer.
+        diff_id: DiffId,
+        /// And on top of which others.
+        chain_id: ChainId,
+        /// What its bytes must have.
+        root: Root,
+        /// How many there are.
+        size: ImageSize,
+        /// Who needs it; a text that does not begin with `/`.
+        holder: String,
     },
     /// Note that a holder no longer needs its image, and end exports that nobody
     /// needs.
@@ -53,6 +67,8 @@ pub enum Holder {
     Mount(String),
     /// An operator's `attach` of this image (source or manifest digest).
     Operator(String),
+    /// The holder of [`Command::AttachLayer`].
+    Layer(String),
 }
 
 /// The daemon's answer.
@@ -103,6 +119,20 @@ pub struct Attached {
     pub digest: Digest,
     /// Lowest first.
     pub layers: Vec<AttachedLayer>,
+}
+
+/// Answer to [`Command::AttachLayer`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LayerAnswer {
+    /// It is exported.
+    Attached(AttachedLayer),
+    /// It is not on UFS.
+    Absent,
+    /// UFS has it with another root.
+    OtherRoot(Root),
+    /// UFS does not answer, or has no index that could be read.
+    Unreadable(String),
 }
 
 /// An export that nobody needs any more.
@@ -208,7 +238,7 @@ pub struct ExportStatus {
     pub size: u64,
     /// Where it is.
     pub device: DeviceView,
-    /// What vouches for the root: `ufs`.
+    /// What vouches for the root: `ufs`, or `manifest` if every holder named it.
     pub trust: String,
     /// Who needs it.
     pub holders: Vec<String>,

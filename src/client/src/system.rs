@@ -9,7 +9,8 @@ use accel_ufs::index::Root;
 use accel_ufs::names::Uuid;
 use anyhow::{Context, Result, bail};
 use rustix::io::Errno;
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags};
+pub use rustix::mount::MountFlags;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags};
 use rustix::mount::{UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen};
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File};
@@ -29,20 +30,20 @@ const UUID_OFFSET: u64 = 1024 + 48;
 const OPTIONS: usize = 4000;
 
 /// Mounts a layer's device, or file, at `point`, which is made; nothing happens
-/// if it is there already.
-pub fn mount_layer(device: &Path, point: &Path, uuid: Uuid) -> Result<()> {
+/// if it is there already. Read-only, and with these flags.
+pub fn mount_layer(device: &Path, point: &Path, uuid: Uuid, flags: MountFlags) -> Result<()> {
     if is_mounted(point, "erofs")? {
         return Ok(());
     }
     fs::create_dir_all(point).with_context(|| format!("cannot make {}", point.display()))?;
     let failed = || format!("cannot mount {} at {}", device.display(), point.display());
-    match mount_erofs(device, point) {
+    match mount_erofs(device, point, flags) {
         Ok(()) => {}
         // Before 6.12 EROFS wants a block device.
         Err(Errno::NOTBLK) => {
             let (path, _held) = loop_device(device)
                 .with_context(|| format!("cannot make a loop device of {}", device.display()))?;
-            mount_erofs(&path, point).with_context(failed)?;
+            mount_erofs(&path, point, flags).with_context(failed)?;
         }
         Err(error) => return Err(error).with_context(failed),
     }
@@ -60,9 +61,8 @@ pub fn mount_layer(device: &Path, point: &Path, uuid: Uuid) -> Result<()> {
     );
 }
 
-fn mount_erofs(device: &Path, point: &Path) -> rustix::io::Result<()> {
-    let flags = MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID;
-    rustix::mount::mount(device, point, "erofs", flags, None)
+fn mount_erofs(device: &Path, point: &Path, flags: MountFlags) -> rustix::io::Result<()> {
+    rustix::mount::mount(device, point, "erofs", flags | MountFlags::RDONLY, None)
 }
 
 /// The directories of an overlay.

@@ -13,6 +13,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 /// Writes `message` as a line, and passes `fd` with its first byte.
 pub fn send(stream: &UnixStream, message: &impl Serialize, fd: Option<&OwnedFd>) -> Result<()> {
@@ -79,6 +80,24 @@ pub fn ask<T: DeserializeOwned>(
     command: &impl Serialize,
     fd: Option<&OwnedFd>,
 ) -> Result<T> {
+    ask_for(socket, command, fd, None)
+}
+
+/// The same; gives up when the daemon says nothing for so long.
+pub fn ask_within<T: DeserializeOwned>(
+    socket: &Path,
+    command: &impl Serialize,
+    patience: Duration,
+) -> Result<T> {
+    ask_for(socket, command, None, Some(patience))
+}
+
+fn ask_for<T: DeserializeOwned>(
+    socket: &Path,
+    command: &impl Serialize,
+    fd: Option<&OwnedFd>,
+    patience: Option<Duration>,
+) -> Result<T> {
     let stream = UnixStream::connect(socket).with_context(|| {
         format!(
             "cannot reach the daemon at {}: is `ublk-server serve` running there, and is this root?",
@@ -86,6 +105,8 @@ pub fn ask<T: DeserializeOwned>(
         )
     })?;
     let trouble = || format!("no answer from the daemon at {}", socket.display());
+    stream.set_read_timeout(patience).with_context(trouble)?;
+    stream.set_write_timeout(patience).with_context(trouble)?;
     send(&stream, command, fd).with_context(trouble)?;
     match receive::<Reply<T>>(&stream).with_context(trouble)?.0 {
         Reply::Ok(answer) => Ok(answer),

@@ -43,6 +43,16 @@ fn answer(daemon: &Daemon, stream: &UnixStream) -> Result<()> {
     let registry = &daemon.registry;
     match command {
         Command::Attach { image, holder } => reply(stream, registry.attach(&image, holder)),
+        Command::AttachLayer {
+            diff_id,
+            chain_id,
+            root,
+            size,
+            holder,
+        } => {
+            let answer = registry.attach_layer(diff_id, chain_id, (root, size), &holder);
+            reply(stream, answer)
+        }
         Command::Detach { holder } => reply(stream, registry.detach(&holder)),
         Command::Serve { root } => {
             let served = fd

@@ -55,6 +55,17 @@ pub struct Layer {
     pub size: ImageSize,
 }
 
+/// What there is of a layer whose root is known.
+#[derive(Debug, Clone, Copy)]
+pub enum RootedLayer {
+    /// The layer.
+    Found(Layer),
+    /// A layer of that name with this root or another size.
+    Other(Root),
+    /// Nothing.
+    Absent,
+}
+
 /// Looks images up on one UFS.
 #[derive(Debug)]
 pub struct Catalog<'a, S: Source + ?Sized> {
@@ -96,24 +107,57 @@ impl Catalog<'_, dyn Source> {
 
     /// The layer with this chain ID or diffID.
     fn layer(&self, digest: &Digest) -> Result<Option<Layer>, CatalogError> {
-        for name in [
-            LayerName::Chain(ChainId(*digest)),
-            LayerName::Layer(DiffId(*digest)),
-        ] {
+        for layer in self.named(ChainId(*digest), DiffId(*digest)) {
+            if let Some(layer) = layer? {
+                return Ok(Some(layer));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The layer with this diffID on top of others, as long as its image has this
+    /// root and size.
+    pub fn layer_with_root(
+        &self,
+        diff_id: DiffId,
+        chain_id: ChainId,
+        root: Root,
+        size: ImageSize,
+    ) -> Result<RootedLayer, CatalogError> {
+        let mut other = None;
+        for layer in self.named(chain_id, diff_id) {
+            match layer? {
+                Some(layer) if (layer.root, layer.size) == (root, size) => {
+                    return Ok(RootedLayer::Found(layer));
+                }
+                Some(layer) => other = other.or(Some(layer.root)),
+                None => {}
+            }
+        }
+        Ok(other.map_or(RootedLayer::Absent, RootedLayer::Other))
+    }
+
+    /// What there is by chain ID, and by diffID.
+    fn named(
+        &self,
+        chain_id: ChainId,
+        diff_id: DiffId,
+    ) -> impl Iterator<Item = Result<Option<Layer>, CatalogError>> {
+        let names = [LayerName::Chain(chain_id), LayerName::Layer(diff_id)];
+        names.into_iter().map(|name| {
             let Some(bytes) = self.read(name.index().as_str(), PAGE_SIZE)? else {
-                continue;
+                return Ok(None);
             };
             let page = <&Page>::try_from(&*bytes).map_err(|_| HeaderError::Magic);
             let header = page
                 .and_then(Header::parse)
                 .map_err(|source| CatalogError::Index { name, source })?;
-            return Ok(Some(Layer {
+            Ok(Some(Layer {
                 name,
                 root: header.root(),
                 size: header.image_size(),
-            }));
-        }
-        Ok(None)
+            }))
+        })
     }
 
     /// The record of the image that `name` means.

@@ -56,6 +56,9 @@ pub struct HolderEntry {
     pub manifest: Digest,
     /// All of its layers, lowest first.
     pub layers: Vec<Root>,
+    /// Whether the holder knew the roots from elsewhere than UFS.
+    #[serde(default)]
+    pub signed: bool,
 }
 
 /// One device.
@@ -235,6 +238,7 @@ mod tests {
             image: "oci:/x".to_owned(),
             manifest: Digest::of(b"m"),
             layers: vec![Root([7; 32])],
+            signed: false,
         });
         entry
     }

@@ -8,17 +8,19 @@
 //! the kernel; `state` is held for moments only, so that `status` always answers.
 //! `operations` is taken first.
 
-use crate::catalog::{Catalog, Image, Layer};
+use crate::catalog::{Catalog, CatalogError, Image, Layer, RootedLayer};
 use crate::devices::{Device, Devices};
 use crate::engine::{Engine, Export, ExportReader, Warmer};
 use crate::journal::{Entry, HolderEntry, Journal, State as JournalState, Transport};
 use crate::paths::Paths;
 use crate::protocol::{
     Attached, AttachedLayer, Detached, DeviceView, Ended, ExportStatus, Holder, HolderStatus,
+    LayerAnswer,
 };
-use accel_oci::Digest;
+use accel_oci::{ChainId, DiffId, Digest};
+use accel_source::Source;
 use accel_transport::ublk::{DeviceState, Removal};
-use accel_ufs::index::Root;
+use accel_ufs::index::{ImageSize, Root};
 use accel_ufs::resolve::ImageName;
 use anyhow::{Context, Result, anyhow, bail};
 use std::collections::{BTreeMap, HashMap};
@@ -59,6 +61,8 @@ struct Holding {
     image: String,
     manifest: Digest,
     layers: Vec<Root>,
+    /// Whether the roots came with the request.
+    signed: bool,
 }
 
 /// Name of an operator's holder.
@@ -105,18 +109,73 @@ impl Registry {
     pub fn attach(&self, image: &str, holder: Option<String>) -> Result<Attached> {
         let name: ImageName = image.parse()?;
         let _one = self.operate();
-        if self.state().closed {
-            bail!("the daemon is ending");
+        self.check_open()?;
+        let found = self.catalog().find(&name)?;
+        let holder = holder.unwrap_or_else(|| operator(&found.digest));
+        let layers = self.attach_found(&found, image, &holder, false)?;
+        Ok(Attached {
+            digest: found.digest,
+            layers,
+        })
+    }
+
+    /// Exports one layer, whose root is known, for `holder`.
+    pub fn attach_layer(
+        &self,
+        diff_id: DiffId,
+        chain_id: ChainId,
+        (root, size): (Root, ImageSize),
+        holder: &str,
+    ) -> Result<LayerAnswer> {
+        let _one = self.operate();
+        self.check_open()?;
+        let found = self
+            .catalog()
+            .layer_with_root(diff_id, chain_id, root, size);
+        let layer = match found {
+            Ok(RootedLayer::Found(layer)) => layer,
+            Ok(RootedLayer::Other(root)) => return Ok(LayerAnswer::OtherRoot(root)),
+            Ok(RootedLayer::Absent) => return Ok(LayerAnswer::Absent),
+            Err(error @ (CatalogError::Source(_) | CatalogError::Index { .. })) => {
+                return Ok(LayerAnswer::Unreadable(error.to_string()));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let image = Image {
+            digest: diff_id.0,
+            layers: vec![layer],
+        };
+        let name = layer.name.to_string();
+        let layers = self.attach_found(&image, &name, holder, true)?;
+        let layer = layers.into_iter().next().context("no layer")?;
+        Ok(LayerAnswer::Attached(layer))
+    }
+
+    fn check_open(&self) -> Result<()> {
+        match self.state().closed {
+            true => bail!("the daemon is ending"),
+            false => Ok(()),
         }
-        let catalog = Catalog {
+    }
+
+    fn catalog(&self) -> Catalog<'_, dyn Source> {
+        Catalog {
             source: &**self.engine.source(),
             pool: self.engine.arena().chunks(),
             ufs: &self.ufs,
-        };
-        let found = catalog.find(&name)?;
+        }
+    }
+
+    /// Exports what was found; the caller has `operations`.
+    fn attach_found(
+        &self,
+        found: &Image,
+        image: &str,
+        holder: &str,
+        signed: bool,
+    ) -> Result<Vec<AttachedLayer>> {
         let digest = found.digest;
-        let holder = holder.unwrap_or_else(|| operator(&digest));
-        if let Some(other) = self.state().holders.get(&holder)
+        if let Some(other) = self.state().holders.get(holder)
             && other.manifest != digest
         {
             bail!(
@@ -126,19 +185,20 @@ impl Registry {
             );
         }
         let mut added = Vec::new();
-        let layers = self.attach_layers(&found, &mut added).and_then(|layers| {
+        let layers = self.attach_layers(found, &mut added).and_then(|layers| {
             let holding = Holding {
                 image: image.to_owned(),
                 manifest: digest,
                 layers: layers.iter().map(|layer| layer.root).collect(),
+                signed,
             };
-            self.hold(&holder, holding)?;
+            self.hold(holder, holding)?;
             Ok(layers)
         });
         match layers {
             Ok(layers) => {
                 tracing::info!(image, holder, layers = layers.len(), "attached");
-                Ok(Attached { digest, layers })
+                Ok(layers)
             }
             Err(error) => {
                 for root in added {
@@ -268,6 +328,7 @@ impl Registry {
                     image: holding.image.clone(),
                     manifest: holding.manifest,
                     layers: holding.layers.clone(),
+                    signed: holding.signed,
                 })
                 .collect();
             let Some(served) = state.exports.get_mut(root) else {
@@ -338,9 +399,9 @@ impl Registry {
     fn find_holder(&self, who: &Holder) -> Result<Option<String>> {
         let state = self.state();
         let image = match who {
-            Holder::Mount(directory) => {
-                let known = state.holders.contains_key(directory);
-                return Ok(known.then(|| directory.clone()));
+            Holder::Mount(holder) | Holder::Layer(holder) => {
+                let known = state.holders.contains_key(holder);
+                return Ok(known.then(|| holder.clone()));
             }
             Holder::Operator(image) => image,
         };
@@ -558,6 +619,7 @@ impl Registry {
                 image: holder.image.clone(),
                 manifest: holder.manifest,
                 layers: holder.layers.clone(),
+                signed: holder.signed,
             };
             state.holders.insert(holder.holder.clone(), holding);
         }
@@ -599,13 +661,20 @@ impl Registry {
                 let counters = &served.export.counters;
                 let holders = state.holders.iter();
                 let holders = holders.filter(|(_, holding)| holding.layers.contains(root));
+                let holders: Vec<_> = holders.collect();
+                let signed =
+                    !holders.is_empty() && holders.iter().all(|(_, holding)| holding.signed);
+                let trust = if signed { "manifest" } else { "ufs" };
                 ExportStatus {
                     name: served.export.name.to_string(),
                     root: *root,
                     size: served.export.size(),
                     device: self.devices.view(*root, &served.device),
-                    trust: "ufs".to_owned(),
-                    holders: holders.map(|(holder, _)| holder.clone()).collect(),
+                    trust: trust.to_owned(),
+                    holders: holders
+                        .iter()
+                        .map(|(holder, _)| (*holder).clone())
+                        .collect(),
                     hits: counters.hits.load(Relaxed),
                     misses: counters.misses.load(Relaxed),
                     served_bytes: counters.served_bytes.load(Relaxed),
@@ -678,6 +747,7 @@ mod tests {
             image: "oci:/x".to_owned(),
             manifest: Digest::of(b"manifest"),
             layers: vec![ROOT],
+            signed: false,
         }
     }
 

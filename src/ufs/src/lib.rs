@@ -4,6 +4,7 @@
 //!   image knowing only its root and size. Bytes in, bytes out, no I/O.
 //! * [`names`]: the path of everything on UFS.
 //! * [`record`]: image records and the smaller records beside them.
+//! * [`annotations`]: what an accelerated manifest says of a layer.
 //! * [`publish`]: how files get their final names: complete, durable, and never
 //!   replacing anything.
 //! * [`lease`]: which processes are at work, so that what the others left can go.
@@ -12,6 +13,7 @@
 //! The bytes and names are specified in `ARCHITECTURE.md`, "Formats"; this is
 //! layout 1.
 
+pub mod annotations;
 pub mod index;
 pub mod lease;
 pub mod names;

@@ -16,7 +16,7 @@ use crate::paths::Paths;
 use crate::protocol::{Attached, Command, Holder, Status};
 use crate::wire;
 use accel_client::exports::{device, release};
-use accel_client::system::{self, Overlay};
+use accel_client::system::{self, MountFlags, Overlay};
 use accel_ufs::index::Root;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -133,7 +133,8 @@ fn mount_attached(
         .with_context(|| format!("cannot write {}", path.display()))?;
     for layer in &attached.layers {
         let device = device(paths, layer)?;
-        system::mount_layer(&device, &paths.layer(layer.root), layer.uuid)
+        let flags = MountFlags::NODEV | MountFlags::NOSUID;
+        system::mount_layer(&device, &paths.layer(layer.root), layer.uuid, flags)
             .with_context(|| format!("cannot mount {}", layer.name))?;
     }
     // Topmost first. Of a layer that comes twice, the lower one shows nothing

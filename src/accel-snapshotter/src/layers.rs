@@ -1,0 +1,249 @@
+//! Lazily loaded layers as the kernel has them: exported by `ublk-server`, mounted
+//! here.
+//!
+//! Every layer has one mount point, whichever snapshots need it. What is done to
+//! layers is done by one thread at a time, and under the lock that all clients of
+//! the daemon share. Everything here may wait for the daemon, and so for UFS, but
+//! not for ever.
+
+use crate::mounts::Places;
+use crate::snapshot::Layer;
+use accel_client::exports::{device, release};
+use accel_client::lock::Lock;
+use accel_client::paths::Paths;
+use accel_client::protocol::{Command, DeviceView, ExportStatus, Holder, LayerAnswer, Status};
+use accel_client::system::{self, MountFlags};
+use accel_client::{mountinfo, wire};
+use accel_ufs::index::Root;
+use anyhow::{Context, Result, bail};
+use std::collections::HashSet;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long the daemon may take to export a layer. UFS has its own, shorter limits
+/// there.
+const EXPORT: Duration = Duration::from_secs(60);
+/// How long it may take to say how it is.
+const STATUS: Duration = Duration::from_secs(10);
+/// How long other clients may mount.
+const LOCK: Duration = Duration::from_secs(60);
+
+/// Why a layer cannot be mounted.
+#[derive(Debug, thiserror::Error)]
+pub enum LayerFailure {
+    /// It was not converted to the daemon's UFS.
+    #[error("the layer is not on UFS")]
+    Absent,
+    /// What was converted is something else.
+    #[error("UFS has the layer with the root {0}, not with the one in the manifest")]
+    OtherRoot(Root),
+    /// UFS does not answer, or its index is damaged.
+    #[error("{0}")]
+    Unreadable(String),
+    /// The daemon does not answer, or a mount fails.
+    #[error("{0:#}")]
+    Other(anyhow::Error),
+}
+
+impl From<anyhow::Error> for LayerFailure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+/// Mounts layers.
+#[derive(Debug)]
+pub struct Layers {
+    places: Places,
+    server: Paths,
+    one: Mutex<()>,
+}
+
+impl Layers {
+    /// Mounts beneath `places` what the daemon at `server` exports.
+    pub fn new(places: Places, server: Paths) -> Self {
+        Self {
+            places,
+            server,
+            one: Mutex::default(),
+        }
+    }
+
+    /// Keeps others from changing layers.
+    pub fn operate(&self) -> MutexGuard<'_, ()> {
+        self.one.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the daemon is.
+    pub fn server(&self) -> &Path {
+        &self.server.socket
+    }
+
+    /// Under which name the daemon knows who needs a layer.
+    fn holder(&self, root: Root) -> String {
+        format!("{}{root}", self.holders())
+    }
+
+    fn holders(&self) -> String {
+        format!("accel-snapshotter {} ", self.places.root().display())
+    }
+
+    /// Mount points of layers that something is mounted at, as the kernel knows them.
+    pub fn mounted(&self) -> io::Result<HashSet<PathBuf>> {
+        let points = mountinfo::points(&mountinfo::read()?, "erofs");
+        let layers = self.places.layers();
+        Ok(points
+            .into_iter()
+            .filter(|point| point.starts_with(&layers))
+            .collect())
+    }
+
+    /// Sees to it that a layer is mounted. `stale`: what is mounted is of no use any
+    /// more.
+    pub fn ensure(&self, layer: &Layer, stale: bool) -> Result<(), LayerFailure> {
+        let _one = self.operate();
+        let point = self.places.layer(layer.number);
+        let mounted = self.mounted().context("cannot read the list of mounts")?;
+        let mounted = mounted.contains(&point);
+        if mounted && !stale {
+            return Ok(());
+        }
+        let lock = self.lock()?;
+        let result = self.mount(layer, &point, mounted);
+        lock.remove();
+        self.server.tidy();
+        result
+    }
+
+    fn mount(&self, layer: &Layer, point: &Path, mounted: bool) -> Result<(), LayerFailure> {
+        let holder = self.holder(layer.root);
+        let command = Command::AttachLayer {
+            diff_id: layer.diff_id,
+            chain_id: layer.chain_id,
+            root: layer.root,
+            size: layer.size,
+            holder: holder.clone(),
+        };
+        let attached = match wire::ask_within(&self.server.socket, &command, EXPORT)? {
+            LayerAnswer::Attached(attached) => attached,
+            LayerAnswer::Absent => return Err(LayerFailure::Absent),
+            LayerAnswer::OtherRoot(root) => return Err(LayerFailure::OtherRoot(root)),
+            LayerAnswer::Unreadable(why) => return Err(LayerFailure::Unreadable(why)),
+        };
+        if mounted {
+            system::detach(point)?;
+        }
+        if matches!(attached.device, DeviceView::Fuse { served: false }) {
+            system::detach(&self.server.export(layer.root))?;
+        }
+        let device = device(&self.server, &attached)?;
+        system::mount_layer(&device, point, attached.uuid, MountFlags::empty())
+            .with_context(|| format!("cannot mount {}", attached.name))?;
+        if let Err(error) =
+            wire::ask_within::<()>(&self.server.socket, &Command::Mounted { holder }, STATUS)
+        {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "metadata will not be fetched ahead"
+            );
+        }
+        Ok(())
+    }
+
+    /// Unmounts a layer and gives it back to the daemon. The caller holds
+    /// [`Layers::operate`]. May be repeated after an error.
+    pub fn end(&self, layer: &Layer) -> Result<()> {
+        let lock = self.lock()?;
+        let result = self.unmount(layer);
+        lock.remove();
+        self.server.tidy();
+        result
+    }
+
+    fn unmount(&self, layer: &Layer) -> Result<()> {
+        system::unmount_directory(&self.places.layer(layer.number))?;
+        let holder = self.holder(layer.root);
+        let export = self.export(layer.root)?;
+        let file = self.server.export(layer.root);
+        match export {
+            // The file must not go while an overlay, which has the layer open still,
+            // reads from it.
+            Some(ExportStatus {
+                device: DeviceView::Fuse { .. },
+                holders,
+                ..
+            }) if holders == [holder.as_str()] => system::unmount_file(&file)?,
+            // The daemon that served it is gone.
+            None => system::unmount_file(&file)?,
+            Some(_) => {}
+        }
+        release(&self.server, Holder::Layer(holder)).map(drop)
+    }
+
+    fn export(&self, root: Root) -> Result<Option<ExportStatus>> {
+        let exports = self.status()?.exports;
+        Ok(exports.into_iter().find(|export| export.root == root))
+    }
+
+    fn status(&self) -> Result<Status> {
+        wire::ask_within(&self.server.socket, &Command::Status, STATUS)
+    }
+
+    /// Compares what is mounted with what is served: the layers of which mount or
+    /// export is gone.
+    pub fn broken(&self, needed: &[Layer]) -> Result<Vec<Layer>> {
+        let status = self.status()?;
+        let mounted = self.mounted().context("cannot read the list of mounts")?;
+        let whole = |layer: &&Layer| {
+            let holder = self.holder(layer.root);
+            let served = status.exports.iter().any(|export| {
+                export.root == layer.root
+                    && export.holders.contains(&holder)
+                    && !matches!(export.device, DeviceView::Fuse { served: false })
+            });
+            served && mounted.contains(&self.places.layer(layer.number))
+        };
+        Ok(needed
+            .iter()
+            .filter(|layer| !whole(layer))
+            .copied()
+            .collect())
+    }
+
+    /// Gives back what the daemon holds for layers that are not known any more.
+    pub fn forget_others(&self, known: &[Layer]) -> Result<()> {
+        let _one = self.operate();
+        let known: HashSet<_> = known.iter().map(|layer| self.holder(layer.root)).collect();
+        let prefix = self.holders();
+        for holder in self.status()?.holders {
+            let name = holder.holder;
+            if name.starts_with(&prefix) && !known.contains(&name) {
+                let lock = self.lock()?;
+                let released = release(&self.server, Holder::Layer(name));
+                lock.remove();
+                self.server.tidy();
+                released?;
+            }
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> Result<Lock> {
+        let path = self.server.client_lock();
+        let since = Instant::now();
+        loop {
+            let attempt = Lock::attempt(&path);
+            match attempt.with_context(|| format!("cannot lock {}", path.display()))? {
+                Some(lock) => return Ok(lock),
+                None if since.elapsed() < LOCK => thread::sleep(Duration::from_millis(20)),
+                None => bail!(
+                    "other clients of ublk-server keep {} locked",
+                    path.display()
+                ),
+            }
+        }
+    }
+}

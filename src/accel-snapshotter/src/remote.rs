@@ -1,0 +1,254 @@
+//! Whether a layer may be loaded lazily, and how long that may take.
+//!
+//! containerd downloads and checks nothing of a layer that is loaded lazily, so
+//! what a manifest says is checked here: the diffID beside the root must, on top of
+//! the parent, give the chain ID that containerd wants. Otherwise a hostile
+//! manifest could put one image's layer under another's chain ID, where every later
+//! container would find it.
+//!
+//! A pull has one [`Budget`] of time for all of its layers. containerd does not
+//! say which pull a request belongs to, but it prepares layer after layer, each on
+//! top of the one before: what was spent on a parent just now counts against its
+//! child. After a time-out nothing is tried for a while.
+
+use crate::snapshot::{Labels, Lazy, SNAPSHOT_REF};
+use accel_oci::ChainId;
+use accel_ufs::annotations::LayerAnnotations;
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Kinds of reasons for which a layer of an accelerated image is unpacked after all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reason {
+    /// An annotation of ours cannot be read.
+    Annotations,
+    /// The chain ID of the parent is not known.
+    Parent,
+    /// The annotated diffID does not give the wanted chain ID.
+    Chain,
+    /// The layer is not on UFS.
+    Absent,
+    /// UFS has it with another root.
+    Root,
+    /// UFS does not answer, or has a damaged index.
+    Ufs,
+    /// The daemon does not answer, or a mount fails.
+    Server,
+    /// The pull has no time left.
+    Time,
+    /// A time-out was not long ago.
+    Breaker,
+    /// The database cannot be written.
+    Store,
+}
+
+impl Reason {
+    /// As `status` shows it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Annotations => "annotations",
+            Self::Parent => "parent",
+            Self::Chain => "chain",
+            Self::Absent => "absent",
+            Self::Root => "root",
+            Self::Ufs => "ufs",
+            Self::Server => "server",
+            Self::Time => "time",
+            Self::Breaker => "breaker",
+            Self::Store => "store",
+        }
+    }
+}
+
+/// Why a layer is unpacked after all.
+#[derive(Debug)]
+pub struct Fallback {
+    /// Of which kind.
+    pub reason: Reason,
+    /// For people.
+    pub detail: String,
+}
+
+impl Fallback {
+    /// With a text.
+    pub fn new(reason: Reason, detail: impl Into<String>) -> Self {
+        Self {
+            reason,
+            detail: detail.into(),
+        }
+    }
+}
+
+/// What an accelerated image says of a layer; none for other images and for
+/// snapshots that are no layers.
+pub fn wanted(labels: &Labels) -> Result<Option<LayerAnnotations>, Fallback> {
+    if !labels.contains_key(SNAPSHOT_REF) {
+        return Ok(None);
+    }
+    LayerAnnotations::read(|key| labels.get(key).map(String::as_str))
+        .map_err(|error| Fallback::new(Reason::Annotations, error.to_string()))
+}
+
+/// Checks that the layer, on top of `parent`, is what containerd asks for.
+pub fn check(
+    labels: &Labels,
+    parent: Option<ChainId>,
+    wanted: &LayerAnnotations,
+) -> Result<Lazy, Fallback> {
+    let asked = labels.get(SNAPSHOT_REF).map_or("", String::as_str);
+    let chain_id = ChainId::new(parent, wanted.diff_id);
+    if chain_id.to_string() != asked {
+        return Err(Fallback::new(
+            Reason::Chain,
+            format!(
+                "containerd wants the chain {asked}, but the annotated diffID {} makes it {chain_id}: the manifest is wrong or hostile",
+                wanted.diff_id
+            ),
+        ));
+    }
+    Ok(Lazy {
+        chain_id,
+        root: wanted.root,
+    })
+}
+
+/// Time spent on a parent longer ago than this was spent by another pull.
+const SAME_PULL: Duration = Duration::from_secs(30);
+/// How long nothing is tried after a time-out.
+const PAUSE: Duration = Duration::from_secs(10);
+
+/// The time that a pull may spend on lazy layers.
+#[derive(Debug)]
+pub struct Budget {
+    limit: Duration,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Per chain: what the pull had spent when it was made, and when that was.
+    spent: HashMap<ChainId, (Duration, Instant)>,
+    pause: Option<Instant>,
+}
+
+impl Budget {
+    /// `limit` per pull.
+    pub fn new(limit: Duration) -> Self {
+        Self {
+            limit,
+            state: Mutex::default(),
+        }
+    }
+
+    /// The limit.
+    pub fn limit(&self) -> Duration {
+        self.limit
+    }
+
+    /// What is left for the next layer on `parent`.
+    pub fn left(&self, parent: Option<ChainId>, now: Instant) -> Result<Duration, Fallback> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.pause.is_some_and(|end| now < end) {
+            let detail = "a layer took too long a moment ago, and nothing is tried for a while";
+            return Err(Fallback::new(Reason::Breaker, detail));
+        }
+        state.pause = None;
+        let left = self.limit.saturating_sub(state.spent(parent, now));
+        if left.is_zero() {
+            let detail = format!("this pull has spent its {:?}", self.limit);
+            return Err(Fallback::new(Reason::Time, detail));
+        }
+        Ok(left)
+    }
+
+    /// Notes what a layer took that was made in time.
+    pub fn spend(&self, parent: Option<ChainId>, chain: ChainId, took: Duration, now: Instant) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let total = state.spent(parent, now) + took;
+        state
+            .spent
+            .retain(|_, (_, at)| now.saturating_duration_since(*at) < SAME_PULL);
+        state.spent.insert(chain, (total, now));
+    }
+
+    /// Notes that a layer took too long.
+    pub fn timed_out(&self, now: Instant) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.pause = Some(now + PAUSE);
+    }
+}
+
+impl State {
+    fn spent(&self, parent: Option<ChainId>, now: Instant) -> Duration {
+        let entry = parent.and_then(|parent| self.spent.get(&parent));
+        entry
+            .filter(|(_, at)| now.saturating_duration_since(*at) < SAME_PULL)
+            .map_or(Duration::ZERO, |(spent, _)| *spent)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use accel_oci::{DiffId, Digest};
+    use accel_ufs::index::{ImageSize, Root};
+
+    fn diff(name: &str) -> DiffId {
+        DiffId(Digest::of(name.as_bytes()))
+    }
+
+    fn annotations(name: &str) -> LayerAnnotations {
+        LayerAnnotations {
+            diff_id: diff(name),
+            root: Root([3; 32]),
+            size: ImageSize::new(4096).unwrap(),
+        }
+    }
+
+    #[test]
+    fn only_the_chain_that_containerd_wants_is_taken() {
+        let base = ChainId::new(None, diff("base"));
+        let top = ChainId::new(Some(base), diff("top"));
+        let mut labels = annotations("top").to_map();
+        labels.insert(SNAPSHOT_REF.to_owned(), top.to_string());
+        let read = wanted(&labels).unwrap().unwrap();
+        assert_eq!(check(&labels, Some(base), &read).unwrap().chain_id, top);
+        // Another parent, no parent, another layer's annotations.
+        for (parent, layer) in [(Some(top), "top"), (None, "top"), (Some(base), "base")] {
+            let error = check(&labels, parent, &annotations(layer)).unwrap_err();
+            assert_eq!(error.reason, Reason::Chain);
+        }
+        labels.remove(SNAPSHOT_REF);
+        assert!(wanted(&labels).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_pull_has_one_budget() {
+        let budget = Budget::new(Duration::from_secs(5));
+        let start = Instant::now();
+        let second = Duration::from_secs(1);
+        let mut parent = None;
+        for number in 0..5u32 {
+            let now = start + second * number;
+            assert_eq!(budget.left(parent, now).unwrap(), second * (5 - number));
+            let chain = ChainId::new(parent, diff(&number.to_string()));
+            budget.spend(parent, chain, second, now);
+            parent = Some(chain);
+        }
+        let now = start + second * 5;
+        assert_eq!(budget.left(parent, now).unwrap_err().reason, Reason::Time);
+        // Another image, and another pull on the same base later.
+        assert_eq!(budget.left(None, now).unwrap(), second * 5);
+        assert_eq!(budget.left(parent, now + SAME_PULL).unwrap(), second * 5);
+    }
+
+    #[test]
+    fn after_a_time_out_nothing_is_tried_for_a_while() {
+        let budget = Budget::new(Duration::from_secs(5));
+        let now = Instant::now();
+        budget.timed_out(now);
+        assert_eq!(budget.left(None, now).unwrap_err().reason, Reason::Breaker);
+        assert!(budget.left(None, now + PAUSE).is_ok());
+    }
+}

@@ -1,0 +1,517 @@
+//! The snapshotter: what containerd asks for, done to database, directories and
+//! layers.
+//!
+//! While containerd collects garbage it holds a lock that every pull and every
+//! start waits for. So what it calls then, and all questions about what there is
+//! (`remove`, `walk`, `stat`, `usage`, `mounts`), touch the database, ordinary
+//! directories and the kernel's list of mounts, never UFS, the daemon or a lazy
+//! tree. Removing only forgets; [`Snapshotter::clean_up`] unmounts and deletes.
+
+use crate::filter::{FilterError, Filters};
+use crate::layers::{LayerFailure, Layers};
+use crate::mounts::{Mount, Places, plan};
+use crate::remote::{self, Budget, Fallback, Reason};
+use crate::snapshot::{Kind, Labels, Layer, Lazy, Snapshot, SnapshotId, Usage};
+use crate::status::{LayerStatus, Status, Unpacked};
+use crate::store::{Lower, Store, StoreError};
+use crate::usage;
+use accel_oci::ChainId;
+use accel_ufs::annotations::LayerAnnotations;
+use std::collections::BTreeMap;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+/// Why a request fails.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// It does not fit the snapshots that there are.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A filter is wrong.
+    #[error(transparent)]
+    Filter(#[from] FilterError),
+    /// A lazy layer is not mounted.
+    #[error("the layer {diff_id} is not mounted: {why}")]
+    NotMounted {
+        /// Which layer.
+        diff_id: String,
+        /// Why not.
+        why: String,
+    },
+    /// A file or directory cannot be used.
+    #[error("cannot {doing} {path:?}: {error}")]
+    Io {
+        /// What was tried.
+        doing: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// Why it failed.
+        error: io::Error,
+    },
+}
+
+impl Failure {
+    fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |error| Self::Io { doing, path, error }
+    }
+}
+
+type Result<T> = std::result::Result<T, Failure>;
+
+/// Everything that answers containerd.
+#[derive(Debug)]
+pub struct Snapshotter {
+    store: Store,
+    places: Places,
+    layers: Layers,
+    budget: Budget,
+    index_off: bool,
+    hits: AtomicU64,
+    fallbacks: Mutex<BTreeMap<&'static str, u64>>,
+    cleaning: Mutex<()>,
+}
+
+/// Keeps a layer while it is on its way into a snapshot.
+struct Pin {
+    snapshotter: Arc<Snapshotter>,
+    layer: Layer,
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        self.snapshotter.store.unpin(self.layer.root);
+    }
+}
+
+impl Snapshotter {
+    /// Opens the snapshots beneath a root directory.
+    pub fn open(places: Places, layers: Layers, budget: Budget) -> Result<Self> {
+        for directory in [places.snapshots(), places.layers()] {
+            let mut builder = DirBuilder::new();
+            let made = builder.recursive(true).mode(0o700).create(&directory);
+            made.map_err(Failure::io("make", &directory))?;
+        }
+        Ok(Self {
+            store: Store::open(&places.database())?,
+            places,
+            layers,
+            budget,
+            index_off: Path::new("/sys/module/overlay/parameters/index").exists(),
+            hits: AtomicU64::new(0),
+            fallbacks: Mutex::default(),
+            cleaning: Mutex::default(),
+        })
+    }
+
+    /// Makes a view or active snapshot. For a layer that can be loaded lazily it
+    /// makes the committed snapshot instead, and says that it exists.
+    pub async fn create(
+        self: &Arc<Self>,
+        kind: Kind,
+        key: String,
+        parent: Option<String>,
+        labels: Labels,
+    ) -> Result<Vec<Mount>> {
+        let lower = self.store.below(parent.as_deref())?;
+        let mut fallback = None;
+        if kind == Kind::Active {
+            match self.lazily(&labels, parent.as_deref()).await {
+                Ok(Some(lazy)) => {
+                    self.hits.fetch_add(1, Relaxed);
+                    tracing::info!(chain = %lazy.chain_id, root = %lazy.root, "lazy");
+                    return Err(StoreError::Exists(key).into());
+                }
+                Ok(None) => {}
+                Err(Fallback { reason, detail }) => {
+                    let reason = reason.name();
+                    *self.fallbacks().entry(reason).or_default() += 1;
+                    tracing::warn!(
+                        key,
+                        reason,
+                        detail,
+                        "the layer is unpacked the ordinary way"
+                    );
+                    fallback = Some(format!("{reason}: {detail}"));
+                }
+            }
+        }
+        self.make_ready(&lower).await?;
+        let this = Arc::clone(self);
+        blocking(move || {
+            let prepare = |id| this.prepare_directory(id, kind, lower.first());
+            let stack =
+                this.store
+                    .create(kind, &key, parent.as_deref(), labels, fallback, prepare)?;
+            Ok(plan(&stack, &this.places, this.index_off))
+        })
+        .await
+    }
+
+    fn fallbacks(&self) -> MutexGuard<'_, BTreeMap<&'static str, u64>> {
+        self.fallbacks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tries to make a lazy snapshot of a layer. None: it is not of an accelerated
+    /// image.
+    async fn lazily(
+        self: &Arc<Self>,
+        labels: &Labels,
+        parent: Option<&str>,
+    ) -> std::result::Result<Option<Lazy>, Fallback> {
+        let Some(wanted) = remote::wanted(labels)? else {
+            return Ok(None);
+        };
+        let started = Instant::now();
+        let parent_chain = self
+            .store
+            .chain_of(parent)
+            .map_err(|error| Fallback::new(Reason::Parent, error.to_string()))?;
+        let lazy = remote::check(labels, parent_chain, &wanted)?;
+        if self.store.find_lazy(parent, lazy).is_none() {
+            let left = self.budget.left(parent_chain, started)?;
+            let pin = self.mount(&wanted, lazy.chain_id, left).await?;
+            self.store
+                .commit_lazy(parent, labels.clone(), lazy)
+                .map_err(|error| Fallback::new(Reason::Store, error.to_string()))?;
+            drop(pin);
+        }
+        let now = Instant::now();
+        self.budget
+            .spend(parent_chain, lazy.chain_id, now - started, now);
+        Ok(Some(lazy))
+    }
+
+    /// Mounts a layer that is wanted, within `left`.
+    async fn mount(
+        self: &Arc<Self>,
+        wanted: &LayerAnnotations,
+        chain_id: ChainId,
+        left: std::time::Duration,
+    ) -> std::result::Result<Pin, Fallback> {
+        let layer = self.store.pin(wanted, chain_id);
+        let layer = layer.map_err(|error| Fallback::new(Reason::Store, error.to_string()))?;
+        let pin = Pin {
+            snapshotter: Arc::clone(self),
+            layer,
+        };
+        // Goes on, with the pin, when the time is over.
+        let mounting = tokio::task::spawn_blocking(move || {
+            let mounted = pin.snapshotter.layers.ensure(&pin.layer, false);
+            mounted.map(|()| pin)
+        });
+        let failure = match tokio::time::timeout(left, mounting).await {
+            Ok(Ok(Ok(pin))) => return Ok(pin),
+            Ok(Ok(Err(failure))) => failure,
+            Ok(Err(error)) => return Err(Fallback::new(Reason::Server, error.to_string())),
+            Err(_) => {
+                self.budget.timed_out(Instant::now());
+                let detail = format!("the layer could not be mounted within {left:?}");
+                return Err(Fallback::new(Reason::Time, detail));
+            }
+        };
+        let reason = match failure {
+            LayerFailure::Absent => Reason::Absent,
+            LayerFailure::OtherRoot(_) => Reason::Root,
+            LayerFailure::Unreadable(_) => Reason::Ufs,
+            LayerFailure::Other(_) => Reason::Server,
+        };
+        Err(Fallback::new(reason, failure.to_string()))
+    }
+
+    /// Has the layers mounted that a new snapshot stands on: after a reboot, or when
+    /// a daemon that served files died, they may not be yet.
+    async fn make_ready(self: &Arc<Self>, lower: &[Lower]) -> Result<()> {
+        let Some(layer) = self.unmounted(lower)? else {
+            return Ok(());
+        };
+        let this = Arc::clone(self);
+        let lower = lower.to_vec();
+        let mounting = blocking(move || {
+            while let Some(layer) = this.unmounted(&lower)? {
+                let mounted = this.layers.ensure(&layer, false);
+                mounted.map_err(|error| not_mounted(&layer, error.to_string()))?;
+            }
+            Ok(())
+        });
+        match tokio::time::timeout(self.budget.limit(), mounting).await {
+            Ok(result) => result,
+            Err(_) => Err(not_mounted(
+                &layer,
+                "ublk-server or UFS does not answer in time",
+            )),
+        }
+    }
+
+    /// The first layer that is not mounted.
+    fn unmounted(&self, lower: &[Lower]) -> Result<Option<Layer>> {
+        let mut layers = lower.iter().filter_map(|lower| match lower {
+            Lower::Layer(layer) => Some(*layer),
+            Lower::Directory(_) => None,
+        });
+        let Some(first) = layers.next() else {
+            return Ok(None);
+        };
+        let mounted = self.layers.mounted();
+        let mounted = mounted.map_err(Failure::io("read", Path::new("/proc/self/mountinfo")))?;
+        let missing = |layer: &Layer| !mounted.contains(&self.places.layer(layer.number));
+        Ok(std::iter::once(first).chain(layers).find(missing))
+    }
+
+    /// Makes a snapshot's directory. Its root belongs to whom the one below does; a
+    /// lazy layer's is always root's, and is not looked at.
+    fn prepare_directory(
+        &self,
+        id: SnapshotId,
+        kind: Kind,
+        below: Option<&Lower>,
+    ) -> io::Result<PathBuf> {
+        let directory = self.places.snapshot(id);
+        // Of a snapshot that never came to be.
+        if directory.exists() {
+            fs::remove_dir_all(&directory)?;
+        }
+        let make = |path: &Path, mode| {
+            DirBuilder::new().create(path)?;
+            // Whatever the umask is.
+            fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode))
+        };
+        make(&directory, 0o700)?;
+        let files = self.places.files(id);
+        make(&files, 0o755)?;
+        if kind == Kind::Active {
+            make(&self.places.work(id), 0o711)?;
+        }
+        if let Some(Lower::Directory(below)) = below {
+            let owner = fs::symlink_metadata(self.places.files(*below))?;
+            std::os::unix::fs::lchown(&files, Some(owner.uid()), Some(owner.gid()))?;
+        }
+        Ok(directory)
+    }
+
+    /// The mounts of a view or active snapshot.
+    pub fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
+        let stack = self.store.stack(key)?;
+        if let Some(layer) = self.unmounted(&stack.lower)? {
+            let why = format!(
+                "it is mounted as soon as ublk-server answers at {}",
+                self.layers.server().display()
+            );
+            return Err(not_mounted(&layer, why));
+        }
+        Ok(plan(&stack, &self.places, self.index_off))
+    }
+
+    /// Makes an active snapshot a committed one.
+    pub async fn commit(self: &Arc<Self>, key: String, name: String, labels: Labels) -> Result<()> {
+        let this = Arc::clone(self);
+        blocking(move || {
+            let snapshot = this.store.stat(&key)?;
+            let usage = match snapshot.kind {
+                Kind::Active => this.disk_usage(snapshot.id)?,
+                // Refused below.
+                _ => Usage::default(),
+            };
+            Ok(this.store.commit(&key, &name, labels, usage)?)
+        })
+        .await
+    }
+
+    fn disk_usage(&self, id: SnapshotId) -> Result<Usage> {
+        let files = self.places.files(id);
+        usage::of(&files).map_err(Failure::io("measure", &files))
+    }
+
+    /// Forgets a snapshot.
+    pub fn remove(&self, key: &str) -> Result<()> {
+        Ok(self.store.remove(key)?)
+    }
+
+    /// One snapshot.
+    pub fn stat(&self, key: &str) -> Result<Snapshot> {
+        Ok(self.store.stat(key)?)
+    }
+
+    /// Changes labels.
+    pub fn update(&self, key: &str, labels: &Labels, paths: &[String]) -> Result<Snapshot> {
+        Ok(self.store.update(key, labels, paths)?)
+    }
+
+    /// The snapshots that match the filters.
+    pub fn walk(&self, filters: &[String]) -> Result<Vec<(String, Snapshot)>> {
+        let filters = Filters::parse(filters)?;
+        let mut all: Vec<_> = self.store.all().into_iter().collect();
+        all.retain(|(name, snapshot)| {
+            filters.matches(|path| {
+                let (first, rest) = path.split_first()?;
+                match (first.as_str(), rest) {
+                    ("kind", _) => Some(snapshot.kind.name()),
+                    ("name", _) => Some(name),
+                    ("parent", _) => Some(snapshot.parent.as_deref().unwrap_or_default()),
+                    ("labels", rest) => snapshot.labels.get(&rest.join(".")).map(String::as_str),
+                    _ => None,
+                }
+            })
+        });
+        Ok(all)
+    }
+
+    /// Disk space of a snapshot. A lazy one has none.
+    pub async fn usage(self: &Arc<Self>, key: String) -> Result<Usage> {
+        let this = Arc::clone(self);
+        blocking(move || {
+            let snapshot = this.store.stat(&key)?;
+            match snapshot.kind {
+                Kind::Active => this.disk_usage(snapshot.id),
+                Kind::View | Kind::Committed => Ok(snapshot.usage),
+            }
+        })
+        .await
+    }
+
+    /// Deletes and unmounts what no snapshot needs any more. What cannot be is tried
+    /// again the next time.
+    pub fn clean_up(&self) -> Result<()> {
+        let _one = self.cleaning.lock().unwrap_or_else(PoisonError::into_inner);
+        let snapshots = self.places.snapshots();
+        let list = || {
+            let names = fs::read_dir(&snapshots)?.map(|entry| Ok(entry?.file_name()));
+            let names = names.collect::<io::Result<Vec<_>>>()?;
+            Ok(names
+                .into_iter()
+                .filter_map(|name| name.into_string().ok())
+                .collect())
+        };
+        let garbage = self.store.garbage(list);
+        for name in garbage.map_err(Failure::io("list", &snapshots))? {
+            let path = snapshots.join(name);
+            if let Err(error) = fs::remove_dir_all(&path) {
+                tracing::warn!(path = %path.display(), %error, "cannot remove a directory");
+            }
+        }
+        for (layer, needed) in self.store.layers() {
+            if needed {
+                continue;
+            }
+            let _one = self.layers.operate();
+            let ended = self
+                .store
+                .forget_layer(layer.root, |layer| self.layers.end(layer))?;
+            match ended {
+                Ok(true) => tracing::info!(layer = %layer.diff_id, "unmounted"),
+                Ok(false) => {}
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    tracing::warn!(layer = %layer.diff_id, error, "cannot unmount a layer; it is tried again");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives back what the daemon holds for layers that the database does not know.
+    pub fn forget_others(&self) -> anyhow::Result<()> {
+        let known: Vec<_> = self
+            .store
+            .layers()
+            .into_iter()
+            .map(|(layer, _)| layer)
+            .collect();
+        self.layers.forget_others(&known)
+    }
+
+    /// Mounts needed layers that are not mounted, or that nobody serves any more.
+    /// Nothing to do is the ordinary case.
+    pub fn mend(&self) -> anyhow::Result<()> {
+        let layers = self.store.layers().into_iter();
+        let needed: Vec<_> = layers
+            .filter(|(_, needed)| *needed)
+            .map(|(layer, _)| layer)
+            .collect();
+        if needed.is_empty() {
+            return Ok(());
+        }
+        let mut first = Ok(());
+        for layer in self.layers.broken(&needed)? {
+            match self.layers.ensure(&layer, true) {
+                Ok(()) => tracing::info!(layer = %layer.diff_id, "mounted again"),
+                Err(error) if first.is_ok() => {
+                    first = Err(anyhow::anyhow!(
+                        "cannot mount the layer {}: {error}",
+                        layer.diff_id
+                    ));
+                }
+                Err(_) => {}
+            }
+        }
+        first
+    }
+
+    /// Everything there is to say.
+    pub fn status(&self) -> Result<Status> {
+        let mounted = self.layers.mounted();
+        let mounted = mounted.map_err(Failure::io("read", Path::new("/proc/self/mountinfo")))?;
+        let snapshots = self.store.all();
+        let layers = self
+            .store
+            .layers()
+            .into_iter()
+            .map(|(layer, _)| LayerStatus {
+                diff_id: layer.diff_id,
+                root: layer.root,
+                size: layer.size.bytes(),
+                point: self.places.layer(layer.number),
+                mounted: mounted.contains(&self.places.layer(layer.number)),
+                snapshots: snapshots
+                    .values()
+                    .filter(|snapshot| snapshot.lazy.is_some_and(|lazy| lazy.root == layer.root))
+                    .count(),
+            });
+        let unpacked = snapshots.iter().filter_map(|(name, snapshot)| {
+            Some(Unpacked {
+                snapshot: name.clone(),
+                why: snapshot.fallback.clone()?,
+            })
+        });
+        let fallbacks = self.fallbacks();
+        Ok(Status {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            root: self.places.root().to_owned(),
+            server: self.layers.server().to_owned(),
+            snapshots: snapshots.len(),
+            hits: self.hits.load(Relaxed),
+            fallbacks: fallbacks.values().sum(),
+            fallback_reasons: fallbacks
+                .iter()
+                .map(|(reason, number)| ((*reason).to_owned(), *number))
+                .collect(),
+            layers: layers.collect(),
+            unpacked: unpacked.collect(),
+        })
+    }
+}
+
+fn not_mounted(layer: &Layer, why: impl Into<String>) -> Failure {
+    Failure::NotMounted {
+        diff_id: layer.diff_id.to_string(),
+        why: why.into(),
+    }
+}
+
+/// Runs what may wait for a disk, or for longer.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
