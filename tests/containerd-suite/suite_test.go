@@ -18,7 +18,6 @@ import (
 	"github.com/containerd/containerd/snapshots/proxy"
 	"github.com/containerd/containerd/snapshots/testsuite"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 )
 
 func start(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
@@ -46,7 +45,7 @@ func start(ctx context.Context, root string) (snapshots.Snapshotter, func() erro
 	dialing, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	connection, err := grpc.DialContext(dialing, dialer.DialAddress(socket), grpc.WithBlock(),
-		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(dialer.ContextDialer))
+		grpc.WithInsecure(), grpc.WithContextDialer(dialer.ContextDialer))
 	if err != nil {
 		_ = stop()
 		return nil, nil, err

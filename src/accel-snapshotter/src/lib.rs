@@ -12,6 +12,7 @@
 //! which are mounts of EROFS. [`snapshotter`] has the rules for what may wait and
 //! what must not.
 
+pub mod config;
 pub mod filter;
 pub mod layers;
 pub mod mounts;

@@ -1,10 +1,11 @@
 //! The snapshotter and its command line.
 
 use accel_client::paths::{Paths, SOCKET};
-use accel_snapshotter::{serve, service};
+use accel_snapshotter::config::{Containerd, Scope};
+use accel_snapshotter::{config, serve, service};
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use std::io::IsTerminal as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -43,6 +44,21 @@ enum Command {
         #[arg(long, value_name = "SECONDS", default_value_t = 5.0, value_parser = seconds)]
         budget: f64,
     },
+    /// Print what containerd's configuration needs.
+    Config {
+        /// Its version: 1.6, 1.7 or 2.x.
+        #[arg(long, value_name = "VERSION")]
+        containerd: Containerd,
+        /// For which pods.
+        #[arg(long = "for", value_enum, default_value = "default")]
+        scope: Scope,
+        /// As given to `serve`.
+        #[arg(long, value_name = "DIR", default_value = ROOT)]
+        root: PathBuf,
+        /// As given to `serve`.
+        #[arg(long, value_name = "PATH", default_value = LISTEN)]
+        socket: PathBuf,
+    },
     /// Show which layers are loaded lazily, which are not, and why.
     Status {
         /// The snapshotter's socket.
@@ -52,6 +68,12 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+}
+
+fn print(text: &str) -> Result<()> {
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .context("cannot print")
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -76,6 +98,15 @@ fn run(command: Command) -> Result<()> {
             server: Paths::new(&server, server_run_dir),
             budget: Duration::from_secs_f64(budget),
         }),
+        Command::Config {
+            containerd,
+            scope,
+            root,
+            socket,
+        } => {
+            let stanza = config::stanza(containerd, scope, &socket, &root);
+            print(&stanza.map_err(anyhow::Error::msg)?)
+        }
         Command::Status { socket, json } => {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -83,10 +114,9 @@ fn run(command: Command) -> Result<()> {
                 .context("cannot start")?;
             let status = runtime.block_on(service::ask_status(socket))?;
             match json {
-                true => println!("{}", serde_json::to_string_pretty(&status)?),
-                false => print!("{status}"),
+                true => print(&(serde_json::to_string_pretty(&status)? + "\n")),
+                false => print(&status.to_string()),
             }
-            Ok(())
         }
     }
 }

@@ -158,7 +158,7 @@ impl Store {
             id: SnapshotId(inner.next),
             kind,
             parent: parent.map(str::to_owned),
-            labels,
+            labels: filled(labels),
             created: now,
             updated: now,
             usage: Usage::default(),
@@ -208,7 +208,7 @@ impl Store {
         let now = Moment::now();
         let snapshot = Snapshot {
             kind: Kind::Committed,
-            labels,
+            labels: filled(labels),
             created: now,
             updated: now,
             usage,
@@ -247,7 +247,7 @@ impl Store {
     }
 
     /// Changes labels: all of them, or those that `paths` name (`labels`,
-    /// `labels.<key>`).
+    /// `labels.<key>`). One without a value goes.
     pub fn update(&self, key: &str, labels: &Labels, paths: &[String]) -> Result<Snapshot> {
         let mut inner = self.inner();
         let mut snapshot = inner.get(key)?.clone();
@@ -268,6 +268,7 @@ impl Store {
                 }
             }
         }
+        snapshot.labels = filled(snapshot.labels);
         snapshot.updated = Moment::now();
         let change = Change {
             snapshots: vec![(key, Some(&snapshot))],
@@ -477,6 +478,12 @@ impl Store {
             .filter(|name| !known.contains(name))
             .collect())
     }
+}
+
+/// As in containerd, a label without a value is none.
+fn filled(mut labels: Labels) -> Labels {
+    labels.retain(|_, value| !value.is_empty());
+    labels
 }
 
 impl Inner {

@@ -68,6 +68,32 @@ pub enum ImageError {
         /// Why it was not had, and what to do.
         why: String,
     },
+    /// What a registry answered to a push, or that it did not.
+    #[error("cannot push {what} to {registry}: {why}")]
+    Push {
+        /// The registry.
+        registry: String,
+        /// What was to be pushed.
+        what: String,
+        /// Why it was not taken, and what to do.
+        why: String,
+    },
+    /// A file of a layout that is written.
+    #[error("cannot write {path:?}: {error}")]
+    Write {
+        /// Which file.
+        path: PathBuf,
+        /// Why; part of the message, hence not its source.
+        error: io::Error,
+    },
+    /// A target that cannot be written to.
+    #[error("cannot write to {target}: {why}")]
+    Target {
+        /// What was given.
+        target: String,
+        /// Why not.
+        why: &'static str,
+    },
     /// Nothing is wanted any more; see [`Image::stop`](crate::Image::stop).
     #[error("the download was given up")]
     Stopped,

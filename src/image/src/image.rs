@@ -71,6 +71,10 @@ pub struct Image {
     pub process: ProcessConfig,
     /// Lowest first.
     pub layers: Vec<Layer>,
+    /// The manifest as it was read.
+    pub(crate) manifest_json: Vec<u8>,
+    /// The config as it was read.
+    pub(crate) config_json: Vec<u8>,
     origin: Box<dyn Origin>,
 }
 
@@ -128,9 +132,9 @@ pub fn open(source: &ImageSource, options: &OpenOptions) -> Result<Image, ImageE
         ImageSource::Registry(reference) => Box::new(Registry::open(reference, options)?),
     };
     let mut indexes = Vec::new();
-    let (manifest_digest, manifest) =
+    let (manifest_digest, manifest_json, manifest) =
         find_manifest(origin.as_ref(), source, &options.platform, &mut indexes)?;
-    let config = read_config(origin.as_ref(), &manifest)?;
+    let (config_json, config) = read_config(origin.as_ref(), &manifest)?;
     if manifest.layers.len() != config.diff_ids.len() {
         return Err(ImageError::LayerCount {
             manifest: manifest_digest,
@@ -171,6 +175,8 @@ pub fn open(source: &ImageSource, options: &OpenOptions) -> Result<Image, ImageE
         platform: config.platform,
         process: config.process,
         layers: layers.collect(),
+        manifest_json,
+        config_json,
         origin,
     })
 }
@@ -180,7 +186,7 @@ fn find_manifest(
     source: &ImageSource,
     platform: &Platform,
     indexes: &mut Vec<Digest>,
-) -> Result<(Digest, Manifest), ImageError> {
+) -> Result<(Digest, Vec<u8>, Manifest), ImageError> {
     let mut what = source.to_string();
     let mut entries = match origin.start()? {
         Start::Entries(entries) => entries,
@@ -189,7 +195,7 @@ fn find_manifest(
                 check(&what, &json, expected)?;
             }
             match Document::parse(&what, &json)? {
-                Document::Manifest(manifest) => return Ok((Digest::of(&json), manifest)),
+                Document::Manifest(manifest) => return Ok((Digest::of(&json), json, manifest)),
                 Document::Index(entries) => {
                     indexes.push(Digest::of(&json));
                     entries
@@ -204,7 +210,7 @@ fn find_manifest(
         let json = origin.manifest(&pointer)?;
         check(&what, &json, pointer.digest)?;
         match Document::parse(&what, &json)? {
-            Document::Manifest(manifest) => return Ok((pointer.digest, manifest)),
+            Document::Manifest(manifest) => return Ok((pointer.digest, json, manifest)),
             Document::Index(inner) => {
                 indexes.push(pointer.digest);
                 entries = inner;
@@ -217,7 +223,7 @@ fn find_manifest(
     })
 }
 
-fn read_config(origin: &dyn Origin, manifest: &Manifest) -> Result<Config, ImageError> {
+fn read_config(origin: &dyn Origin, manifest: &Manifest) -> Result<(Vec<u8>, Config), ImageError> {
     let pointer = &manifest.config;
     let what = format!("the config {}", pointer.digest);
     limit(&what, pointer.size, MAX_CONFIG)?;
@@ -229,7 +235,8 @@ fn read_config(origin: &dyn Origin, manifest: &Manifest) -> Result<Config, Image
         why: error.to_string(),
     })?;
     check(&what, &json, pointer.digest)?;
-    Config::parse(&what, &json)
+    let config = Config::parse(&what, &json)?;
+    Ok((json, config))
 }
 
 fn check(what: &str, bytes: &[u8], expected: Digest) -> Result<(), ImageError> {

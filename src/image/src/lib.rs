@@ -1,4 +1,5 @@
-//! Where images come from: OCI layouts, archives and registries.
+//! Where images come from: OCI layouts, archives and registries; and where accelerated
+//! ones go.
 //!
 //! [`open`] goes from an [`ImageSource`](accel_oci::ImageSource) to an
 //! [`Image`]: the manifest for one platform, its config, and the descriptors of
@@ -12,16 +13,23 @@
 //! OCI and Docker's schema 2 are read, indexes and manifest lists included.
 //! Attestations in an index are passed over. Media types that are no plain image
 //! (encrypted layers, artifacts, Docker's schema 1) are refused by name.
+//!
+//! [`Target`] writes an accelerated image: the same config and layers under a
+//! manifest that says more of the layers.
 
+mod accelerated;
 mod archive;
 mod config;
 mod docker_archive;
 mod error;
 mod image;
 mod layout;
+mod layout_write;
 mod manifest;
 mod registry;
+mod target;
 
 pub use config::ProcessConfig;
 pub use error::ImageError;
 pub use image::{Credentials, Image, Layer, OpenOptions, open};
+pub use target::Target;

@@ -84,7 +84,7 @@ impl Failure {
     }
 
     /// Whether it may go well the next time.
-    fn may_pass(&self) -> bool {
+    pub fn may_pass(&self) -> bool {
         match self {
             Self::Connection(_) => true,
             Self::Refused(_) => false,
@@ -151,20 +151,38 @@ impl Http {
     /// Asks for `path` (`manifests/…`, `blobs/…`), of which the first `from` bytes
     /// are not wanted; they may come nevertheless.
     pub async fn get(&self, path: &str, accept: &str, from: u64) -> Result<Response, Failure> {
+        let url = self.url(path)?;
+        self.ask(|client| {
+            let mut request = client.get(url.clone());
+            if !accept.is_empty() {
+                request = request.header(ACCEPT, accept);
+            }
+            if from > 0 {
+                request = request.header(RANGE, format!("bytes={from}-"));
+            }
+            request
+        })
+        .await
+    }
+
+    /// Where `path` of this repository is.
+    pub fn url(&self, path: &str) -> Result<Url, Failure> {
         let url = self.base.join(path);
-        let url = url.map_err(|error| Failure::Connection(error.to_string()))?;
+        url.map_err(|error| Failure::Connection(error.to_string()))
+    }
+
+    /// Sends a request for something of this repository, logged in if need be. It may
+    /// be made several times.
+    pub async fn ask(
+        &self,
+        request: impl Fn(&Client) -> RequestBuilder,
+    ) -> Result<Response, Failure> {
         let mut renewed = false;
         loop {
             let authorization = self.authorization();
             let answer = self
                 .send(|| {
-                    let mut request = self.client.get(url.clone());
-                    if !accept.is_empty() {
-                        request = request.header(ACCEPT, accept);
-                    }
-                    if from > 0 {
-                        request = request.header(RANGE, format!("bytes={from}-"));
-                    }
+                    let request = request(&self.client);
                     match &authorization {
                         Some(authorization) => authorization.apply(request),
                         None => request,
@@ -173,7 +191,8 @@ impl Http {
                 .await?;
             match answer {
                 Answer::Good(response) => return Ok(response),
-                // Once: without a login until now, or with a token that has expired.
+                // Once: without a login until now, or with a token that has expired,
+                // or is for less.
                 Answer::Unauthorized(headers, _) if !renewed => {
                     renewed = true;
                     let authorization = self.authorize(&headers).await?;
@@ -409,6 +428,26 @@ impl Http {
             registry: self.registry.clone(),
             what: what.to_owned(),
             why: self.explain(failure),
+        }
+    }
+}
+
+impl Http {
+    /// The error that a failure is when `what` was pushed.
+    pub fn push_error(&self, what: &str, failure: &Failure) -> ImageError {
+        let why = match failure {
+            Failure::Status { code, .. } if code.as_u16() == 404 => {
+                "there is no such repository, and it is not made by pushing: make it first, or name another (404)".to_owned()
+            }
+            Failure::Status { code, .. } if code.as_u16() == 405 => {
+                "the registry takes no pushes: it is a mirror, or read-only (405)".to_owned()
+            }
+            failure => self.explain(failure).replace("the right to pull", "the right to push"),
+        };
+        ImageError::Push {
+            registry: self.registry.clone(),
+            what: what.to_owned(),
+            why,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Images in a registry (OCI distribution specification), read only.
+//! Images in a registry (OCI distribution specification): reading; [`push`] has the rest.
 //!
 //! The network has a thread of its own; blobs cross over to the blocking side through
 //! a bounded channel, so that it goes on while the reader works. A connection that
@@ -6,6 +6,7 @@
 
 mod http;
 mod login;
+mod push;
 
 use self::http::{Failure, Http, chain, pause};
 use self::login::Login;

@@ -1,11 +1,13 @@
-//! `mkfs-accel convert`: an image and all of its layers.
+//! `mkfs-accel convert`: an image and all of its layers, and the accelerated image
+//! that names them.
 
 use crate::layers::{self, Done, Fate};
 use crate::output::{Bytes, Seconds, say};
 use crate::{interrupt, jobs};
-use accel_image::{Credentials, Image, OpenOptions};
+use accel_image::{Credentials, Image, OpenOptions, Target};
 use accel_oci::{Digest, ImageSource, Platform};
 use accel_ufs::UfsError;
+use accel_ufs::annotations::{LayerAnnotations, ORIGINAL_KEY};
 use accel_ufs::names;
 use accel_ufs::publish::{Outcome, Ufs};
 use accel_ufs::record::{self, ImageRecord, LayerRecord, NameRecord, Process};
@@ -54,6 +56,20 @@ pub struct Arguments {
         help = "How many layers to work on at a time [default: one per processor, as far as memory reaches]"
     )]
     jobs: Option<NonZeroU16>,
+    #[arg(
+        long,
+        value_name = "docker://HOST[:PORT]/REPO:TAG",
+        value_parser = push_target,
+        help = "Push the accelerated image: the same config and layers, and annotations by which nodes find the converted ones"
+    )]
+    push: Option<ImageSource>,
+    #[arg(
+        long,
+        value_name = "oci:DIR[:TAG]",
+        value_parser = out_target,
+        help = "Write the accelerated image to an OCI layout"
+    )]
+    out: Option<ImageSource>,
     /// Print one JSON object instead of lines
     #[arg(long)]
     json: bool,
@@ -86,6 +102,21 @@ impl Arguments {
 /// Longer than any token that serves as a password, in bytes.
 const MAX_PASSWORD: u64 = 64 << 10;
 
+fn push_target(text: &str) -> Result<ImageSource, String> {
+    match text.parse().map_err(|error| format!("{error}"))? {
+        target @ ImageSource::Registry(_) => Ok(target),
+        _ => Err("a directory is written with --out".to_owned()),
+    }
+}
+
+fn out_target(text: &str) -> Result<ImageSource, String> {
+    match text.parse().map_err(|error| format!("{error}"))? {
+        target @ ImageSource::Oci(_) => Ok(target),
+        ImageSource::Registry(_) => Err("to a registry it goes with --push".to_owned()),
+        _ => Err("archives are not written, only directories".to_owned()),
+    }
+}
+
 /// What `--json` prints.
 #[derive(Debug, Serialize)]
 struct Report<'a> {
@@ -93,6 +124,14 @@ struct Report<'a> {
     manifest: Digest,
     seconds: f64,
     layers: Vec<LayerReport<'a>>,
+    /// The accelerated images that were written.
+    accelerated: &'a [Accelerated],
+}
+
+#[derive(Debug, Serialize)]
+struct Accelerated {
+    target: String,
+    manifest: Digest,
 }
 
 #[derive(Debug, Serialize)]
@@ -132,11 +171,21 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         record::MAX_LAYERS,
     );
 
+    // Before any work is done: what cannot be written must not cost hours.
+    let targets = [&arguments.out, &arguments.push].into_iter().flatten();
+    let targets = targets
+        .map(|target| {
+            let opened = Target::open(target, &options, &source)?;
+            Ok((target.to_string(), opened))
+        })
+        .collect::<anyhow::Result<Vec<_>>>()?;
+
     let jobs = arguments
         .jobs
         .map_or_else(jobs::default, |jobs| jobs.get().into());
     let all = layers::convert_all(&ufs, &image, jobs, !arguments.json)?;
     publish_image(&ufs, &source, &image, &all)?;
+    let accelerated = accelerate(&image, &all, &targets)?;
     let took = started.elapsed();
     if arguments.json {
         let report = Report {
@@ -144,6 +193,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             manifest: image.manifest,
             seconds: took.as_secs_f64(),
             layers: all.iter().map(LayerReport::new).collect(),
+            accelerated: &accelerated,
         };
         say!("{}", serde_json::to_string_pretty(&report)?)?;
         return Ok(());
@@ -156,7 +206,42 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         sum(|done| done.record.erofs.size.bytes()),
         Seconds(took),
     )?;
+    for Accelerated { target, manifest } in &accelerated {
+        say!(
+            "accelerated image {target}: {manifest}, for {}",
+            image.platform
+        )?;
+    }
     Ok(())
+}
+
+/// Writes the accelerated image. All of its layers are on UFS, so that its tag never
+/// points to layers that are not.
+fn accelerate(
+    image: &Image,
+    layers: &[Done],
+    targets: &[(String, Target)],
+) -> anyhow::Result<Vec<Accelerated>> {
+    let own = [(ORIGINAL_KEY.to_owned(), image.manifest.to_string())].into();
+    let layers: Vec<_> = layers
+        .iter()
+        .map(|done| {
+            let record = &done.record;
+            LayerAnnotations {
+                diff_id: record.diff_id,
+                root: record.erofs.root,
+                size: record.erofs.size,
+            }
+            .to_map()
+        })
+        .collect();
+    let write = |(name, target): &(String, Target)| {
+        Ok(Accelerated {
+            target: name.clone(),
+            manifest: target.write(image, &own, &layers)?,
+        })
+    };
+    targets.iter().map(write).collect()
 }
 
 /// Ties the layers together, and remembers where they came from.
