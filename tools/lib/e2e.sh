@@ -13,8 +13,8 @@ build_programs() {
     # The one that does not verify first: what stays in the target directory does.
     "${build[@]}" -p ublk-server --features insecure-skip-verification || return
     install -m 755 "$release/ublk-server" "$dir/ublk-server-unverified" || return
-    "${build[@]}" -p mkfs-accel -p ublk-server -p accel-tests || return
-    for program in mkfs-accel ublk-server accel-e2e tree-manifest; do
+    "${build[@]}" -p mkfs-accel -p ublk-server -p accel-snapshotter -p accel-tests || return
+    for program in mkfs-accel ublk-server accel-snapshotter accel-e2e tree-manifest cri; do
         install -m 755 "$release/$program" "$dir/$program" || return
     done
 }

@@ -16,7 +16,7 @@ pub struct Target {
 enum Place {
     Layout(LayoutWriter),
     Registry {
-        registry: Registry,
+        registry: Box<Registry>,
         /// The original's repository, if it is in the same registry.
         from: Option<RegistryReference>,
     },
@@ -45,7 +45,7 @@ impl Target {
                         why: "an accelerated image has a digest of its own: name a tag",
                     });
                 }
-                let registry = Registry::open(reference, options)?;
+                let registry = Box::new(Registry::open(reference, options)?);
                 registry.check_push()?;
                 let from = match source {
                     ImageSource::Registry(source) if source.registry == reference.registry => {
