@@ -213,7 +213,8 @@ impl Shared {
             match action {
                 Action::Send(member, request, done) => self.members[member].submit(request, done),
                 Action::Finish(done, outcome) => {
-                    if outcome.is_err() {
+                    // A name that is looked up need not exist.
+                    if outcome.as_ref().is_err_and(|error| !error.is_not_found()) {
                         self.failed.fetch_add(1, Relaxed);
                     }
                     done(outcome);

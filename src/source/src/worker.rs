@@ -8,7 +8,8 @@
 //!
 //! Every path is opened beneath the directory with `RESOLVE_BENEATH`,
 //! `RESOLVE_NO_SYMLINKS` and `RESOLVE_NO_MAGICLINKS`. A bounded number of files
-//! stays open. A file is read with O_DIRECT where its file system takes it, so
+//! stays open. After an error the directory itself is opened anew, by its path:
+//! another file system may have been mounted there. A file is read with O_DIRECT where its file system takes it, so
 //! that the node does not cache a chunk twice.
 
 use crate::arena::Mapping;
@@ -18,6 +19,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use rustix::fs::{Advice, Dir, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
+use rustix::thread::LinkNameSpaceType;
 use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::CString;
@@ -27,6 +29,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Entries of the ring; more than the daemon ever has in flight.
 const RING_ENTRIES: u32 = 256;
@@ -36,6 +39,12 @@ const OPEN_FILES: usize = 256;
 const KERNEL_WORKERS: u32 = 64;
 /// Marks the completion that says "the socket has something".
 const SOCKET: u64 = u64::MAX;
+/// Marks that of opening the directory anew.
+const ROOT: u64 = u64::MAX - 1;
+/// The directory is not opened more often.
+const REOPEN: Duration = Duration::from_secs(1);
+
+const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
 const FLAGS: OFlags = OFlags::RDONLY
     .union(OFlags::CLOEXEC)
@@ -60,15 +69,17 @@ fn failed<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Work
     }
 }
 
-/// Runs the worker for `directory` until the daemon closes the socket.
-pub fn run(directory: &Path) -> Result<(), WorkerError> {
+/// Runs the worker for `directory` until the daemon closes the socket. With a
+/// `namespace` (a file such as `/proc/PID/ns/mnt`), the directory is that of this
+/// mount namespace, whatever is mounted there later.
+pub fn run(directory: &Path, namespace: Option<&Path>) -> Result<(), WorkerError> {
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
         .map_err(failed("cannot tie the worker's life to the daemon's"))?;
     close_inherited().map_err(failed("cannot close inherited files"))?;
     let socket = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)
         .map_err(failed("standard input is not the daemon's socket"))?;
     let socket = Arc::new(socket);
-    let started = Worker::start(directory, Arc::clone(&socket));
+    let started = enter(namespace).and_then(|()| Worker::start(directory, Arc::clone(&socket)));
     let hello = match &started {
         Ok(_) => Ok(0),
         Err(error) => {
@@ -95,6 +106,17 @@ pub fn run(directory: &Path) -> Result<(), WorkerError> {
     // their memory stays until the process is gone.
     std::mem::forget(worker);
     result
+}
+
+/// Joins a mount namespace. The process has one thread yet.
+fn enter(namespace: Option<&Path>) -> Result<(), WorkerError> {
+    let Some(namespace) = namespace else {
+        return Ok(());
+    };
+    let what = || format!("cannot enter the mount namespace {}", namespace.display());
+    let file = std::fs::File::open(namespace).map_err(failed(what()))?;
+    let kind = Some(LinkNameSpaceType::Mount);
+    rustix::thread::move_into_link_name_space(file.as_fd(), kind).map_err(failed(what()))
 }
 
 /// Closes everything but the three standard files: whatever the daemon had open
@@ -147,6 +169,8 @@ struct Job {
     offset: u64,
     want: usize,
     filled: usize,
+    /// It failed, and is repeated with the directory opened anew.
+    again: bool,
     /// A read ended here, which is no whole block: the file's end, if another says
     /// the same.
     ended: Option<usize>,
@@ -176,6 +200,14 @@ struct Worker {
     ring: IoUring,
     socket: Arc<OwnedFd>,
     root: Arc<OwnedFd>,
+    /// Where that is, as the kernel wants it, and how to open it: the kernel may
+    /// look at both whenever it is opened anew.
+    directory: Arc<CString>,
+    how: Box<types::OpenHow>,
+    /// When it was last opened.
+    opened: Instant,
+    /// What waits for it to be opened anew, while it is.
+    parked: Option<Vec<Job>>,
     arena: Arc<Mapping>,
     jobs: Vec<Option<Box<Job>>>,
     free: Vec<usize>,
@@ -192,9 +224,12 @@ impl fmt::Debug for Worker {
 
 impl Worker {
     fn start(directory: &Path, socket: Arc<OwnedFd>) -> Result<Self, WorkerError> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = rustix::fs::open(directory, flags, Mode::empty())
+        let root = open_directory(directory)
             .map_err(failed(format!("cannot open {}", directory.display())))?;
+        let path = std::path::absolute(directory)
+            .map_err(failed(format!("cannot find {}", directory.display())))?;
+        let path = CString::new(path.into_os_string().into_encoded_bytes())
+            .map_err(|error| failed(format!("{}", directory.display()))(io::Error::from(error)))?;
         let _ = rustix::process::chdir("/");
         let memory = rustix::stdio::stdout();
         let size = rustix::fs::fstat(memory)
@@ -230,6 +265,10 @@ impl Worker {
             ring,
             socket,
             root: Arc::new(root),
+            directory: Arc::new(path),
+            how: Box::new(types::OpenHow::new().flags(u64::from(DIRECTORY.bits()))),
+            opened: Instant::now(),
+            parked: None,
             arena: Arc::new(arena),
             jobs: Vec::new(),
             free: Vec::new(),
@@ -257,6 +296,8 @@ impl Worker {
                         return Ok(());
                     }
                     self.watch_socket()?;
+                } else if tag == ROOT {
+                    self.reopened(result)?;
                 } else {
                     self.advance(usize::try_from(tag).unwrap_or(usize::MAX), result)?;
                 }
@@ -272,7 +313,8 @@ impl Worker {
     }
 
     fn push(&mut self, entry: &squeue::Entry) -> Result<(), WorkerError> {
-        // SAFETY: what entries point to outlives their operation: paths and
+        // SAFETY: what entries point to outlives their operation: the directory's
+        // path and its `OpenHow` in this worker, which is never dropped; paths and
         // `OpenHow` in a boxed job that stays in `jobs` until its completion,
         // slots in the arena's mapping, which is never unmapped while the
         // worker runs, and files in the job's `Rc`.
@@ -336,13 +378,11 @@ impl Worker {
             offset,
             want,
             filled: 0,
+            again: false,
             ended: None,
         });
         job.open_with(true);
-        let index = self.free.pop().unwrap_or_else(|| {
-            self.jobs.push(None);
-            self.jobs.len() - 1
-        });
+        let index = self.place();
         self.issue(index, job)
     }
 
@@ -397,7 +437,7 @@ impl Worker {
                 job.open_with(false);
                 self.issue(index, job)
             }
-            (None, Err(error)) => self.end(index, &job, Err(error)),
+            (None, Err(error)) => self.fail(index, job, error),
             (Some(file), Err(Errno::INVAL)) if file.direct.get() => {
                 file.direct.set(false);
                 match rustix::fs::fcntl_setfl(&file.fd, OFlags::empty()) {
@@ -409,7 +449,7 @@ impl Worker {
                 // Whatever is wrong with this descriptor (ESTALE), the next
                 // attempt opens the file again.
                 self.forget(&job.path);
-                self.end(index, &job, Err(error))
+                self.fail(index, job, error)
             }
             (Some(_), Ok(read)) => {
                 let end = job.filled + read as usize;
@@ -425,6 +465,49 @@ impl Worker {
                 self.end(index, &job, Ok(len))
             }
         }
+    }
+
+    /// A job met an error. What is mounted at the directory may be another file
+    /// system by now: it is opened anew, and the job tried once more.
+    fn fail(&mut self, index: usize, mut job: Box<Job>, error: Errno) -> Result<(), WorkerError> {
+        if job.again || (self.parked.is_none() && self.opened.elapsed() < REOPEN) {
+            return self.end(index, &job, Err(error));
+        }
+        self.free.push(index);
+        (job.again, job.file, job.filled, job.ended) = (true, None, 0, None);
+        job.open_with(true);
+        if let Some(parked) = &mut self.parked {
+            parked.push(*job);
+            return Ok(());
+        }
+        self.parked = Some(vec![*job]);
+        let at = types::Fd(rustix::fs::CWD.as_raw_fd());
+        let entry = opcode::OpenAt2::new(at, self.directory.as_ptr(), &raw const *self.how);
+        self.push(&entry.build().user_data(ROOT))
+    }
+
+    /// The directory was opened anew, or cannot be.
+    fn reopened(&mut self, result: i32) -> Result<(), WorkerError> {
+        self.opened = Instant::now();
+        if result >= 0 {
+            // SAFETY: the kernel has just opened this descriptor for us.
+            self.root = Arc::new(unsafe { OwnedFd::from_raw_fd(result) });
+            self.files.clear();
+            self.order.clear();
+        }
+        for job in self.parked.take().unwrap_or_default() {
+            let index = self.place();
+            self.issue(index, Box::new(job))?;
+        }
+        Ok(())
+    }
+
+    /// A place for a job.
+    fn place(&mut self) -> usize {
+        self.free.pop().unwrap_or_else(|| {
+            self.jobs.push(None);
+            self.jobs.len() - 1
+        })
     }
 
     /// Puts a file just opened into the table, unless another job was faster.
@@ -494,9 +577,14 @@ impl Worker {
     /// Lists a directory on a thread of its own: io_uring cannot.
     fn list(&self, request: WireRequest) {
         let (root, socket) = (Arc::clone(&self.root), Arc::clone(&self.socket));
+        let directory = Arc::clone(&self.directory);
         let arena = Arc::clone(&self.arena);
         std::thread::spawn(move || {
-            let result = list(&root, &request, &arena);
+            let result = list(&root, &request, &arena).or_else(|error| {
+                // Another file system may be mounted there by now.
+                let root = open_directory(&*directory).map_err(|_| error)?;
+                list(&root, &request, &arena)
+            });
             let result = result.map_err(|errno| (errno, String::new()));
             let id = request.id;
             if let Err(error) = reply(&socket, &WireReply { id, result }) {
@@ -504,6 +592,10 @@ impl Worker {
             }
         });
     }
+}
+
+fn open_directory<P: rustix::path::Arg>(path: P) -> Result<OwnedFd, Errno> {
+    rustix::fs::open(path, DIRECTORY, Mode::empty())
 }
 
 fn list(root: &OwnedFd, request: &WireRequest, arena: &Mapping) -> Result<usize, Errno> {

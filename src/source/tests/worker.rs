@@ -22,7 +22,7 @@ fn main() -> ExitCode {
         .get(1)
         .is_some_and(|first| first == "source-worker")
     {
-        return match worker::run(Path::new(&arguments[2])) {
+        return match worker::run(Path::new(&arguments[2]), None) {
             Ok(()) => ExitCode::SUCCESS,
             Err(_) => ExitCode::FAILURE,
         };

@@ -120,6 +120,9 @@ enum Command {
     SourceWorker {
         /// The source's directory.
         directory: PathBuf,
+        /// The mount namespace that it is in.
+        #[arg(long)]
+        namespace: Option<PathBuf>,
     },
 }
 
@@ -164,7 +167,10 @@ fn run(command: Command) -> Result<()> {
         } => client::mount(&place.into(), &image, &directory, rw.as_deref())?,
         Command::Unmount { directory, place } => client::unmount(&place.into(), &directory)?,
         Command::KeepConnections { socket } => keeper::process::run(&socket)?,
-        Command::SourceWorker { directory } => worker::run(&directory)?,
+        Command::SourceWorker {
+            directory,
+            namespace,
+        } => worker::run(&directory, namespace.as_deref())?,
     }
     Ok(())
 }

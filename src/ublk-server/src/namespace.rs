@@ -10,7 +10,9 @@
 //! 2. every copied mount beneath the run directory, and every mount of EROFS,
 //!    overlay or an export on FUSE that nothing needed lies on, is detached.
 //!
-//! Mounts elsewhere stay, so binary, libraries, `/dev` and UFS are where they were.
+//! Mounts elsewhere stay, so binary, libraries and `/dev` are where they were. UFS is
+//! read by workers in the namespace that the daemon was started in: what is mounted
+//! there later is seen, and a copy of it here is not needed.
 
 use anyhow::{Context, Result};
 use rustix::mount::{MountPropagationFlags, UnmountFlags};

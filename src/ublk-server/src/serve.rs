@@ -14,7 +14,8 @@ use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Resource, Rlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -58,6 +59,8 @@ pub struct Daemon {
     pub workers: Vec<Arc<WorkerSource>>,
     /// The UFS directory.
     pub ufs: PathBuf,
+    /// The mount namespace that the daemon was started in, for its workers.
+    _host: File,
 }
 
 /// Serves until SIGTERM or SIGINT.
@@ -90,13 +93,15 @@ pub fn run(options: &Options) -> Result<()> {
 fn serve(options: &Options, ufs: &Path) -> Result<usize> {
     let paths = &options.paths;
     let program = std::env::current_exe().context("cannot find this program")?;
+    // UFS is not among them: its workers stay where it is mounted. A hung one must
+    // not even be looked at.
     let needed = [
-        ufs,
         &*program,
         &*paths.run,
         &*paths.socket,
         Path::new("/usr/lib"),
     ];
+    let host = File::open("/proc/self/ns/mnt").context("cannot open the mount namespace")?;
     namespace::enter_private(&paths.run, &needed)?;
     prepare_process();
     let journal = Journal::open(&paths.run, ufs)
@@ -105,7 +110,7 @@ fn serve(options: &Options, ufs: &Path) -> Result<usize> {
         .load()
         .context("cannot read the journal")?
         .is_empty();
-    let daemon = start(options, ufs, journal, leftovers)?;
+    let daemon = start(options, ufs, host, journal, leftovers)?;
     daemon.registry.recover(paths)?;
     let listener = listen(&paths.socket)?;
     let (signals, from_signals) = UnixStream::pair().context("cannot make a pipe")?;
@@ -170,13 +175,19 @@ fn prepare_process() {
     }
 }
 
-fn start(options: &Options, ufs: &Path, journal: Journal, leftovers: bool) -> Result<Arc<Daemon>> {
+fn start(
+    options: &Options,
+    ufs: &Path,
+    host: File,
+    journal: Journal,
+    leftovers: bool,
+) -> Result<Arc<Daemon>> {
     let (chunks, pages) = slots(options.cache_size);
     let arena = Arc::new(Arena::new(chunks, pages)?);
-    let mut workers = vec![worker("UFS", ufs, &arena)?];
+    let mut workers = vec![worker("UFS", ufs, &host, &arena)?];
     for replica in &options.replicas {
         let replica = std::path::absolute(replica)?;
-        workers.push(worker("replica", &replica, &arena)?);
+        workers.push(worker("replica", &replica, &host, &arena)?);
     }
     // Those who read devices of an earlier daemon must not wait for UFS.
     if !leftovers {
@@ -204,13 +215,25 @@ fn start(options: &Options, ufs: &Path, journal: Journal, leftovers: bool) -> Re
         sources,
         workers,
         ufs: ufs.to_owned(),
+        _host: host,
     }))
 }
 
-fn worker(kind: &str, directory: &Path, arena: &Arc<Arena>) -> Result<Arc<WorkerSource>> {
+fn worker(
+    kind: &str,
+    directory: &Path,
+    host: &File,
+    arena: &Arc<Arena>,
+) -> Result<Arc<WorkerSource>> {
+    let namespace = format!("/proc/{}/fd/{}", std::process::id(), host.as_raw_fd());
     let command = WorkerCommand {
         program: "/proc/self/exe".into(),
-        arguments: vec!["source-worker".into(), directory.into()],
+        arguments: vec![
+            "source-worker".into(),
+            directory.into(),
+            "--namespace".into(),
+            namespace.into(),
+        ],
     };
     let name = format!("{kind} {}", directory.display());
     let source = WorkerSource::start(&name, command, Arc::clone(arena))?;

@@ -759,3 +759,46 @@ fn a_kill_while_mounting_or_unmounting_leaves_a_mount_or_none() {
     println!("{mounted} were mounted, {not} were not");
     node.stop();
 }
+
+/// Mounts `from` at `to`.
+fn bind(from: &Path, to: &Path) {
+    rustix::mount::mount_bind(from, to).unwrap();
+}
+
+#[test]
+fn a_ufs_that_is_mounted_late_or_anew_is_seen() {
+    let mut made = None;
+    let node = Node::start(|ufs| {
+        let ready = ufs.parent().unwrap().join("ready");
+        fs::create_dir(&ready).unwrap();
+        made = Some(big(&ready));
+    });
+    let (image, files) = made.unwrap();
+    let (root, ufs) = (node.directory("root"), node.path("ufs"));
+    assert!(node.refused(&["mount", &image, &root]).contains("convert"));
+    bind(&node.path("ready"), &ufs);
+    // It was looked for less than a second ago.
+    while !node.client(&["mount", &image, &root]).status.success() {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    check_big(&root, &files[..1]);
+    // What is there now goes away; the same is mounted from elsewhere, later.
+    rustix::mount::unmount(&ufs, rustix::mount::UnmountFlags::DETACH).unwrap();
+    let moved = node.path("moved");
+    fs::rename(node.path("ready"), &moved).unwrap();
+    fs::create_dir(node.path("copy")).unwrap();
+    let copied = Command::new("cp")
+        .arg("-a")
+        .args([moved.join("."), node.path("copy")])
+        .status();
+    assert!(copied.unwrap().success());
+    fs::remove_dir_all(&moved).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| check_big(&root, &files));
+        bind(&node.path("copy"), &ufs);
+    });
+    assert_eq!(node.status()["failed_reads"], 0);
+    node.ask(&["unmount", &root]);
+    rustix::mount::unmount(&ufs, rustix::mount::UnmountFlags::DETACH).unwrap();
+    node.stop();
+}

@@ -243,10 +243,19 @@ impl<R: Reader> UblkTransport<R> {
     /// Takes over a device whose daemon died, and lets its I/O go on.
     ///
     /// Waits for the driver to let go of the dead daemon. The reader must serve
-    /// the same bytes as before; at least its size is compared.
+    /// the same bytes as before; at least its size is compared. May be tried again
+    /// after an error, with an equal reader.
     pub fn recover(&self, id: u32, reader: Arc<R>) -> Result<UblkDevice, UblkError> {
-        if self.devices().contains_key(&id) {
-            return Err(unsuitable(id, "it is served by this process already"));
+        let attached = self.devices().get(&id).map(Arc::clone);
+        if let Some(served) = attached {
+            // An earlier attempt got as far as having the tags.
+            return match self.control.info(id, self.options.control_timeout)? {
+                Some(info) if info.state == DeviceState::Quiesced => {
+                    self.go_live(ControlOp::EndUserRecovery, &served)?;
+                    Ok(UblkDevice::new(&info, reader.size()))
+                }
+                _ => Err(unsuitable(id, "it is served by this process already")),
+            };
         }
         let (info, size) = self.begin_recovery(id, reader.size())?;
         let served = self.attach(&info, reader)?;
