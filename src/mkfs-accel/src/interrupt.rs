@@ -3,7 +3,7 @@
 //! The signal's own thread does it, so that a converter that waits for a network
 //! ends at once too.
 
-use crate::exit;
+use crate::{exit, progress};
 use anyhow::Context;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -33,6 +33,7 @@ pub fn watch() -> anyhow::Result<()> {
             for clean_up in all.iter() {
                 clean_up();
             }
+            progress::clear();
             eprintln!("mkfs-accel: interrupted; unfinished files were removed");
             std::process::exit(exit::INTERRUPTED.into());
         }

@@ -20,7 +20,7 @@ fn main() -> ExitCode {
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| progress::Stderr)
         .init();
     let result = interrupt::watch().and_then(|()| command.run());
     // A signal ends the process on its own thread; what it tore on this one is

@@ -2,12 +2,46 @@
 
 use crate::output::Bytes;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::{self, IsTerminal, Read};
+use std::io::{self, IsTerminal, Read, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Redrawn so often per second at most.
 const RATE: u8 = 5;
+
+/// The bars that are on the screen, for those who write there beside them.
+static SCREEN: Mutex<Option<MultiProgress>> = Mutex::new(None);
+
+fn screen() -> MutexGuard<'static, Option<MultiProgress>> {
+    SCREEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Takes the bars off the screen for good.
+pub fn clear() {
+    if let Some(bars) = screen().take() {
+        let _ = bars.clear();
+    }
+}
+
+/// Standard error, written to without tearing bars.
+#[derive(Debug, Clone, Copy)]
+pub struct Stderr;
+
+impl Write for Stderr {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let bars = screen().clone();
+        let write = || io::stderr().write(bytes);
+        match bars {
+            Some(bars) => bars.suspend(write),
+            None => write(),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
 
 /// The bars of everything that is being read, and one for all of it.
 #[derive(Debug)]
@@ -25,6 +59,7 @@ impl Bars {
             false => ProgressDrawTarget::hidden(),
         };
         let all = MultiProgress::with_draw_target(target);
+        *screen() = Some(all.clone());
         let total = (total > 0).then(|| bar(&all, "in all".to_owned(), total));
         Self { all, total }
     }
@@ -58,7 +93,7 @@ impl Bars {
 
 impl Drop for Bars {
     fn drop(&mut self) {
-        let _ = self.all.clear();
+        clear();
     }
 }
 
