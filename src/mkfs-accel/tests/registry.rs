@@ -2,7 +2,9 @@
 
 mod common;
 
-use common::services::{Access, Harm, Proxy, Registry, TokenServer, push, umoci_image};
+use common::services::{
+    Access, Certificate, Harm, Proxy, Registry, TokenServer, push, umoci_image,
+};
 use common::{Image, Ufs, good, mkfs_accel, sample_tar};
 use serde_json::Value;
 use std::fs;
@@ -388,6 +390,46 @@ fn a_connection_that_breaks_is_taken_up_where_it_broke() {
         assert_eq!(ufs.layers(), wanted.layers());
         assert_eq!(proxy.count(&image.layer(0)), 3);
     }
+}
+
+#[test]
+fn a_connection_that_always_breaks_is_an_error_that_says_so() {
+    let image = Image::gzipped(&[sample_tar(1)]);
+    let registry = with_image(&image);
+    let proxy = Proxy::start(&registry, &image.layer(0), Harm::CutBody);
+    let ufs = Ufs::new();
+    let error = refuse(&ufs, &proxy.image("x"), &["--plain-http"]);
+    assert!(
+        error.contains("broke 5 times in a row after 0 of"),
+        "{error}"
+    );
+    assert!(
+        error.contains(&image.layer(0)) && error.contains(&proxy.address),
+        "{error}"
+    );
+    assert!(ufs.is_empty());
+}
+
+#[test]
+fn registries_are_talked_to_over_tls() {
+    let access = Access::Tls(Certificate::new());
+    let registry = Registry::start(&access);
+    let image = Image::gzipped(&[sample_tar(1)]);
+    push(&image.source(), &registry.image("x"), &[]);
+    let ufs = Ufs::new();
+    let error = refuse(&ufs, &registry.image("x"), &[]);
+    assert!(error.contains("update-ca-certificates"), "{error}");
+    let Access::Tls(certificate) = &access else {
+        unreachable!();
+    };
+    let output = mkfs_accel()
+        .args(["convert", &registry.image("x"), "--ufs"])
+        .arg(ufs.path())
+        .env("SSL_CERT_FILE", certificate.certificate())
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{error}");
 }
 
 #[test]

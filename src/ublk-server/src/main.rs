@@ -89,7 +89,7 @@ enum Command {
     },
     /// Mount an image.
     Mount {
-        /// The SOURCE that was converted, or its manifest digest.
+        /// The SOURCE that was converted, or the digest of its manifest or index.
         image: String,
         /// Where; the directory must exist.
         #[arg(value_name = "DIR")]

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Entry, Layer, Stalled, noise, publish_image, publish_tree};
+use common::{Entry, Layer, Stalled, name_index, noise, publish_image, publish_tree};
 use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -203,7 +203,8 @@ fn an_image_is_mounted_read_and_unmounted() {
         let top: &[Entry<'_>] = &[("etc/name", Some(b"top\n")), ("etc/more", Some(b"x"))];
         let top = publish_tree(ufs, "top", top);
         let both = publish_image(ufs, &[base, top]);
-        made = Some((both, publish_image(ufs, &[base]), files));
+        let only = publish_image(ufs, &[base]);
+        made = Some((both, name_index(ufs, only), files));
     });
     let (both, only, files) = made.unwrap();
     let (one, two) = (node.directory("one"), node.directory("two"));

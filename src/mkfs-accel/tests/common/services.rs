@@ -25,6 +25,43 @@ pub enum Access {
     Password,
     /// Tokens of this server.
     Token(TokenServer),
+    /// To everybody, over TLS with this certificate.
+    Tls(Certificate),
+}
+
+/// A certificate for 127.0.0.1 that nobody has signed, and its key.
+pub struct Certificate(TempDir);
+
+impl Certificate {
+    pub fn new() -> Self {
+        let directory = TempDir::new().unwrap();
+        let certificate = Self(directory);
+        let config = certificate.path("config");
+        let text = "[req]\ndistinguished_name = name\nx509_extensions = x\n[name]\n\
+             [x]\nbasicConstraints = critical,CA:FALSE\nsubjectAltName = IP:127.0.0.1\n";
+        fs::write(&config, text).unwrap();
+        let new = [
+            "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+        ];
+        let (key, out) = (certificate.key(), certificate.certificate());
+        let files = [
+            "-subj", "/CN=test", "-config", &config, "-keyout", &key, "-out", &out,
+        ];
+        tool("openssl", &[&new[..], &files].concat());
+        certificate
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    pub fn key(&self) -> String {
+        self.path("key.pem")
+    }
+
+    pub fn certificate(&self) -> String {
+        self.path("certificate.pem")
+    }
 }
 
 /// "user" with the password "secret", as htpasswd(1) writes it with bcrypt.
@@ -38,14 +75,22 @@ impl Registry {
         // once.
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr();
         let address = address.unwrap().to_string();
+        let tls = match access {
+            Access::Tls(certificate) => format!(
+                ", tls: {{certificate: {}, key: {}}}",
+                certificate.certificate(),
+                certificate.key(),
+            ),
+            _ => String::new(),
+        };
         let mut config = format!(
-            "version: 0.1\nlog: {{level: error}}\nhttp: {{addr: {address}}}\n\
+            "version: 0.1\nlog: {{level: error}}\nhttp: {{addr: {address}{tls}}}\n\
              storage: {{filesystem: {{rootdirectory: {}}}}}\n\
              validation: {{manifests: {{urls: {{allow: [^http]}}}}}}\n",
             path.join("data").display(),
         );
         config += &match access {
-            Access::Open => String::new(),
+            Access::Open | Access::Tls(_) => String::new(),
             Access::Password => {
                 let users = path.join("htpasswd");
                 fs::write(&users, HTPASSWD).unwrap();
@@ -55,7 +100,7 @@ impl Registry {
             Access::Token(server) => format!(
                 "auth: {{token: {{realm: 'http://{}/token', service: test, issuer: test, rootcertbundle: {}}}}}\n",
                 server.address,
-                server.certificate().display(),
+                server.certificate.certificate(),
             ),
         };
         fs::write(path.join("config.yml"), config).unwrap();
@@ -161,7 +206,9 @@ pub struct Proxy {
 pub enum Harm {
     /// The connection ends after so many bytes of the answer.
     Cut(usize),
-    /// The same, and the registry does not see which bytes are wanted; it ends so
+    /// The connection ends right behind the answer's head.
+    CutBody,
+    /// As [`Harm::Cut`], and the registry does not see which bytes are wanted; it ends so
     /// many behind those that the client has.
     CutWithoutRanges(usize),
     /// Nothing comes any more after so many bytes of the answer.
@@ -241,10 +288,15 @@ fn relay(
                 format!("HTTP/1.1 {answer}\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno");
             return client.write_all(refusal.as_bytes()).ok();
         }
-        Harm::Refuse(..) => usize::MAX,
+        Harm::Refuse(..) | Harm::CutBody => usize::MAX,
     };
     let mut server = TcpStream::connect(upstream).ok()?;
     server.write_all(head.as_bytes()).ok()?;
+    if harmed && matches!(harm, Harm::CutBody) {
+        let (line, headers) = read_head(&mut BufReader::new(&server))?;
+        let head = line + &headers.concat() + "\r\n";
+        return client.write_all(head.as_bytes()).ok();
+    }
     std::io::copy(&mut server.take(most as u64), &mut client).ok()?;
     if harmed && matches!(harm, Harm::Stall(_)) {
         // Until the other side goes.
@@ -271,32 +323,25 @@ fn read_head(reader: &mut impl BufRead) -> Option<(String, Vec<String>)> {
 /// A server of tokens for registries: for "user" with "secret", and for the identity
 /// token "refresh". Ends with the test's process.
 pub struct TokenServer {
-    pub address: String,
-    directory: TempDir,
+    address: String,
+    certificate: Certificate,
 }
 
 impl TokenServer {
     pub fn start() -> Self {
-        let directory = TempDir::new().unwrap();
-        let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
-        let (key, certificate) = (path("key.pem"), path("certificate.pem"));
-        let new = [
-            "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-        ];
-        let files = ["-subj", "/CN=test", "-keyout", &key, "-out", &certificate];
-        tool("openssl", &[&new[..], &files].concat());
+        let certificate = Certificate::new();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
+        let (key, path) = (certificate.key(), certificate.certificate());
         thread::spawn(move || {
             for connection in listener.incoming().flatten() {
-                answer_for_token(&connection, &key, &certificate);
+                answer_for_token(&connection, &key, &path);
             }
         });
-        Self { address, directory }
-    }
-
-    pub fn certificate(&self) -> PathBuf {
-        self.directory.path().join("certificate.pem")
+        Self {
+            address,
+            certificate,
+        }
     }
 }
 

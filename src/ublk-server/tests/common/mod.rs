@@ -46,7 +46,7 @@ pub fn publish(ufs: &Path, name: &str, image: &[u8]) -> Layer {
 
 use accel_oci::{ChainId, Platform};
 use accel_ufs::names;
-use accel_ufs::record::{ErofsRecord, ImageRecord, LayerRecord, Process};
+use accel_ufs::record::{ErofsRecord, ImageRecord, LayerRecord, NameRecord, Process};
 use rustix::event::{PollFd, PollFlags};
 use rustix::mount::{MountFlags, UnmountFlags, mount};
 use std::ffi::CString;
@@ -128,6 +128,20 @@ pub fn publish_image(ufs: &Path, layers: &[Layer]) -> Digest {
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     fs::write(path, record.to_json()).unwrap();
     manifest
+}
+
+/// Notes that an image was converted through an index; the index's digest.
+pub fn name_index(ufs: &Path, manifest: Digest) -> Digest {
+    let index = Digest::of(b"an index");
+    let record = NameRecord {
+        layout: 1,
+        source: index.to_string(),
+        manifest,
+    };
+    let path = names::name_record(&index, names::Nanoseconds(1)).beneath(ufs);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, record.to_json()).unwrap();
+    index
 }
 
 fn platform() -> Platform {
