@@ -17,6 +17,12 @@ pub const MAX_LINE: usize = 4 << 20;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum Command {
+    /// Look an image up, so that attaching it in the next seconds does not wait for
+    /// UFS: who attaches holds a lock that others wait for.
+    Prepare {
+        /// Canonical source, or manifest digest.
+        image: String,
+    },
     /// Export the layers of an image.
     Attach {
         /// Canonical source, or manifest digest.

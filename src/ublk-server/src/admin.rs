@@ -42,6 +42,7 @@ fn answer(daemon: &Daemon, stream: &UnixStream) -> Result<()> {
     let (command, fd) = wire::receive::<Command>(stream)?;
     let registry = &daemon.registry;
     match command {
+        Command::Prepare { image } => reply(stream, registry.prepare(&image)),
         Command::Attach { image, holder } => reply(stream, registry.attach(&image, holder)),
         Command::AttachLayer {
             diff_id,

@@ -4,9 +4,10 @@
 //! *holder* (a mount, or an operator's `attach`) holds all layers of one image;
 //! an export ends with its last holder.
 //!
-//! Two locks: `operations` orders attach and detach, which may wait for UFS and
-//! the kernel; `state` is held for moments only, so that `status` always answers.
-//! `operations` is taken first.
+//! Two locks: `operations` orders attach and detach, which may wait for the kernel;
+//! `state` is held for moments only, so that `status` always answers. `operations` is
+//! taken first. What has to be known of UFS is looked up before either: a UFS that
+//! stalls holds up who asks for it, and nobody else.
 
 use crate::catalog::{Catalog, CatalogError, Image, Layer, RootedLayer};
 use crate::devices::{Device, Devices};
@@ -28,6 +29,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Every export of the daemon.
 #[derive(Debug)]
@@ -39,7 +41,31 @@ pub struct Registry {
     ufs: PathBuf,
     operations: Mutex<()>,
     state: Mutex<State>,
+    /// Images that were looked up and are about to be attached.
+    prepared: Mutex<Vec<Prepared>>,
+    /// Devices of an earlier daemon that could not be recovered yet.
+    unrecovered: Mutex<Vec<Entry>>,
 }
+
+/// An image that was looked up.
+#[derive(Debug)]
+struct Prepared {
+    /// As it was asked for.
+    image: String,
+    at: Instant,
+    found: Found,
+}
+
+/// What is known of an image.
+#[derive(Debug)]
+struct Found {
+    image: Image,
+    /// Layers that were not exported when it was looked up.
+    opened: HashMap<Root, Arc<Export>>,
+}
+
+/// How long a look-up counts.
+const PREPARED: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Default)]
 struct State {
@@ -87,6 +113,8 @@ impl Registry {
             ufs,
             operations: Mutex::default(),
             state: Mutex::default(),
+            prepared: Mutex::default(),
+            unrecovered: Mutex::default(),
         })
     }
 
@@ -105,18 +133,67 @@ impl Registry {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Looks `image` up, so that attaching it soon does not wait for UFS.
+    pub fn prepare(&self, image: &str) -> Result<()> {
+        self.check_open()?;
+        let found = self.look_up(image)?;
+        let mut prepared = self.prepared();
+        prepared.retain(|other| other.image != image && other.at.elapsed() < PREPARED);
+        prepared.push(Prepared {
+            image: image.to_owned(),
+            at: Instant::now(),
+            found,
+        });
+        Ok(())
+    }
+
+    fn prepared(&self) -> MutexGuard<'_, Vec<Prepared>> {
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn look_up(&self, image: &str) -> Result<Found> {
+        let name: ImageName = image.parse()?;
+        let image = self.catalog().find(&name)?;
+        let opened = self.open(&image)?;
+        Ok(Found { image, opened })
+    }
+
+    /// Opens the layers of `image` that are not exported yet.
+    fn open(&self, image: &Image) -> Result<HashMap<Root, Arc<Export>>> {
+        let mut opened = HashMap::new();
+        for layer in &image.layers {
+            let known = self.state().exports.contains_key(&layer.root);
+            if !known && !opened.contains_key(&layer.root) {
+                opened.insert(layer.root, self.open_layer(*layer)?);
+            }
+        }
+        Ok(opened)
+    }
+
+    fn open_layer(&self, layer: Layer) -> Result<Arc<Export>> {
+        let Layer { name, root, size } = layer;
+        let patience = self.engine.patience().lookup();
+        let export = Export::open(&self.engine, name, root, size, patience)?;
+        Ok(Arc::new(export))
+    }
+
     /// Exports the layers of `image` for `holder`.
     pub fn attach(&self, image: &str, holder: Option<String>) -> Result<Attached> {
-        let name: ImageName = image.parse()?;
-        let _one = self.operate();
         self.check_open()?;
-        let found = self.catalog().find(&name)?;
-        let holder = holder.unwrap_or_else(|| operator(&found.digest));
-        let layers = self.attach_found(&found, image, &holder, false)?;
-        Ok(Attached {
-            digest: found.digest,
-            layers,
-        })
+        let prepared = {
+            let mut prepared = self.prepared();
+            let at = prepared.iter().position(|other| other.image == image);
+            at.map(|at| prepared.swap_remove(at))
+        };
+        let prepared = prepared.filter(|prepared| prepared.at.elapsed() < PREPARED);
+        let found = match prepared {
+            Some(prepared) => prepared.found,
+            None => self.look_up(image)?,
+        };
+        let digest = found.image.digest;
+        let holder = holder.unwrap_or_else(|| operator(&digest));
+        let layers = self.attach_found(found, image, &holder, false)?;
+        Ok(Attached { digest, layers })
     }
 
     /// Exports one layer, whose root is known, for `holder`.
@@ -127,7 +204,6 @@ impl Registry {
         (root, size): (Root, ImageSize),
         holder: &str,
     ) -> Result<LayerAnswer> {
-        let _one = self.operate();
         self.check_open()?;
         let found = self
             .catalog()
@@ -146,7 +222,9 @@ impl Registry {
             layers: vec![layer],
         };
         let name = layer.name.to_string();
-        let layers = self.attach_found(&image, &name, holder, true)?;
+        let opened = self.open(&image)?;
+        let found = Found { image, opened };
+        let layers = self.attach_found(found, &name, holder, true)?;
         let layer = layers.into_iter().next().context("no layer")?;
         Ok(LayerAnswer::Attached(layer))
     }
@@ -166,15 +244,17 @@ impl Registry {
         }
     }
 
-    /// Exports what was found; the caller has `operations`.
+    /// Exports what was found.
     fn attach_found(
         &self,
-        found: &Image,
+        mut found: Found,
         image: &str,
         holder: &str,
         signed: bool,
     ) -> Result<Vec<AttachedLayer>> {
-        let digest = found.digest;
+        let _one = self.operate();
+        self.check_open()?;
+        let digest = found.image.digest;
         if let Some(other) = self.state().holders.get(holder)
             && other.manifest != digest
         {
@@ -185,16 +265,18 @@ impl Registry {
             );
         }
         let mut added = Vec::new();
-        let layers = self.attach_layers(found, &mut added).and_then(|layers| {
-            let holding = Holding {
-                image: image.to_owned(),
-                manifest: digest,
-                layers: layers.iter().map(|layer| layer.root).collect(),
-                signed,
-            };
-            self.hold(holder, holding)?;
-            Ok(layers)
-        });
+        let layers = self
+            .attach_layers(&mut found, &mut added)
+            .and_then(|layers| {
+                let holding = Holding {
+                    image: image.to_owned(),
+                    manifest: digest,
+                    layers: layers.iter().map(|layer| layer.root).collect(),
+                    signed,
+                };
+                self.hold(holder, holding)?;
+                Ok(layers)
+            });
         match layers {
             Ok(layers) => {
                 tracing::info!(image, holder, layers = layers.len(), "attached");
@@ -211,14 +293,23 @@ impl Registry {
         }
     }
 
-    fn attach_layers(&self, image: &Image, added: &mut Vec<Root>) -> Result<Vec<AttachedLayer>> {
-        let mut layers = Vec::with_capacity(image.layers.len());
-        for layer in &image.layers {
+    fn attach_layers(
+        &self,
+        found: &mut Found,
+        added: &mut Vec<Root>,
+    ) -> Result<Vec<AttachedLayer>> {
+        let mut layers = Vec::with_capacity(found.image.layers.len());
+        for layer in &found.image.layers {
             let known = self.state().exports.get(&layer.root).cloned();
             let served = match known {
                 Some(served) => served,
                 None => {
-                    let served = self.export(*layer)?;
+                    let export = match found.opened.remove(&layer.root) {
+                        Some(export) => export,
+                        // Its last holder has let it go since it was looked up.
+                        None => self.open_layer(*layer)?,
+                    };
+                    let served = self.export(export)?;
                     added.push(layer.root);
                     self.state().exports.insert(layer.root, served.clone());
                     served
@@ -236,16 +327,8 @@ impl Registry {
     }
 
     /// Makes a device for a layer.
-    fn export(&self, layer: Layer) -> Result<Served> {
-        let Layer { name, root, size } = layer;
-        let export = Export::open(
-            &self.engine,
-            name,
-            root,
-            size,
-            self.engine.patience().lookup(),
-        )?;
-        let export = Arc::new(export);
+    fn export(&self, export: Arc<Export>) -> Result<Served> {
+        let (name, root, size) = (export.name, export.root, export.image_size());
         let reader = Arc::new(ExportReader::new(&self.engine, &export));
         let mut entry = Entry::new(&self.journal, name, root, size);
         let mut noted = false;
@@ -591,14 +674,40 @@ impl Registry {
             }
             return Ok(());
         }
-        if let Err(error) = self.recover_one(entry) {
-            tracing::error!(device = id, layer = %name, error = format!("{error:#}"),
-                "cannot recover a device; who reads it waits");
-        }
+        self.recover_or_note(entry);
         Ok(())
     }
 
-    fn recover_one(&self, entry: Entry) -> Result<()> {
+    fn unrecovered(&self) -> MutexGuard<'_, Vec<Entry>> {
+        self.unrecovered
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn recover_or_note(&self, entry: Entry) {
+        if let Err(error) = self.recover_one(&entry) {
+            tracing::error!(device = entry.device, layer = %entry.name(),
+                error = format!("{error:#}"),
+                "cannot recover a device; who reads it waits until another attempt succeeds");
+            self.unrecovered().push(entry);
+        }
+    }
+
+    /// Whether every device of an earlier daemon was recovered.
+    pub fn all_recovered(&self) -> bool {
+        self.unrecovered().is_empty()
+    }
+
+    /// Tries again to recover what could not be recovered; true if nothing is left.
+    pub fn recover_again(&self) -> bool {
+        let entries = std::mem::take(&mut *self.unrecovered());
+        for entry in entries {
+            self.recover_or_note(entry);
+        }
+        self.all_recovered()
+    }
+
+    fn recover_one(&self, entry: &Entry) -> Result<()> {
         let Some(ublk) = self.devices.ublk() else {
             bail!("no ublk");
         };
@@ -607,7 +716,7 @@ impl Registry {
         let reader = Arc::new(ExportReader::new(&self.engine, &export));
         let device = ublk.recover(entry.device, reader)?;
         tracing::info!(device = entry.device, layer = %export.name, "recovered");
-        self.recovered(export, Device::Ublk(device), entry);
+        self.recovered(export, Device::Ublk(device), entry.clone());
         Ok(())
     }
 

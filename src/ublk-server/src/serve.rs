@@ -26,6 +26,9 @@ const SMALLEST_CACHE: u64 = 16 << 20;
 /// How long UFS may take to answer at start before the daemon goes on without.
 const UFS_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How often devices that could not be recovered are tried again.
+const RECOVER_AGAIN: Duration = Duration::from_secs(5);
+
 /// What `serve` was told.
 #[derive(Debug)]
 pub struct Options {
@@ -112,6 +115,7 @@ fn serve(options: &Options, ufs: &Path) -> Result<usize> {
         .is_empty();
     let daemon = start(options, ufs, host, journal, leftovers)?;
     daemon.registry.recover(paths)?;
+    recover_later(&daemon)?;
     let listener = listen(&paths.socket)?;
     let (signals, from_signals) = UnixStream::pair().context("cannot make a pipe")?;
     for signal in [SIGTERM, SIGINT] {
@@ -139,6 +143,30 @@ fn serve(options: &Options, ufs: &Path) -> Result<usize> {
         std::mem::forget(daemon);
     }
     Ok(left)
+}
+
+/// Has devices that could not be recovered tried again, as long as there are any.
+fn recover_later(daemon: &Arc<Daemon>) -> Result<()> {
+    if daemon.registry.all_recovered() {
+        return Ok(());
+    }
+    let daemon = Arc::downgrade(daemon);
+    let again = move || {
+        loop {
+            std::thread::sleep(RECOVER_AGAIN);
+            let Some(daemon) = daemon.upgrade() else {
+                return;
+            };
+            if daemon.registry.recover_again() {
+                return;
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .name("recovery".to_owned())
+        .spawn(again)
+        .context("cannot start a thread")?;
+    Ok(())
 }
 
 /// Makes sure that this is the only daemon here.

@@ -803,3 +803,54 @@ fn a_ufs_that_is_mounted_late_or_anew_is_seen() {
     rustix::mount::unmount(&ufs, rustix::mount::UnmountFlags::DETACH).unwrap();
     node.stop();
 }
+
+#[test]
+fn who_waits_for_a_stalled_ufs_holds_up_nobody_else() {
+    let mut made = None;
+    let mut node = Node::start(|ufs| {
+        let (layer, _) = base(ufs);
+        let other = publish_tree(ufs, "other", &[("file", Some(b"other"))]);
+        made = Some(
+            [[layer].as_slice(), &[other], &[layer, other]].map(|layers| {
+                let image = publish_image(ufs, layers);
+                image.to_string()
+            }),
+        );
+    });
+    let [one, two, three] = made.unwrap();
+    node.child.kill().unwrap();
+    node.child.wait().unwrap();
+    // Nothing is given up while this test lasts.
+    let further: [&OsStr; 2] = ["--attempt-timeout".as_ref(), "10m".as_ref()];
+    node.child = serve_with(node.directory.path(), &further);
+    node.await_daemon();
+    let (first, second) = (node.directory("first"), node.directory("second"));
+    node.ask(&["mount", &one, &first]);
+    node.ask(&["mount", &two, &second]);
+    let worker = node.status()["sources"][0]["worker"].clone();
+    kill(&worker, Signal::STOP);
+    std::thread::scope(|scope| {
+        let third = node.directory("third");
+        let (node, three) = (&node, &three);
+        let waiting = scope.spawn(move || node.ask(&["mount", three, &third]));
+        // While that waits: everything that needs nothing of UFS.
+        node.ask(&["list"]);
+        node.ask(&["unmount", &first]);
+        node.ask(&["unmount", &second]);
+        assert!(!waiting.is_finished(), "it did not wait for UFS");
+        kill(&worker, Signal::CONT);
+        waiting.join().unwrap();
+    });
+    let third = node.directory("third");
+    let name = fs::read_to_string(Path::new(&third).join("file")).unwrap();
+    assert_eq!(name, "other");
+    // Nor does it hold up the end.
+    kill(&worker, Signal::STOP);
+    let mut client = Command::new(PROGRAM);
+    client.args(["mount", &one, &first, "--socket"]);
+    client.arg(node.path("socket")).stderr(Stdio::null());
+    let mut client = client.spawn().unwrap();
+    node.ask(&["unmount", &third]);
+    node.stop();
+    assert!(!client.wait().unwrap().success());
+}

@@ -45,12 +45,19 @@ fn lock(paths: &Paths) -> Result<Lock> {
     Lock::wait(&path).with_context(|| format!("cannot lock {}", path.display()))
 }
 
+/// Has the daemon look the image up, before there is a lock that others wait for.
+fn prepare(paths: &Paths, image: &str) -> Result<()> {
+    let image = image.to_owned();
+    wire::ask(&paths.socket, &Command::Prepare { image }, None)
+}
+
 /// `ublk-server attach`: exports an image's layers and gives their devices or
 /// files, lowest first.
 pub fn attach(paths: &Paths, image: &str) -> Result<Vec<PathBuf>> {
     check_daemon(paths)?;
-    let lock = lock(paths)?;
     let image = image_name(image)?;
+    prepare(paths, &image)?;
+    let lock = lock(paths)?;
     let command = Command::Attach {
         image: image.clone(),
         holder: None,

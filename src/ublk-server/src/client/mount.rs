@@ -10,7 +10,7 @@
 //! `unmount` can take back whatever a client that died had done. Both are the
 //! same procedure: a failed mount is undone by an unmount.
 
-use super::{check_daemon, image_name, lock};
+use super::{check_daemon, image_name, lock, prepare};
 use crate::lock::Lock;
 use crate::paths::Paths;
 use crate::protocol::{Attached, Command, Holder, Status};
@@ -78,6 +78,8 @@ pub fn mount(paths: &Paths, image: &str, directory: &Path, upper: Option<&Path>)
     check_daemon(paths)?;
     let image = image_name(image)?;
     let directory = real_directory(directory)?;
+    let prepared = prepare(paths, &image);
+    prepared.with_context(|| format!("cannot mount {image}"))?;
     let lock = lock(paths)?;
     let taken = system::is_mount_point(&directory);
     if !matches!(taken, Ok(false)) {

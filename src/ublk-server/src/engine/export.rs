@@ -159,6 +159,11 @@ impl Export {
         }
     }
 
+    /// Size of the image.
+    pub fn image_size(&self) -> ImageSize {
+        self.layout.image_size()
+    }
+
     /// Size in bytes.
     pub fn size(&self) -> u64 {
         self.layout.image_size().bytes()
