@@ -125,7 +125,11 @@ impl fmt::Debug for XattrName {
 
 /// The attributes of one file. They always fit into its inode, shared or not.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Xattrs(BTreeMap<XattrName, Box<[u8]>>);
+pub struct Xattrs {
+    entries: BTreeMap<XattrName, Box<[u8]>>,
+    /// Bytes of them on disk, without the header before them.
+    size: u64,
+}
 
 impl Xattrs {
     /// The most bytes that the attributes of a file take on disk: the inode
@@ -134,7 +138,10 @@ impl Xattrs {
 
     /// No attributes.
     pub const fn new() -> Self {
-        Self(BTreeMap::new())
+        Self {
+            entries: BTreeMap::new(),
+            size: 0,
+        }
     }
 
     /// Sets an attribute, in place of one of the same name.
@@ -149,40 +156,50 @@ impl Xattrs {
                 size: value.len(),
             });
         }
-        let others = self.0.iter().filter(|(other, _)| **other != name);
-        let size = XATTR_HEADER_SIZE
-            + others
-                .map(|(name, value)| entry_size(name, value))
-                .sum::<u64>()
-            + entry_size(&name, value);
-        if size > Self::MAX_SIZE {
+        let replaced = self.entries.get(&name);
+        let replaced = replaced.map_or(0, |value| entry_size(&name, value));
+        let size = self.size - replaced + entry_size(&name, value);
+        if XATTR_HEADER_SIZE + size > Self::MAX_SIZE {
             return Err(XattrError::Total {
                 name: lossy(&name),
-                size,
+                size: XATTR_HEADER_SIZE + size,
             });
         }
-        self.0.insert(name, value.into());
+        self.entries.insert(name, value.into());
+        self.size = size;
         Ok(())
     }
 
     /// The value of an attribute.
     pub fn get(&self, name: &XattrName) -> Option<&[u8]> {
-        self.0.get(name).map(AsRef::as_ref)
+        self.entries.get(name).map(AsRef::as_ref)
     }
 
     /// Names and values, in order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (&XattrName, &[u8])> {
-        self.0.iter().map(|(name, value)| (name, &**value))
+        self.entries.iter().map(|(name, value)| (name, &**value))
+    }
+
+    /// Bytes of them on disk, without the header before them.
+    pub const fn size(&self) -> u64 {
+        self.size
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.entries.is_empty()
     }
 
     /// Keeps what `keep` says.
     pub fn retain(&mut self, mut keep: impl FnMut(&XattrName) -> bool) {
-        self.0.retain(|name, _| keep(name));
+        let size = &mut self.size;
+        self.entries.retain(|name, value| {
+            let kept = keep(name);
+            if !kept {
+                *size -= entry_size(name, value);
+            }
+            kept
+        });
     }
 }
 
@@ -243,7 +260,9 @@ mod tests {
         let error = xattrs.insert(name("user.4"), &[0; 3000]).unwrap_err();
         assert!(matches!(error, XattrError::Total { .. }));
         assert_eq!(xattrs, before);
-        // The same name again counts once.
+        // The same name again counts once, one that went not at all.
         xattrs.insert(name("user.3"), &[9; 65000]).unwrap();
+        xattrs.retain(|other| *other != name("user.0"));
+        xattrs.insert(name("user.4"), &[0; 65000]).unwrap();
     }
 }

@@ -7,6 +7,7 @@ use crate::{
     attributes::{self, clamp, new_directory},
     error::{EntryProblem, LowerError},
     lower::{LowerDirectory, LowerLookup},
+    options::LayerOptions,
     walk::{self, Files, Resolved},
 };
 use accel_erofs::{
@@ -22,6 +23,10 @@ use std::{
 
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
+/// What an entry takes of [`LayerOptions::max_tree_size`], its texts aside.
+const NODE_SIZE: u64 = 512;
+/// The most files that are looked at for all marks of opaque directories together.
+const MAX_MARKED: u64 = 1 << 26;
 /// `PATH_MAX`.
 const MAX_PATH: usize = 4096;
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
@@ -54,6 +59,10 @@ pub struct Applier<'a, L: ?Sized, O> {
     /// There were whiteouts or marks of opaque directories.
     pub whiteouts: bool,
     pub ignored_xattrs: u64,
+    /// Of `max_tree_size`, and what is left of it.
+    tree_size: (u64, u64),
+    /// What is left of [`MAX_MARKED`].
+    markable: u64,
     /// Directories that only a path implied.
     implied: HashSet<NodeId>,
     times: DirectoryTimes,
@@ -73,15 +82,17 @@ struct DirectoryTimes {
 }
 
 impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
-    pub fn new(lower: &'a mut L, lowest: bool, writer: ImageWriter<O>) -> Self {
+    pub fn new(lower: &'a mut L, options: &LayerOptions, writer: ImageWriter<O>) -> Self {
         Self {
             tree: Tree::new(new_directory()),
             writer,
             lower,
-            lowest,
+            lowest: options.parent.is_none(),
             needs_lower: false,
             whiteouts: false,
             ignored_xattrs: 0,
+            tree_size: (options.max_tree_size, options.max_tree_size),
+            markable: MAX_MARKED,
             implied: HashSet::new(),
             times: DirectoryTimes::default(),
         }
@@ -102,6 +113,9 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
             }
             return Ok(());
         };
+        let xattrs = entry.xattrs.iter();
+        let xattrs: usize = xattrs.map(|(name, value)| name.len() + value.len()).sum();
+        self.charge(base.len() + entry.link.len() + xattrs)?;
         let parent = self.parent(above)?;
         if base == OPAQUE {
             return self.opaque(parent);
@@ -116,6 +130,7 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
                 return self.set_attributes(existing, entry);
             }
             if let Some(&last) = self.times.last.get(&existing) {
+                self.charge(entry.path.len())?;
                 let path = parts.iter().map(|part| part.to_vec()).collect();
                 let time = self.tree.node(existing).attributes().mtime;
                 self.times.replaced.push((last, path, time));
@@ -123,6 +138,15 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
             self.tree.remove(parent, base);
         }
         self.create(entry, archive, parent, name)
+    }
+
+    /// Counts one more node in memory, with `texts` bytes of its own.
+    fn charge(&mut self, texts: usize) -> Result<(), EntryProblem> {
+        let (limit, left) = self.tree_size;
+        let left = left.checked_sub(NODE_SIZE + texts as u64);
+        let left = left.ok_or(EntryProblem::TreeTooLarge { limit })?;
+        self.tree_size = (limit, left);
+        Ok(())
     }
 
     /// Says that all entries were applied.
@@ -186,13 +210,15 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
         }
         let mut node = self.tree.root();
         let mut sofar: Vec<&[u8]> = Vec::with_capacity(missing.len());
+        let mut below = true;
         for part in &missing {
             sofar.push(part);
             node = match self.tree.lookup(node, part) {
                 Some(child) => child,
                 None => {
                     let name = to_name(part)?;
-                    let attributes = self.implied(node, &sofar)?;
+                    self.charge(part.len())?;
+                    let attributes = self.implied(node, &sofar, &mut below)?;
                     let content = Content::Directory(Directory::default());
                     let child = self.tree.insert(node, name, attributes, content)?;
                     self.implied.insert(child);
@@ -203,20 +229,24 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
         Ok(node)
     }
 
-    /// The attributes of a directory in `parent` that only a path implies.
+    /// The attributes of a directory in `parent` that only a path implies. `below`
+    /// says whether a layer below has what it is in, then whether it has this.
     fn implied(
         &mut self,
         parent: NodeId,
         path: &[&[u8]],
+        below: &mut bool,
     ) -> Result<Attributes, ApplyError<O::Error>> {
         self.needs_lower = true;
-        let found = self
-            .lower
-            .directory(path)
-            .map_err(|source| ApplyError::Lower {
-                path: join(path),
-                source,
-            })?;
+        let found = match *below {
+            true => self.lower.directory(path),
+            false => Ok(LowerDirectory::Absent),
+        };
+        let found = found.map_err(|source| ApplyError::Lower {
+            path: join(path),
+            source,
+        })?;
+        *below = matches!(found, LowerDirectory::Found(_));
         let above = self.tree.node(parent).attributes();
         let mut attributes = attributes::born(above, FileKind::Directory)?;
         attributes::chmod(&mut attributes, Permissions::of_mode(0o755))?;
@@ -253,6 +283,9 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
             let Some(entries) = self.tree.node(directory).directory() else {
                 continue;
             };
+            let count = entries.iter().len() as u64;
+            let left = self.markable.checked_sub(count + 1);
+            self.markable = left.ok_or(EntryProblem::TooManyMarks)?;
             let mut gone = Vec::new();
             for (name, node) in entries.iter() {
                 if self.implied.contains(&node) {

@@ -12,17 +12,21 @@
 //! which binary attribute values may contain, and reads extension headers of any
 //! size into memory.)
 //!
-//! Bounded: an extension header has at most 1 MiB, a sparse map at most
-//! [`MAX_SPARSE`] parts.
+//! Bounded: an entry has at most [`MAX_EXTENSIONS`] extension headers, each of at most
+//! 1 MiB, and a sparse map of at most [`MAX_SPARSE`] parts; and the tar is as large as
+//! its reader was told.
 
 use crate::header::{BLOCK, Header, PaxSparse, Record, parse_records, record, until_nul};
 use std::{
+    collections::BTreeMap,
     io::{self, BufRead},
     ops::Range,
 };
 
 /// The most bytes of a long name or of pax records.
 const MAX_EXTENSION: u64 = 1 << 20;
+/// The most extension headers before an entry. Two long names and records are three.
+const MAX_EXTENSIONS: u32 = 16;
 /// The most parts of a sparse file.
 pub const MAX_SPARSE: usize = 1 << 20;
 
@@ -77,7 +81,7 @@ pub struct Entry {
     /// Where the stored data belongs in a sparse file.
     pub sparse: Option<Vec<Range<u64>>>,
     /// Names (without "SCHILY.xattr.") and values.
-    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
 /// A tar.
@@ -85,6 +89,7 @@ pub struct Entry {
 pub struct Archive<R> {
     reader: R,
     position: u64,
+    limit: u64,
     /// Stored data of the current entry that was not taken yet.
     data: u64,
     /// Bytes behind that data up to the next header.
@@ -92,10 +97,12 @@ pub struct Archive<R> {
 }
 
 impl<R: BufRead> Archive<R> {
-    pub fn new(reader: R) -> Self {
+    /// No header is read behind `limit` bytes.
+    pub fn new(reader: R, limit: u64) -> Self {
         Self {
             reader,
             position: 0,
+            limit,
             data: 0,
             padding: 0,
         }
@@ -104,6 +111,7 @@ impl<R: BufRead> Archive<R> {
     /// The next entry; its data is then to be had from [`data`](Self::data).
     pub fn next(&mut self) -> Result<Option<Entry>, ArchiveError> {
         let mut extensions = Extensions::default();
+        let mut count = 0;
         loop {
             self.skip(self.data)?;
             let padded = self.skip_padding()?;
@@ -113,6 +121,9 @@ impl<R: BufRead> Archive<R> {
             }
             let offset = self.position;
             let error = |problem| ArchiveError::Header { offset, problem };
+            if offset > self.limit {
+                return Err(error("the tar is larger than it may be"));
+            }
             let Some(header) = self.header()? else {
                 // An extension without an entry behind it says nothing.
                 return Ok(None);
@@ -121,6 +132,10 @@ impl<R: BufRead> Archive<R> {
                 .number(124..136)
                 .and_then(|size| u64::try_from(size).ok());
             let size = size.ok_or_else(|| error("the size is no number"))?;
+            count += 1;
+            if count > MAX_EXTENSIONS && matches!(header.0[156], b'x' | b'L' | b'K') {
+                return Err(error("more than 16 extension headers before an entry"));
+            }
             match header.0[156] {
                 b'x' => {
                     let records = self.extension(size, offset)?;
@@ -157,6 +172,11 @@ impl<R: BufRead> Archive<R> {
         self.reader.consume(len);
         self.position += len as u64;
         self.data -= len as u64;
+    }
+
+    /// Bytes of the tar that were read.
+    pub const fn position(&self) -> u64 {
+        self.position
     }
 
     /// Takes the stream back as it is.
@@ -307,7 +327,7 @@ impl<R: BufRead> Archive<R> {
             minor: 0,
             size,
             sparse: None,
-            xattrs: Vec::new(),
+            xattrs: BTreeMap::new(),
         };
         // Only the low 12 bits are of use; some tars put the file type above.
         let mode = number(100..108, "the mode is no number")?;
@@ -416,7 +436,7 @@ impl<R: BufRead> Archive<R> {
         let mut map = Vec::new();
         let mut add = |header: &Header, start: usize, count: usize| {
             for at in (start..).step_by(24).take(count) {
-                if header.0[at] == 0 || map.len() > MAX_SPARSE {
+                if header.0[at] == 0 {
                     break;
                 }
                 let from = unsigned(header, at..at + 12)?;
@@ -428,14 +448,16 @@ impl<R: BufRead> Archive<R> {
         };
         add(header, 386, 4)?;
         let mut more = header.0[482] != 0;
+        let mut blocks = 0;
         while more {
             let offset = self.position;
             let block = self.block()?.ok_or(ArchiveError::Truncated { offset })?;
             add(&Header(block), 0, 21)?;
             more = block[504] != 0;
-        }
-        if map.len() > MAX_SPARSE {
-            return Err(error("a sparse map of more than 1048576 parts"));
+            blocks += 1;
+            if blocks > MAX_SPARSE / 21 {
+                return Err(error("a sparse map of more than 1048576 parts"));
+            }
         }
         Ok((map, size))
     }
@@ -506,7 +528,7 @@ fn global(header: &Header, records: Vec<Record>) -> Entry {
         minor: 0,
         size: 0,
         sparse: None,
-        xattrs: Vec::new(),
+        xattrs: BTreeMap::new(),
     }
 }
 

@@ -26,6 +26,10 @@ pub fn image_uuid(digest: &Digest) -> Uuid {
     Uuid(uuid)
 }
 
+/// The most bytes of the tar that are read behind its last entry, or behind the
+/// first that is wrong.
+const MAX_BEHIND: u64 = 256 << 20;
+
 /// Reads a layer's blob to its end and writes its image.
 ///
 /// The blob is read and decompressed on a thread of its own. If an expected digest
@@ -48,18 +52,29 @@ where
     thread::scope(|scope| {
         let decoding = scope.spawn(|| feeder.run(blob, options.compression, &options.expected));
         let writer = ImageWriter::new(output, options.max_image_size);
-        let mut applier = Applier::new(lower, options.parent.is_none(), writer);
-        let mut archive = Archive::new(blocks);
-        let applied = apply_all(&mut applier, &mut archive, options);
+        let mut applier = Applier::new(lower, options, writer);
+        let mut archive = Archive::new(blocks, options.max_tar_size);
+        let mut applied = apply_all(&mut applier, &mut archive, options);
+        let offset = archive.position();
         let mut blocks: Blocks = archive.into_reader();
         let checked = options.expected.digest.is_some() || options.expected.size.is_some();
         match &applied {
             // Behind the last entry there may be more that belongs to the diffID.
-            Ok(()) => blocks.drain(),
+            Ok(()) => {
+                if !blocks.drain(MAX_BEHIND) {
+                    applied = Err(LayerError::Tar {
+                        layer: options.name.clone(),
+                        offset,
+                        problem: "more than 256 MiB lie behind the end of the archive",
+                    });
+                }
+            }
             // Bytes that are not the layer's explain any of these.
             Err(
                 LayerError::Tar { .. } | LayerError::Truncated { .. } | LayerError::Entry { .. },
-            ) if checked => blocks.drain(),
+            ) if checked => {
+                blocks.drain(MAX_BEHIND);
+            }
             Err(_) => {}
         }
         let (tar_digest, tar_size) = blocks.finish();

@@ -153,11 +153,18 @@ pub struct Blocks {
 }
 
 impl Blocks {
-    /// Takes all that is left.
-    pub fn drain(&mut self) {
-        while let Ok([_, ..]) = self.fill_buf() {
+    /// Takes all that is left; gives up, and says so, when it is more than `limit`.
+    pub fn drain(&mut self, limit: u64) -> bool {
+        let mut left = limit;
+        while let Ok(bytes @ [_, ..]) = self.fill_buf() {
+            let len = bytes.len() as u64;
+            if len > left {
+                return false;
+            }
+            left -= len;
             self.taken = self.block.len();
         }
+        true
     }
 
     /// The tar's digest and size, as far as it was taken; no digest if it is the

@@ -76,6 +76,17 @@ pub enum EntryProblem {
     /// A sparse file's map.
     #[error("its sparse map is not understood: {0}")]
     Sparse(&'static str),
+    /// More entries, names and attributes than may be held in memory.
+    #[error(
+        "with it the layer's tree is larger than {limit} bytes, the most that is held in memory"
+    )]
+    TreeTooLarge {
+        /// [`LayerOptions::max_tree_size`](crate::LayerOptions::max_tree_size).
+        limit: u64,
+    },
+    /// Marks of opaque directories in a lowest layer, over and over.
+    #[error("there are too many marks of opaque directories over too many files")]
+    TooManyMarks,
     /// Too many nodes.
     #[error(transparent)]
     Tree(#[from] accel_erofs::TreeError),

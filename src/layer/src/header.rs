@@ -131,8 +131,7 @@ pub fn record(
 ) -> Result<(), &'static str> {
     if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
         // The last one of a name counts.
-        entry.xattrs.retain(|(other, _)| other != name);
-        entry.xattrs.push((name.to_vec(), value));
+        entry.xattrs.insert(name.to_vec(), value);
         return Ok(());
     }
     if value.is_empty() {

@@ -101,11 +101,23 @@ pub struct LayerOptions {
     /// An image that would be larger is refused: a sparse file of a few bytes
     /// can claim terabytes. Bytes.
     pub max_image_size: u64,
+    /// A tar that is larger is refused: a compressed one of a few megabytes can be
+    /// of any size. Bytes, uncompressed.
+    pub max_tar_size: u64,
+    /// A tree that needs more memory is refused. Bytes, roughly: half a KiB for each
+    /// entry, and its name, link target and extended attributes.
+    pub max_tree_size: u64,
 }
 
 impl LayerOptions {
     /// The default of [`max_image_size`](Self::max_image_size): 1 TiB.
     pub const MAX_IMAGE_SIZE: u64 = 1 << 40;
+
+    /// The default of [`max_tar_size`](Self::max_tar_size): 1 TiB.
+    pub const MAX_TAR_SIZE: u64 = 1 << 40;
+    /// The default of [`max_tree_size`](Self::max_tree_size): 4 GiB, some 8 million
+    /// files.
+    pub const MAX_TREE_SIZE: u64 = 4 << 30;
 
     /// Options for a layer called `name` in errors, with nothing expected of it.
     pub fn new(name: impl Into<String>) -> Self {
@@ -115,6 +127,8 @@ impl LayerOptions {
             expected: Expected::default(),
             parent: None,
             max_image_size: Self::MAX_IMAGE_SIZE,
+            max_tar_size: Self::MAX_TAR_SIZE,
+            max_tree_size: Self::MAX_TREE_SIZE,
         }
     }
 }

@@ -1290,6 +1290,60 @@ fn sparse(cases: &mut Cases) {
     );
 }
 
+/// Tars that the authors of Go's and CPython's readers found awkward, and what
+/// becomes of them if not the same tree.
+const FOREIGN: &[(&str, Expect)] = &[];
+
+/// Go's and CPython's test data, from the packages of this Debian release.
+fn foreign(cases: &mut Cases) -> Option<()> {
+    let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    let (go, python) = match release.contains("bookworm") {
+        true => ("1.19", "3.11"),
+        false => ("1.24", "3.13"),
+    };
+    let from_go = containerd::package(&format!("golang-{go}-src"))?;
+    let from_go = from_go.join(format!("usr/share/go-{go}/src/archive/tar/testdata"));
+    let from_python = containerd::package(&format!("libpython{python}-testsuite"))?;
+    let from_python = from_python.join(format!("usr/lib/python{python}/test"));
+    let mut found = 0;
+    for (whose, directory) in [("go", from_go), ("python", from_python)] {
+        let mut entries: Vec<PathBuf> = walk(&directory);
+        entries.sort();
+        for path in entries {
+            let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+            let name = format!("{whose}-{name}").to_lowercase();
+            found += 1;
+            // 60 GiB of zeros each.
+            if name.ends_with("-sparse-big") {
+                continue;
+            }
+            let expect = FOREIGN.iter().find(|(other, _)| *other == name);
+            let expect = expect.map_or(Same, |(_, expect)| *expect);
+            cases.image(&name, expect, vec![fs::read(&path).unwrap()]);
+        }
+    }
+    assert!(found > 30, "only {found} tars");
+    Some(())
+}
+
+/// The tars in a directory and its first subdirectories.
+fn walk(directory: &Path) -> Vec<PathBuf> {
+    let list = |directory: &Path| -> Vec<PathBuf> {
+        let entries = fs::read_dir(directory).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    };
+    let below: Vec<PathBuf> = list(directory);
+    let deeper = below.iter().filter(|path| path.is_dir());
+    let deeper: Vec<PathBuf> = deeper.flat_map(|path| list(path)).collect();
+    let is_tar = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "tar");
+    below
+        .iter()
+        .chain(&deeper)
+        .filter(|path| is_tar(path))
+        .cloned()
+        .collect()
+}
+
 /// Layers converted one on top of the other, or why one is refused.
 fn convert_all(case: &Case, directory: &Path) -> Result<Vec<PathBuf>, String> {
     let mut images: Vec<PathBuf> = vec![];
@@ -1303,6 +1357,7 @@ fn convert_all(case: &Case, directory: &Path) -> Result<Vec<PathBuf>, String> {
         );
         let mut options = LayerOptions::new("test");
         options.parent = parent;
+        options.max_image_size = 1 << 30;
         let (summary, image) =
             convert_with(layer, &options, &mut lower).map_err(|error| chain(&error))?;
         parent = Some(ChainId::new(parent, summary.diff_id));
@@ -1454,4 +1509,12 @@ fn awkward_layers_are_what_containerd_unpacks() {
     xattrs(&mut cases);
     dialects(&mut cases);
     run(&cases.0);
+}
+
+#[test]
+fn tars_of_others_are_what_containerd_unpacks() {
+    let mut cases = Cases::default();
+    if foreign(&mut cases).is_some() {
+        run(&cases.0);
+    }
 }

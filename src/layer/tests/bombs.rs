@@ -1,0 +1,343 @@
+//! Layers that are made to be too much: each ends in a clear error, and none takes
+//! more memory than it may.
+
+mod common;
+
+use accel_layer::{LayerError, LayerOptions, LayerSummary, NoLower, Output, convert_layer};
+use common::{Tar, chain, header};
+use std::{
+    convert::Infallible,
+    io::{self, Read},
+    process::Command,
+};
+
+/// Takes an image and keeps nothing.
+struct Nowhere;
+
+impl Output for Nowhere {
+    type Error = Infallible;
+
+    fn write_at(&mut self, _offset: u64, _bytes: &[u8]) -> Result<(), Infallible> {
+        Ok(())
+    }
+}
+
+fn convert(
+    blob: impl Read + Send,
+    options: &LayerOptions,
+) -> Result<LayerSummary, LayerError<Infallible>> {
+    convert_layer(blob, options, &mut NoLower, Nowhere)
+}
+
+#[track_caller]
+fn refused(blob: impl Read + Send, options: &LayerOptions, reason: &str) {
+    let text = chain(&convert(blob, options).expect_err("must be refused"));
+    assert!(
+        text.starts_with("layer test: ") && text.contains(reason),
+        "{text}"
+    );
+}
+
+fn options() -> LayerOptions {
+    LayerOptions::new("test")
+}
+
+/// The same bytes again and again, without an end.
+struct Endless {
+    bytes: Vec<u8>,
+    position: usize,
+}
+
+impl Endless {
+    fn new(bytes: Vec<u8>) -> Self {
+        Self { bytes, position: 0 }
+    }
+}
+
+impl Read for Endless {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let rest = &self.bytes[self.position..];
+        let len = rest.len().min(buffer.len());
+        buffer[..len].copy_from_slice(&rest[..len]);
+        self.position = (self.position + len) % self.bytes.len();
+        Ok(len)
+    }
+}
+
+/// `start`, then the same without an end.
+fn endless(start: &Tar, again: Vec<u8>) -> impl Read + Send {
+    io::Cursor::new(start.open_end()).chain(Endless::new(again))
+}
+
+#[test]
+fn entries_without_end() {
+    let mut options = options();
+    options.max_tree_size = 1 << 20;
+    let reason = "larger than 1048576 bytes, the most that is held in memory";
+    // The same name over and over: it is one file in the end, but not before.
+    for tar in [
+        Tar::default().file("f", b""),
+        Tar::default().file("f", b"").hard("h", "f"),
+        Tar::default().dir("d", 0o755),
+        Tar::default().file(".wh.f", b""),
+        Tar::default().dir("d", 0o755).file("d", b""),
+        Tar::default().file("a/b", b"").symlink("a", "x"),
+    ] {
+        refused(endless(&Tar::default(), tar.open_end()), &options, reason);
+    }
+    let value = vec![b'x'; 60_000];
+    let tar = Tar::default()
+        .pax(&[("SCHILY.xattr.user.x", &value)])
+        .file("f", b"")
+        .open_end();
+    refused(endless(&Tar::default(), tar), &options, reason);
+}
+
+#[test]
+fn streams_without_end() {
+    let mut small = options();
+    small.max_tar_size = 1 << 20;
+    small.max_image_size = 1 << 20;
+    let larger = "the tar is larger than it may be";
+    // Global headers are entries without a file.
+    let global = Tar::default().raw(header(b".", b'g', 0), b"").open_end();
+    refused(endless(&Tar::default(), global), &small, larger);
+    let root = Tar::default().dir("./", 0o755).open_end();
+    refused(endless(&Tar::default(), root), &small, larger);
+    for kind in [b'x', b'L', b'K'] {
+        let extension = Tar::default().raw(header(b"x", kind, 0), b"").open_end();
+        let reason = "more than 16 extension headers before an entry";
+        refused(endless(&Tar::default(), extension), &options(), reason);
+    }
+    let mut sparse = header(b"f", b'S', 0);
+    sparse.as_mut_bytes()[482] = 1;
+    let mut more = vec![0; 512];
+    more[504] = 1;
+    let reason = "a sparse map of more than";
+    refused(
+        endless(Tar::default().raw(sparse, b""), more),
+        &options(),
+        reason,
+    );
+    // A file of which there is more than an image can hold.
+    let huge = Tar::default()
+        .raw(header(b"f", b'0', 1 << 32), b"")
+        .open_end();
+    refused(
+        io::Cursor::new(huge.clone()).chain(io::repeat(1)),
+        &small,
+        "larger than 1048576 bytes",
+    );
+    // Fewer bytes than it says.
+    refused(&huge[..], &options(), "ends in the middle of an entry");
+    // Nothing but the end, for ever.
+    let reason = "more than 256 MiB lie behind the end of the archive";
+    refused(io::repeat(0), &options(), reason);
+}
+
+#[test]
+fn blobs_without_end_are_read_as_far_as_announced() {
+    let mut options = options();
+    options.expected.size = Some(1 << 20);
+    refused(io::repeat(0), &options, "1048576");
+    options.expected.digest = Some(accel_oci::Digest::of(b"something else"));
+    let entries = Tar::default().raw(header(b"f", b'V', 0), b"").open_end();
+    refused(endless(&Tar::default(), entries), &options, "1048576");
+}
+
+#[test]
+fn sizes_that_no_file_has() {
+    let claims =
+        |records: &[(&str, &[u8])], data: &[u8]| Tar::default().pax(records).file("f", data).end();
+    for size in [
+        "9223372036854775807",
+        "18446744073709551615",
+        "1099511627777",
+    ] {
+        let tar = claims(&[("size", size.as_bytes())], b"1");
+        let text = chain(&convert(&tar[..], &options()).expect_err("must be refused"));
+        assert!(
+            text.contains("size") || text.contains("larger than"),
+            "{size}: {text}"
+        );
+        let tar = claims(
+            &[
+                ("GNU.sparse.size", size.as_bytes()),
+                ("GNU.sparse.map", b"0,1"),
+            ],
+            b"1",
+        );
+        let text = chain(&convert(&tar[..], &options()).expect_err("must be refused"));
+        assert!(
+            text.contains("larger than") || text.contains("sparse"),
+            "{size}: {text}"
+        );
+    }
+}
+
+#[test]
+fn directories_within_directories() {
+    // As deep as a path can be, and one more.
+    let mut tar = Tar::default();
+    let mut path = String::new();
+    for _ in 0..2048 {
+        path.push_str("d/");
+        tar.pax(&[("path", path.as_bytes())]).dir("x", 0o755);
+    }
+    assert_eq!(
+        convert(&tar.end()[..], &options())
+            .unwrap()
+            .image
+            .counts
+            .directories,
+        2049
+    );
+    path.push_str("d/");
+    tar.pax(&[("path", path.as_bytes())]).dir("x", 0o755);
+    refused(
+        &tar.end()[..],
+        &options(),
+        "4098 bytes long, more than 4096",
+    );
+    // Deeper through links.
+    let mut tar = Tar::default();
+    let half = "d/".repeat(1500);
+    tar.pax(&[("path", half.as_bytes())]).dir("x", 0o755);
+    tar.pax(&[("linkpath", half.as_bytes())]).symlink("l", "x");
+    tar.pax(&[("path", format!("l/{half}").as_bytes())])
+        .dir("x", 0o755);
+    refused(&tar.end()[..], &options(), "bytes long, more than 4096");
+}
+
+#[test]
+fn attributes_by_the_thousand() {
+    let many = |count: usize, size: usize| {
+        let names: Vec<String> = (0..count)
+            .map(|n| format!("SCHILY.xattr.user.{n}"))
+            .collect();
+        let value = vec![b'x'; size];
+        let records: Vec<(&str, &[u8])> =
+            names.iter().map(|name| (&name[..], &value[..])).collect();
+        Tar::default().pax(&records).file("f", b"").end()
+    };
+    convert(&many(5000, 20)[..], &options()).unwrap();
+    refused(
+        &many(30_000, 4)[..],
+        &options(),
+        "EROFS holds at most 262148",
+    );
+    refused(
+        &many(15, 60_000)[..],
+        &options(),
+        "EROFS holds at most 262148",
+    );
+    refused(
+        &many(1, 70_000)[..],
+        &options(),
+        "EROFS holds at most 65535",
+    );
+    refused(
+        &many(20, 60_000)[..],
+        &options(),
+        "an extension header of more than 1 MiB",
+    );
+}
+
+#[test]
+fn marks_of_opaque_directories_over_and_over() {
+    let mut tar = Tar::default();
+    for number in 0..10_000 {
+        tar.file(&format!("f{number}"), b"");
+    }
+    let mark = Tar::default().file(".wh..wh..opq", b"").open_end();
+    refused(
+        endless(&tar, mark),
+        &options(),
+        "too many marks of opaque directories",
+    );
+}
+
+/// The most memory that this process ever had, in KiB.
+fn peak() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmHWM:"))
+        .unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+const CHILD: &str = "ACCEL_TEST_PEAK_CHILD";
+
+/// Runs one of [`BOMBS`] in a process of its own, which tells its peak.
+#[test]
+fn memory_does_not_grow_with_the_data() {
+    if let Ok(name) = std::env::var(CHILD) {
+        let (_, run) = BOMBS.iter().find(|(other, _)| *other == name).unwrap();
+        run();
+        println!("\npeak {}", peak());
+        return;
+    }
+    for (name, _) in BOMBS {
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "memory_does_not_grow_with_the_data",
+                "--nocapture",
+            ])
+            .env(CHILD, name)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.status.success(),
+            "{name}: {text}{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let peak = text
+            .lines()
+            .find_map(|line| line.strip_prefix("peak "))
+            .unwrap();
+        let peak: u64 = peak.parse().unwrap();
+        eprintln!("{name}: {peak} KiB");
+        assert!(peak < 100 * 1024, "{name}: {peak} KiB");
+    }
+}
+
+const BOMBS: [(&str, fn()); 4] = [
+    ("a file of 512 MiB", || {
+        let size = 512 << 20;
+        let tar = Tar::default().raw(header(b"f", b'0', size), b"").open_end();
+        let blob = io::Cursor::new(tar).chain(io::repeat(7).take(size));
+        let summary = convert(blob, &options()).unwrap();
+        assert!(summary.image.size > size);
+    }),
+    ("a sparse file of 1 GiB", || {
+        let records: &[(&str, &[u8])] = &[
+            ("GNU.sparse.size", b"1073741824"),
+            ("GNU.sparse.map", b"0,1"),
+        ];
+        let tar = Tar::default().pax(records).file("f", b"1").end();
+        assert!(convert(&tar[..], &options()).unwrap().image.size > 1 << 30);
+    }),
+    ("512 MiB of zeros as zstd", || {
+        let size = 512 << 20;
+        let tar = Tar::default().raw(header(b"f", b'0', size), b"").open_end();
+        let tar = io::Cursor::new(tar).chain(io::repeat(0).take(size));
+        let blob = zstd::encode_all(tar, 1).unwrap();
+        assert!(blob.len() < 1 << 20);
+        assert!(convert(&blob[..], &options()).unwrap().image.size > size);
+    }),
+    ("extension headers of 1 MiB", || {
+        let mut tar = Tar::default();
+        let long = vec![b'x'; 1 << 20];
+        for _ in 0..16 {
+            tar.raw(header(b"x", b'L', 1 << 20), &long);
+        }
+        refused(
+            &tar.raw(header(b"f", b'0', 0), b"").end()[..],
+            &options(),
+            "bytes long",
+        );
+    }),
+];
