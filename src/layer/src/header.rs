@@ -43,16 +43,29 @@ impl Header {
 
     pub fn path(&self) -> Vec<u8> {
         let name = self.text(0..100);
-        // GNU's own magic goes on with spaces; the prefix' place has other uses.
+        match self.prefix() {
+            [] => name.to_vec(),
+            prefix => [prefix, b"/", name].concat(),
+        }
+    }
+
+    fn prefix(&self) -> &[u8] {
         if self.0[257..263] == *b"ustar\0" {
             // star has times behind a shorter one.
             let is_star = self.0[508..] == *b"tar\0";
-            let prefix = self.text(if is_star { 345..476 } else { 345..500 });
-            if !prefix.is_empty() {
-                return [prefix, b"/", name].concat();
+            return self.text(if is_star { 345..476 } else { 345..500 });
+        }
+        // GNU has two times in its place, but tars were written (by Go before 1.8)
+        // that have a prefix nevertheless.
+        let is_time =
+            |range: Range<usize>| self.0[range.start] == 0 || self.number(range).is_some();
+        if self.0[257..265] == *b"ustar  \0" && !(is_time(345..357) && is_time(357..369)) {
+            let prefix = self.text(345..500);
+            if prefix.is_ascii() {
+                return prefix;
             }
         }
-        name.to_vec()
+        &[]
     }
 }
 
