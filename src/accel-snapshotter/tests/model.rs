@@ -365,10 +365,10 @@ impl Choice {
             false => names[index.index(names.len())].clone(),
         };
         let fresh = format!("ns{}/{}", self.number % 2, self.number);
-        let parent = (self.number % 5 != 0).then(|| some(&self.other));
+        let parent = (!self.number.is_multiple_of(5)).then(|| some(&self.other));
         match self.what {
             0..=3 => Operation::Create {
-                kind: if self.number % 4 == 0 {
+                kind: if self.number.is_multiple_of(4) {
                     Kind::View
                 } else {
                     Kind::Active

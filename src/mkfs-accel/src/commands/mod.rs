@@ -25,7 +25,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Convert an image: every layer that is not on UFS yet
-    Convert(convert::Arguments),
+    Convert(Box<convert::Arguments>),
     /// Convert a single layer's tar into an EROFS image and its chunk index
     Layer(layer::Arguments),
     /// List the images on UFS
