@@ -93,6 +93,10 @@ pub fn killed_daemon_is_succeeded(setting: &Setting) -> Result<()> {
                 // Not between two reads only.
                 std::thread::sleep(Duration::from_millis(7 * kill as u64));
             }
+            if reader.is_none() {
+                // What the kernel reads ahead is under way, too, for a moment.
+                std::thread::sleep(Duration::from_secs(2));
+            }
             daemon.kill_and_restart()?;
             if reader.is_none() { read() } else { Ok(()) }
         });
