@@ -4,11 +4,11 @@ use crate::{
     LayerError, LayerOptions, LayerSummary, LowerLookup,
     apply::{Applier, ApplyError},
     archive::{Archive, ArchiveError},
-    decode::{self, Blocks, DecodeError, Outcome},
+    decode::{self, Blocks, DecodeError, Outcome, Tar},
     options::Compression,
 };
 use accel_erofs::{ImageWriter, Output, Uuid};
-use accel_oci::{ChainId, DiffId, Digest};
+use accel_oci::{ChainId, Digest};
 use std::{error::Error, io::Read, thread};
 
 /// The UUID of the image that is named by `digest`: a layer's diffID, or its
@@ -77,14 +77,17 @@ where
             }
             Err(_) => {}
         }
-        let (tar_digest, tar_size) = blocks.finish();
+        drop(blocks);
         // The thread returns whatever happens; a panic in it goes on here.
         let outcome = match decoding.join() {
             Ok(outcome) => outcome,
             Err(panic) => std::panic::resume_unwind(panic),
         };
+        let Tar {
+            diff_id,
+            size: tar_size,
+        } = outcome.tar;
         let (digest, size) = check_blob(outcome, applied, options)?;
-        let diff_id = tar_digest.unwrap_or(DiffId(digest));
         if let Some(expected) = options.expected.diff_id
             && expected != diff_id
         {

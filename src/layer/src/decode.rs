@@ -1,9 +1,9 @@
 //! From the blob to the uncompressed tar, hashing both.
 //!
 //! A thread of its own reads, hashes and decompresses the blob; the caller takes
-//! blocks of the tar from it, hashes them and goes on with them. What is in
-//! flight between the two is bounded. A blob without compression is the tar, and
-//! is hashed only once.
+//! blocks of the tar from it, and another thread hashes the same blocks: a digest is
+//! what takes longest where nothing is to be decompressed. A blob without compression
+//! is the tar, and is hashed only there. What is in flight is bounded.
 //!
 //! The blob is read to its end whatever its stream says, because its digest is
 //! over all of it. If something is wrong and a digest is expected, reading goes
@@ -13,18 +13,31 @@ use crate::options::{Compression, Expected};
 use accel_oci::{DiffId, Digest};
 use sha2::{Digest as _, Sha256};
 use std::{
+    collections::VecDeque,
     io::{self, BufRead, BufReader, Read},
-    sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
+    sync::{
+        Arc,
+        mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
+    },
+    thread,
 };
 
 const BLOCK: usize = 256 * 1024;
-/// Blocks between the two threads.
+/// Blocks between two threads.
 const IN_FLIGHT: usize = 8;
 
 /// What the blob was found to be.
 #[derive(Debug, Clone, Copy)]
 pub struct Blob {
     pub digest: Digest,
+    pub size: u64,
+}
+
+/// The tar as far as the caller took it, which is all of it if nothing failed and the
+/// caller took it to its end.
+#[derive(Debug, Clone, Copy)]
+pub struct Tar {
+    pub diff_id: DiffId,
     pub size: u64,
 }
 
@@ -53,6 +66,8 @@ pub enum DecodeError {
 pub struct Outcome {
     /// Nothing if reading did not get to the end.
     pub blob: Option<Blob>,
+    /// What came of the tar.
+    pub tar: Tar,
     /// The first error.
     pub error: Option<DecodeError>,
 }
@@ -60,7 +75,8 @@ pub struct Outcome {
 /// Counts and hashes what is read, and remembers errors: decoders wrap them.
 struct Source<R> {
     reader: R,
-    hasher: Sha256,
+    /// `None` if what is read is the tar.
+    hasher: Option<Sha256>,
     size: u64,
     limit: Option<u64>,
     failed: Option<io::Error>,
@@ -82,7 +98,9 @@ impl<R: Read> Read for Source<R> {
                 Ok(len) => break len,
             }
         };
-        self.hasher.update(&buffer[..len]);
+        if let Some(hasher) = &mut self.hasher {
+            hasher.update(&buffer[..len]);
+        }
         self.size += len as u64;
         if self.limit.is_some_and(|limit| self.size > limit) {
             self.too_large = true;
@@ -132,24 +150,16 @@ impl<R: Read> Read for Decoder<R> {
     }
 }
 
-/// A block of the tar on its way.
-#[derive(Debug)]
-struct Block {
-    bytes: Vec<u8>,
-    /// These are the blob's own bytes, whose digest is the tar's too.
-    hashed: bool,
-}
+/// A block of the tar, for the caller and for who hashes it.
+type Block = Arc<Vec<u8>>;
 
 /// The tar, block by block, on the side of the caller.
 #[derive(Debug)]
 pub struct Blocks {
     full: Receiver<Block>,
-    empty: Sender<Vec<u8>>,
-    block: Vec<u8>,
+    empty: Sender<Block>,
+    block: Block,
     taken: usize,
-    /// Of the tar, as far as it was taken; unless the other side hashes it.
-    hasher: Option<Sha256>,
-    size: u64,
 }
 
 impl Blocks {
@@ -165,13 +175,6 @@ impl Blocks {
             self.taken = self.block.len();
         }
         true
-    }
-
-    /// The tar's digest and size, as far as it was taken; no digest if it is the
-    /// blob's.
-    pub fn finish(self) -> (Option<DiffId>, u64) {
-        let digest = |hasher: Sha256| Digest::from_bytes(hasher.finalize().into());
-        (self.hasher.map(digest).map(DiffId), self.size)
     }
 }
 
@@ -190,17 +193,11 @@ impl BufRead for Blocks {
         if self.taken == self.block.len() {
             self.taken = 0;
             match self.full.recv() {
-                Ok(Block { bytes, hashed }) => {
-                    if hashed {
-                        self.hasher = None;
-                    } else if let Some(hasher) = &mut self.hasher {
-                        hasher.update(&bytes);
-                    }
-                    self.size += bytes.len() as u64;
+                Ok(block) => {
                     // The thread may have ended; then nobody wants the buffer.
-                    let _ = self.empty.send(std::mem::replace(&mut self.block, bytes));
+                    let _ = self.empty.send(std::mem::replace(&mut self.block, block));
                 }
-                Err(_) => self.block.clear(),
+                Err(_) => self.block = Block::default(),
             }
         }
         Ok(&self.block[self.taken..])
@@ -218,14 +215,13 @@ pub fn pair() -> (Feeder, Blocks) {
     let feeder = Feeder {
         full: full_sender,
         empty: empty_receiver,
+        idle: VecDeque::new(),
     };
     let blocks = Blocks {
         full,
         empty,
-        block: Vec::new(),
+        block: Block::default(),
         taken: 0,
-        hasher: Some(Sha256::new()),
-        size: 0,
     };
     (feeder, blocks)
 }
@@ -234,7 +230,9 @@ pub fn pair() -> (Feeder, Blocks) {
 #[derive(Debug)]
 pub struct Feeder {
     full: SyncSender<Block>,
-    empty: Receiver<Vec<u8>>,
+    empty: Receiver<Block>,
+    /// Came back from the caller; some may not be hashed yet.
+    idle: VecDeque<Block>,
 }
 
 impl Feeder {
@@ -248,15 +246,13 @@ impl Feeder {
     ) -> Outcome {
         let mut source = Source {
             reader,
-            hasher: Sha256::new(),
+            hasher: Some(Sha256::new()),
             size: 0,
             limit: expected.size,
             failed: None,
             too_large: false,
         };
-        let result = self.decode(&mut source, declared);
-        // The blocks end here for the caller.
-        drop(self);
+        let (result, tar) = self.decode_and_hash(&mut source, declared);
         let wanted = expected.digest.is_some() || expected.size.is_some();
         let mut decoded = None;
         let complete = match result {
@@ -274,16 +270,46 @@ impl Feeder {
             (None, false) => decoded,
         };
         let blob = complete.then(|| Blob {
-            digest: Digest::from_bytes(source.hasher.finalize().into()),
+            // All of a blob that is the tar came through as blocks.
+            digest: source.hasher.map_or(tar.diff_id.0, finish),
             size: source.size,
         });
-        Outcome { blob, error }
+        Outcome { blob, tar, error }
+    }
+
+    /// Makes the blocks; they end for the caller when this returns.
+    fn decode_and_hash<R: Read>(
+        mut self,
+        source: &mut Source<R>,
+        declared: Option<Compression>,
+    ) -> (Result<Decoded, DecodeError>, Tar) {
+        let (to_hash, blocks) = sync_channel(IN_FLIGHT);
+        thread::scope(|scope| {
+            let hashing = scope.spawn(|| hash(blocks));
+            let result = self.decode(source, declared, &to_hash);
+            drop((self, to_hash));
+            // It returns whatever happens; a panic in it goes on here.
+            let tar = hashing.join();
+            (
+                result,
+                tar.unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            )
+        })
+    }
+
+    /// A block that nobody has any more.
+    fn block(&mut self) -> Block {
+        self.idle.extend(self.empty.try_iter());
+        let free = self.idle.iter_mut().position(|b| Arc::get_mut(b).is_some());
+        free.and_then(|free| self.idle.remove(free))
+            .unwrap_or_default()
     }
 
     fn decode<R: Read>(
-        &self,
+        &mut self,
         source: &mut Source<R>,
         declared: Option<Compression>,
+        to_hash: &SyncSender<Block>,
     ) -> Result<Decoded, DecodeError> {
         let read_error = |source| DecodeError::Read { offset: 0, source };
         let mut start = Vec::with_capacity(4);
@@ -297,10 +323,14 @@ impl Feeder {
         if compression != found {
             return Err(DecodeError::Compression { found });
         }
+        if compression == Compression::None {
+            source.hasher = None;
+        }
         let peeked: Peeked<_> = io::Cursor::new(start).chain(source);
         let mut decoder = Decoder::new(compression, peeked).map_err(read_error)?;
         loop {
-            let mut block = self.empty.try_recv().unwrap_or_default();
+            let mut shared = self.block();
+            let block = Arc::make_mut(&mut shared);
             block.resize(BLOCK, 0);
             let mut filled = 0;
             let mut end = false;
@@ -320,18 +350,36 @@ impl Feeder {
                 }
             }
             block.truncate(filled);
-            let block = Block {
-                bytes: block,
-                hashed: compression == Compression::None,
-            };
-            if filled > 0 && self.full.send(block).is_err() {
-                return Ok(Decoded::Abandoned);
+            if filled > 0 {
+                // Only a panic ends that thread early, and is seen when it is joined.
+                let _ = to_hash.send(shared.clone());
+                if self.full.send(shared).is_err() {
+                    return Ok(Decoded::Abandoned);
+                }
             }
             if end {
                 return Ok(Decoded::All);
             }
         }
     }
+}
+
+/// Digest and size of what the blocks hold.
+fn hash(blocks: Receiver<Block>) -> Tar {
+    let mut hasher = Sha256::new();
+    let mut size = 0;
+    for block in blocks {
+        hasher.update(&*block);
+        size += block.len() as u64;
+    }
+    Tar {
+        diff_id: DiffId(finish(hasher)),
+        size,
+    }
+}
+
+fn finish(hasher: Sha256) -> Digest {
+    Digest::from_bytes(hasher.finalize().into())
 }
 
 /// How decoding ended without an error.
