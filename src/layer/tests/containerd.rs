@@ -1426,6 +1426,11 @@ fn difference(
 /// Compares trees layer by layer, then as a whole.
 fn compare(unpacked: &containerd::Unpacked, images: &[PathBuf], start: i64) -> String {
     let mut text = String::new();
+    if let Some(fsck) = tools::fsck() {
+        for image in images {
+            tools::check_with_fsck(&fsck, image);
+        }
+    }
     let mounts: Vec<_> = images
         .iter()
         .map(|image| tools::try_mount(image).expect("the image mounts"))
