@@ -62,7 +62,7 @@ pub fn convert_layer(
 }
 
 /// Chunks between the two threads.
-const QUEUE: usize = 16;
+const QUEUE: usize = 4;
 
 /// Why a chunk was not taken.
 #[derive(Debug, thiserror::Error)]
