@@ -8,12 +8,15 @@
 # slow; and a daemon that does not verify, which the checks have to see through.
 build_programs() {
     local dir=$1 release=${CARGO_TARGET_DIR:-$repo/target}/release program
-    local build=(cargo build --locked --release --manifest-path "$repo/Cargo.toml")
+    # Always the same packages: with others their dependencies have other features, and
+    # are built again.
+    local build=(cargo build --locked --release --manifest-path "$repo/Cargo.toml"
+        -p mkfs-accel -p ublk-server -p accel-snapshotter -p accel-tests)
     mkdir -p "$dir"
     # The one that does not verify first: what stays in the target directory does.
-    "${build[@]}" -p ublk-server --features insecure-skip-verification || return
+    "${build[@]}" --features ublk-server/insecure-skip-verification || return
     install -m 755 "$release/ublk-server" "$dir/ublk-server-unverified" || return
-    "${build[@]}" -p mkfs-accel -p ublk-server -p accel-snapshotter -p accel-tests || return
+    "${build[@]}" || return
     for program in mkfs-accel ublk-server accel-snapshotter accel-e2e tree-manifest cri; do
         install -m 755 "$release/$program" "$dir/$program" || return
     done
