@@ -526,7 +526,8 @@ fn stalled_source() {
     let asked = || two.second.counters().reads.load(Ordering::Relaxed);
     for count in 1..=20 {
         assert_eq!(&*two.read().origin.name, "second");
-        assert_eq!(asked(), count);
+        // More when it is late itself, on a slow machine.
+        assert!(asked() >= count);
     }
     assert_eq!(two.first_fault(), Some(SourceFault::Stalled));
     assert_eq!(two.sources.standings()[0].times, 1);
