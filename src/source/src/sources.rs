@@ -630,6 +630,9 @@ impl Pending {
             let answers = self.tries.into_iter().zip(members.iter().zip(health));
             let answers = answers.map(|(attempt, (member, health))| {
                 let said = attempt.last.unwrap_or_else(|| {
+                    if attempt.out > 0 {
+                        return "asked, no answer yet".to_owned();
+                    }
                     let condition = health.standing(member.name(), now).condition;
                     format!("not asked, {condition}")
                 });

@@ -271,7 +271,8 @@ fn stopped_worker() {
     let receiver = submit(&arena, &sources, "file", at(0, CHUNK), patience);
     let filled = receiver.recv().unwrap().unwrap();
     assert!(filled.slot.bytes() == noise(CHUNK));
-    assert_eq!(source.counters().workers.load(Ordering::Relaxed), 2);
+    // More than one follows it when they are slow to start.
+    assert!(source.counters().workers.load(Ordering::Relaxed) >= 2);
 }
 
 fn gives_up() {
@@ -366,7 +367,7 @@ fn no_memory() {
             read.unwrap_err().to_string()
         })
         .collect();
-    assert!(errors[0].contains("asked for 0 s"), "{errors:?}");
+    assert!(errors[0].contains("(asked for "), "{errors:?}");
     assert!(errors[19].contains("all memory is held"), "{errors:?}");
     kill(worker.worker_pid().unwrap(), rustix::process::Signal::KILL);
     let last = patient(&worker);
@@ -572,7 +573,8 @@ fn all_stalled() {
     let sources = Sources::new(vec![Arc::new(stall)]).unwrap();
     let patience = Patience {
         attempt: Duration::from_millis(50),
-        whole: Some(Duration::from_millis(500)),
+        // Long enough to be asked on a busy machine.
+        whole: Some(Duration::from_secs(3)),
         await_file: true,
     };
     let read = submit(&arena, &sources, "file", at(0, CHUNK), patience);
