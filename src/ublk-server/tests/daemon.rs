@@ -369,20 +369,10 @@ fn damage_is_an_error_where_it_is_touched_and_heals() {
 #[test]
 fn readers_do_not_notice_killed_workers() {
     let mut made = None;
-    let node = Node::start(|ufs| {
-        let files: Vec<_> = (1..=8).map(|seed| noise(4 << 20, seed)).collect();
-        let names: Vec<_> = (1..=8).map(|number| format!("f{number}")).collect();
-        let entries: Vec<Entry<'_>> = names
-            .iter()
-            .zip(&files)
-            .map(|(name, file)| (name.as_str(), Some(file.as_slice())))
-            .collect();
-        let layer = publish_tree(ufs, "big", &entries);
-        made = Some((publish_image(ufs, &[layer]), files));
-    });
+    let node = Node::start(|ufs| made = Some(big(ufs)));
     let (image, files) = made.unwrap();
     let root = node.directory("root");
-    node.ask(&["mount", &image.to_string(), &root]);
+    node.ask(&["mount", &image, &root]);
     drop_caches();
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
