@@ -12,24 +12,24 @@
 use crate::catalog::{Catalog, CatalogError, Image, Layer, RootedLayer};
 use crate::devices::{Device, Devices};
 use crate::engine::{Engine, Export, ExportReader, Warmer};
-use crate::journal::{Entry, HolderEntry, Journal, State as JournalState, Transport};
-use crate::paths::Paths;
+use crate::journal::{Entry, HolderEntry, Journal, State as JournalState};
 use crate::protocol::{
     Attached, AttachedLayer, Detached, DeviceView, Ended, ExportStatus, Holder, HolderStatus,
     LayerAnswer,
 };
 use accel_oci::{ChainId, DiffId, Digest};
 use accel_source::Source;
-use accel_transport::ublk::{DeviceState, Removal};
 use accel_ufs::index::{ImageSize, Root};
 use accel_ufs::resolve::ImageName;
 use anyhow::{Context, Result, anyhow, bail};
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+mod recovery;
 
 /// Every export of the daemon.
 #[derive(Debug)]
@@ -558,188 +558,6 @@ impl Registry {
         }
     }
 
-    /// Takes over the devices that an earlier daemon left. One that cannot be
-    /// recovered is told and left; the others go on. Mounts that were undone
-    /// meanwhile are forgotten.
-    pub fn recover(&self, paths: &Paths) -> Result<()> {
-        self.recover_devices()?;
-        self.forget_unmounted(paths);
-        Ok(())
-    }
-
-    /// Ends what mounts held of which the clients have no note any more: they
-    /// were unmounted while no daemon served.
-    fn forget_unmounted(&self, paths: &Paths) {
-        let unmounted: Vec<_> = {
-            let state = self.state();
-            let mounts = state
-                .holders
-                .keys()
-                .filter(|holder| holder.starts_with('/'));
-            let gone = |holder: &&String| {
-                let noted = paths.note(Path::new(holder)).try_exists();
-                matches!(noted, Ok(false))
-            };
-            mounts.filter(gone).cloned().collect()
-        };
-        for holder in unmounted {
-            if let Err(error) = self.detach(&Holder::Mount(holder.clone())) {
-                tracing::warn!(
-                    holder,
-                    error = format!("{error:#}"),
-                    "cannot end what an unmounted image held; unmount its directory again"
-                );
-            }
-        }
-    }
-
-    fn recover_devices(&self) -> Result<()> {
-        let entries = self.journal.load().context("cannot read the journal")?;
-        let _one = self.operate();
-        let mut kept = self.devices.kept();
-        for entry in entries {
-            let fuse = self.devices.ublk().is_none();
-            match entry.transport {
-                Transport::Ublk if fuse => {
-                    tracing::error!(device = entry.device, layer = %entry.name(),
-                        "a block device of an earlier daemon waits; start with --transport ublk");
-                }
-                Transport::Fuse if !fuse => {
-                    tracing::error!(layer = %entry.name(),
-                        "a FUSE export of an earlier daemon waits; start with --transport fuse");
-                }
-                Transport::Ublk => self.recover_ublk(entry)?,
-                Transport::Fuse => {
-                    let connection = kept.remove(&entry.root);
-                    self.recover_fuse(entry, connection)?;
-                }
-            }
-        }
-        for root in kept.into_keys() {
-            tracing::warn!(%root, "ending a FUSE export that no journal knows");
-            self.devices.forget(root);
-        }
-        Ok(())
-    }
-
-    /// Takes over an export over FUSE. Without a connection, because nobody has
-    /// mounted it or the keeper died, it is as if it had just been attached.
-    fn recover_fuse(&self, entry: Entry, connection: Option<OwnedFd>) -> Result<()> {
-        let (root, name) = (entry.root, entry.name());
-        if entry.state != JournalState::Live {
-            tracing::info!(layer = %name, "removed an unfinished export");
-            drop(connection);
-            self.devices.forget(root);
-            self.journal.remove(root)?;
-            return Ok(());
-        }
-        let export = Arc::new(Export::recovered(name, root, entry.size));
-        let reader = Arc::new(ExportReader::new(&self.engine, &export));
-        match connection.map(|fd| self.devices.adopt(root, fd, &reader)) {
-            Some(Ok(())) => tracing::info!(layer = %name, "recovered"),
-            Some(Err(error)) => tracing::error!(layer = %name, error = format!("{error:#}"),
-                "cannot go on serving a file; who reads it waits"),
-            None => tracing::warn!(layer = %name, "the file of an export is not mounted any more"),
-        }
-        self.recovered(export, Device::Fuse, entry);
-        Ok(())
-    }
-
-    fn recover_ublk(&self, entry: Entry) -> Result<()> {
-        let Some(ublk) = self.devices.ublk() else {
-            bail!("no ublk");
-        };
-        let (id, name) = (entry.device, entry.name());
-        let info = match ublk.state(id) {
-            Ok(info) => info,
-            Err(error) => {
-                tracing::error!(device = id, layer = %name, %error, "cannot look at a device");
-                return Ok(());
-            }
-        };
-        let Some(info) = info else {
-            tracing::info!(device = id, layer = %name, "a device is gone; dropping its entry");
-            self.journal.remove(entry.root)?;
-            return Ok(());
-        };
-        if entry.state != JournalState::Live || info.state == DeviceState::Stopped {
-            match ublk.remove(id, Removal::Always) {
-                Ok(()) => {
-                    tracing::info!(device = id, layer = %name, "removed an unfinished device");
-                    self.journal.remove(entry.root)?;
-                }
-                Err(error) => {
-                    tracing::error!(device = id, layer = %name, %error, "cannot remove a device");
-                }
-            }
-            return Ok(());
-        }
-        self.recover_or_note(entry);
-        Ok(())
-    }
-
-    fn unrecovered(&self) -> MutexGuard<'_, Vec<Entry>> {
-        self.unrecovered
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn recover_or_note(&self, entry: Entry) {
-        if let Err(error) = self.recover_one(&entry) {
-            tracing::error!(device = entry.device, layer = %entry.name(),
-                error = format!("{error:#}"),
-                "cannot recover a device; who reads it waits until another attempt succeeds");
-            self.unrecovered().push(entry);
-        }
-    }
-
-    /// Whether every device of an earlier daemon was recovered.
-    pub fn all_recovered(&self) -> bool {
-        self.unrecovered().is_empty()
-    }
-
-    /// Tries again to recover what could not be recovered; true if nothing is left.
-    pub fn recover_again(&self) -> bool {
-        let entries = std::mem::take(&mut *self.unrecovered());
-        for entry in entries {
-            self.recover_or_note(entry);
-        }
-        self.all_recovered()
-    }
-
-    fn recover_one(&self, entry: &Entry) -> Result<()> {
-        let Some(ublk) = self.devices.ublk() else {
-            bail!("no ublk");
-        };
-        let export = Export::recovered(entry.name(), entry.root, entry.size);
-        let export = Arc::new(export);
-        let reader = Arc::new(ExportReader::new(&self.engine, &export));
-        let device = ublk.recover(entry.device, reader)?;
-        tracing::info!(device = entry.device, layer = %export.name, "recovered");
-        self.recovered(export, Device::Ublk(device), entry.clone());
-        Ok(())
-    }
-
-    /// Notes an export that an earlier daemon had, and who holds it.
-    fn recovered(&self, export: Arc<Export>, device: Device, entry: Entry) {
-        let mut state = self.state();
-        for holder in &entry.holders {
-            let holding = Holding {
-                image: holder.image.clone(),
-                manifest: holder.manifest,
-                layers: holder.layers.clone(),
-                signed: holder.signed,
-            };
-            state.holders.insert(holder.holder.clone(), holding);
-        }
-        let served = Served {
-            export,
-            device,
-            entry: Some(entry),
-        };
-        state.exports.insert(served.export.root, served);
-    }
-
     /// Ends what can be ended before the daemon does. Exports in use stay for the
     /// next daemon; their number is returned.
     pub fn shut_down(&self) -> usize {
@@ -804,126 +622,4 @@ impl Registry {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use accel_oci::DiffId;
-    use accel_source::{Arena, Done, Patience, Request, Source};
-    use accel_transport::Wanted;
-    use accel_ufs::index::ImageSize;
-    use accel_ufs::names::LayerName;
-    use std::fs;
-
-    const ROOT: Root = Root([7; 32]);
-
-    struct NoSource;
-
-    impl Source for NoSource {
-        fn submit(&self, _: Request, _: Done) {}
-
-        fn name(&self) -> &str {
-            "nothing"
-        }
-    }
-
-    /// A registry with one export, whose journal is real and whose device is not.
-    fn registry(paths: &Paths) -> Registry {
-        let engine = Engine::start(
-            Arc::new(NoSource),
-            Arc::new(Arena::new(1, 1).unwrap()),
-            Patience::DATA,
-        );
-        let engine = engine.unwrap();
-        let devices = Devices::start(Wanted::Fuse, paths).unwrap();
-        let journal = Journal::open(&paths.run, Path::new("/ufs")).unwrap();
-        let name = LayerName::Layer(DiffId(Digest::of(b"layer")));
-        let size = ImageSize::new(4096).unwrap();
-        let served = Served {
-            export: Arc::new(Export::recovered(name, ROOT, size)),
-            device: Device::Fuse,
-            entry: Some(Entry::new(&journal, name, ROOT, size)),
-        };
-        let registry = Registry::new(engine, devices, journal, "/ufs".into()).unwrap();
-        registry.state().exports.insert(ROOT, served);
-        registry
-    }
-
-    fn paths(directory: &Path) -> Paths {
-        Paths::new(&directory.join("socket"), Some(directory.to_owned()))
-    }
-
-    fn holding() -> Holding {
-        Holding {
-            image: "oci:/x".to_owned(),
-            manifest: Digest::of(b"manifest"),
-            layers: vec![ROOT],
-            signed: false,
-        }
-    }
-
-    /// Holders in memory and on disk.
-    fn holders(registry: &Registry) -> (Vec<String>, Vec<String>) {
-        let memory = registry.state().holders.keys().cloned().collect();
-        let entries = registry.journal.load().unwrap();
-        let disk = entries.iter().flat_map(|entry| &entry.holders);
-        (memory, disk.map(|holder| holder.holder.clone()).collect())
-    }
-
-    #[test]
-    fn memory_and_journal_agree_also_after_a_failed_write() {
-        let directory = tempfile::tempdir().unwrap();
-        let registry = registry(&paths(directory.path()));
-        let journal = directory.path().join("journal");
-        let broken = |what: &dyn Fn() -> Result<()>| {
-            fs::rename(&journal, directory.path().join("away")).unwrap();
-            assert!(what().is_err());
-            fs::rename(directory.path().join("away"), &journal).unwrap();
-        };
-        broken(&|| registry.hold("/a", holding()));
-        assert_eq!(holders(&registry), (vec![], vec![]));
-        registry.hold("/a", holding()).unwrap();
-        let a = vec!["/a".to_owned()];
-        assert_eq!(holders(&registry), (a.clone(), a.clone()));
-        // Whoever holds it already still does when asking again fails.
-        broken(&|| {
-            registry
-                .hold("/a", holding())
-                .and(registry.hold("/b", holding()))
-        });
-        assert_eq!(holders(&registry), (a.clone(), a.clone()));
-        registry.hold("/b", holding()).unwrap();
-        broken(&|| registry.detach(&Holder::Mount("/b".to_owned())).map(drop));
-        registry.hold("/a", holding()).unwrap();
-        assert_eq!(holders(&registry), (a.clone(), a));
-    }
-
-    #[test]
-    fn what_was_unmounted_without_a_daemon_ends() {
-        let directory = tempfile::tempdir().unwrap();
-        let paths = paths(directory.path());
-        let registry = registry(&paths);
-        let attach = operator(&holding().manifest);
-        for holder in ["/gone", "/there", &attach] {
-            registry.hold(holder, holding()).unwrap();
-        }
-        fs::create_dir(paths.mounts()).unwrap();
-        fs::write(paths.note(Path::new("/there")), "{}").unwrap();
-        registry.forget_unmounted(&paths);
-        let left = vec!["/there".to_owned(), attach.clone()];
-        assert_eq!(holders(&registry), (left.clone(), left));
-        registry.state().holders.remove(&attach);
-        fs::remove_file(paths.note(Path::new("/there"))).unwrap();
-        registry.forget_unmounted(&paths);
-        assert_eq!(holders(&registry), (vec![], vec![]));
-        assert!(registry.state().exports.is_empty());
-    }
-
-    #[test]
-    fn nothing_is_attached_once_the_daemon_ends() {
-        let directory = tempfile::tempdir().unwrap();
-        let registry = registry(&paths(directory.path()));
-        assert_eq!(registry.shut_down(), 0);
-        let image = Digest::of(b"manifest").to_string();
-        let error = registry.attach(&image, None).unwrap_err().to_string();
-        assert!(error.contains("ending"), "{error}");
-    }
-}
+mod tests;

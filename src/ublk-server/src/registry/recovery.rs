@@ -1,0 +1,201 @@
+//! The recovery half: what an earlier daemon has left is taken over or ended.
+//!
+//! The journal says what there is; the driver, and the keeper of FUSE connections,
+//! say in which state it is. An entry or a device that is in disorder costs itself
+//! alone: it is told, left, and where that can help, tried again.
+
+use super::{Holding, Registry, Served};
+use crate::devices::Device;
+use crate::engine::{Export, ExportReader};
+use crate::journal::{Entry, State as JournalState, Transport};
+use crate::paths::Paths;
+use crate::protocol::Holder;
+use accel_transport::ublk::{DeviceState, Removal};
+use anyhow::{Context, Result, bail};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::{Arc, MutexGuard, PoisonError};
+
+impl Registry {
+    /// Takes over the devices that an earlier daemon left. One that cannot be
+    /// recovered is told and left; the others go on. Mounts that were undone
+    /// meanwhile are forgotten.
+    pub fn recover(&self, paths: &Paths) -> Result<()> {
+        self.recover_devices()?;
+        self.forget_unmounted(paths);
+        Ok(())
+    }
+
+    /// Ends what mounts held of which the clients have no note any more: they
+    /// were unmounted while no daemon served.
+    pub(super) fn forget_unmounted(&self, paths: &Paths) {
+        let unmounted: Vec<_> = {
+            let state = self.state();
+            let mounts = state
+                .holders
+                .keys()
+                .filter(|holder| holder.starts_with('/'));
+            let gone = |holder: &&String| {
+                let noted = paths.note(Path::new(holder)).try_exists();
+                matches!(noted, Ok(false))
+            };
+            mounts.filter(gone).cloned().collect()
+        };
+        for holder in unmounted {
+            if let Err(error) = self.detach(&Holder::Mount(holder.clone())) {
+                tracing::warn!(
+                    holder,
+                    error = format!("{error:#}"),
+                    "cannot end what an unmounted image held; unmount its directory again"
+                );
+            }
+        }
+    }
+
+    fn recover_devices(&self) -> Result<()> {
+        let entries = self.journal.load().context("cannot read the journal")?;
+        let _one = self.operate();
+        let mut kept = self.devices.kept();
+        for entry in entries {
+            let fuse = self.devices.ublk().is_none();
+            match entry.transport {
+                Transport::Ublk if fuse => {
+                    tracing::error!(device = entry.device, layer = %entry.name(),
+                        "a block device of an earlier daemon waits; start with --transport ublk");
+                }
+                Transport::Fuse if !fuse => {
+                    tracing::error!(layer = %entry.name(),
+                        "a FUSE export of an earlier daemon waits; start with --transport fuse");
+                }
+                Transport::Ublk => self.recover_ublk(entry)?,
+                Transport::Fuse => {
+                    let connection = kept.remove(&entry.root);
+                    self.recover_fuse(entry, connection)?;
+                }
+            }
+        }
+        for root in kept.into_keys() {
+            tracing::warn!(%root, "ending a FUSE export that no journal knows");
+            self.devices.forget(root);
+        }
+        Ok(())
+    }
+
+    /// Takes over an export over FUSE. Without a connection, because nobody has
+    /// mounted it or the keeper died, it is as if it had just been attached.
+    fn recover_fuse(&self, entry: Entry, connection: Option<OwnedFd>) -> Result<()> {
+        let (root, name) = (entry.root, entry.name());
+        if entry.state != JournalState::Live {
+            tracing::info!(layer = %name, "removed an unfinished export");
+            drop(connection);
+            self.devices.forget(root);
+            self.journal.remove(root)?;
+            return Ok(());
+        }
+        let export = Arc::new(Export::recovered(name, root, entry.size));
+        let reader = Arc::new(ExportReader::new(&self.engine, &export));
+        match connection.map(|fd| self.devices.adopt(root, fd, &reader)) {
+            Some(Ok(())) => tracing::info!(layer = %name, "recovered"),
+            Some(Err(error)) => tracing::error!(layer = %name, error = format!("{error:#}"),
+                "cannot go on serving a file; who reads it waits"),
+            None => tracing::warn!(layer = %name, "the file of an export is not mounted any more"),
+        }
+        self.recovered(export, Device::Fuse, entry);
+        Ok(())
+    }
+
+    fn recover_ublk(&self, entry: Entry) -> Result<()> {
+        let Some(ublk) = self.devices.ublk() else {
+            bail!("no ublk");
+        };
+        let (id, name) = (entry.device, entry.name());
+        let info = match ublk.state(id) {
+            Ok(info) => info,
+            Err(error) => {
+                tracing::error!(device = id, layer = %name, %error, "cannot look at a device");
+                return Ok(());
+            }
+        };
+        let Some(info) = info else {
+            tracing::info!(device = id, layer = %name, "a device is gone; dropping its entry");
+            self.journal.remove(entry.root)?;
+            return Ok(());
+        };
+        if entry.state != JournalState::Live || info.state == DeviceState::Stopped {
+            match ublk.remove(id, Removal::Always) {
+                Ok(()) => {
+                    tracing::info!(device = id, layer = %name, "removed an unfinished device");
+                    self.journal.remove(entry.root)?;
+                }
+                Err(error) => {
+                    tracing::error!(device = id, layer = %name, %error, "cannot remove a device");
+                }
+            }
+            return Ok(());
+        }
+        self.recover_or_note(entry);
+        Ok(())
+    }
+
+    fn unrecovered(&self) -> MutexGuard<'_, Vec<Entry>> {
+        self.unrecovered
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn recover_or_note(&self, entry: Entry) {
+        if let Err(error) = self.recover_one(&entry) {
+            tracing::error!(device = entry.device, layer = %entry.name(),
+                error = format!("{error:#}"),
+                "cannot recover a device; who reads it waits until another attempt succeeds");
+            self.unrecovered().push(entry);
+        }
+    }
+
+    /// Whether every device of an earlier daemon was recovered.
+    pub fn all_recovered(&self) -> bool {
+        self.unrecovered().is_empty()
+    }
+
+    /// Tries again to recover what could not be recovered; true if nothing is left.
+    pub fn recover_again(&self) -> bool {
+        let entries = std::mem::take(&mut *self.unrecovered());
+        for entry in entries {
+            self.recover_or_note(entry);
+        }
+        self.all_recovered()
+    }
+
+    fn recover_one(&self, entry: &Entry) -> Result<()> {
+        let Some(ublk) = self.devices.ublk() else {
+            bail!("no ublk");
+        };
+        let export = Export::recovered(entry.name(), entry.root, entry.size);
+        let export = Arc::new(export);
+        let reader = Arc::new(ExportReader::new(&self.engine, &export));
+        let device = ublk.recover(entry.device, reader)?;
+        tracing::info!(device = entry.device, layer = %export.name, "recovered");
+        self.recovered(export, Device::Ublk(device), entry.clone());
+        Ok(())
+    }
+
+    /// Notes an export that an earlier daemon had, and who holds it.
+    fn recovered(&self, export: Arc<Export>, device: Device, entry: Entry) {
+        let mut state = self.state();
+        for holder in &entry.holders {
+            let holding = Holding {
+                image: holder.image.clone(),
+                manifest: holder.manifest,
+                layers: holder.layers.clone(),
+                signed: holder.signed,
+            };
+            state.holders.insert(holder.holder.clone(), holding);
+        }
+        let served = Served {
+            export,
+            device,
+            entry: Some(entry),
+        };
+        state.exports.insert(served.export.root, served);
+    }
+}
