@@ -26,6 +26,11 @@ const BLOCK: usize = 128 * 1024;
 /// Blocks between two threads: few, so that they stay in the processor's cache.
 const IN_FLIGHT: usize = 4;
 
+/// The longest window of a zstd frame, as a power of two: 2 GiB, what zstd itself
+/// makes at most (`--long=31`). containerd reads up to 512 MiB. The decoder holds as
+/// much of what it gave last as the window is long, and no more than it gave.
+const MAX_WINDOW_LOG: u32 = 31;
+
 /// What the blob was found to be.
 #[derive(Debug, Clone, Copy)]
 pub struct Blob {
@@ -127,7 +132,11 @@ impl<R: Read> Decoder<R> {
             Compression::Gzip => Self::Gzip(Box::new(flate2::bufread::MultiGzDecoder::new(
                 buffered(source),
             ))),
-            Compression::Zstd => Self::Zstd(zstd::Decoder::with_buffer(buffered(source))?),
+            Compression::Zstd => {
+                let mut decoder = zstd::Decoder::with_buffer(buffered(source))?;
+                decoder.window_log_max(MAX_WINDOW_LOG)?;
+                Self::Zstd(decoder)
+            }
         })
     }
 
@@ -145,9 +154,23 @@ impl<R: Read> Read for Decoder<R> {
         match self {
             Self::Plain(source) => source.read(buffer),
             Self::Gzip(decoder) => decoder.read(buffer),
-            Self::Zstd(decoder) => decoder.read(buffer),
+            Self::Zstd(decoder) => decoder.read(buffer).map_err(zstd_error),
         }
     }
+}
+
+/// Says what libzstd's words for it mean here.
+fn zstd_error(error: io::Error) -> io::Error {
+    let problem = match error.to_string().as_str() {
+        "Frame requires too much memory for decoding" => {
+            "a frame's window is longer than 2 GiB, the most that zstd makes (--long=31); compress the layer again with a shorter one"
+        }
+        "Allocation error : not enough memory" => {
+            "not enough memory for a frame's window (zstd --long), which is held as a whole; compress the layer again with a shorter one, or convert it where there is more memory"
+        }
+        _ => return error,
+    };
+    io::Error::other(problem)
 }
 
 /// A block of the tar, for the caller and for who hashes it.

@@ -5,6 +5,7 @@ mod common;
 use accel_layer::{Compression, Expected, LayerError, LayerOptions, NoLower, image_uuid};
 use accel_oci::{ChainId, DiffId, Digest};
 use common::{Tar, convert, convert_with};
+use sha2::{Digest as _, Sha256};
 use std::io::{self, Read, Write};
 
 fn tar() -> Vec<u8> {
@@ -63,6 +64,37 @@ fn every_compression_gives_the_same_image() {
         assert_eq!(summary.tar_size, tar.len() as u64, "{what}");
     }
     assert_eq!(plain.diff_id, DiffId(Digest::of(&tar)));
+}
+
+/// A window beyond the 128 MiB that libzstd reads without being asked to.
+#[test]
+fn zstd_refers_back_as_far_as_its_window_reaches() {
+    let distance = 160 << 20;
+    // Nothing that is alike but 4 MiB, twice.
+    let noise: Vec<u8> = (0..1u32 << 17)
+        .flat_map(|n| *blake3::hash(&n.to_le_bytes()).as_bytes())
+        .collect();
+    let size = distance + noise.len() as u64;
+    let mut start = Tar::default();
+    start.raw(common::header(b"f", b'0', size), b"");
+    let mut tar = io::Cursor::new(start.open_end())
+        .chain(&noise[..])
+        .chain(io::repeat(0).take(distance - noise.len() as u64))
+        .chain(&noise[..])
+        .chain(&[0; 1024][..]);
+    let mut encoder = zstd::Encoder::new(vec![], 1).unwrap();
+    encoder.window_log(28).unwrap();
+    encoder.long_distance_matching(true).unwrap();
+    let mut hashing = Hashing(Sha256::new(), encoder);
+    io::copy(&mut tar, &mut hashing).unwrap();
+    let Hashing(hasher, encoder) = hashing;
+    let diff_id = DiffId(Digest::from_bytes(hasher.finalize().into()));
+    let blob = encoder.finish().unwrap();
+    assert!(blob.len() < noise.len() * 3 / 2, "it does not refer back");
+    let options = options(Some(Digest::of(&blob)), None, Some(diff_id));
+    let mut lower = NoLower;
+    let summary = accel_layer::convert_layer(&blob[..], &options, &mut lower, Nowhere).unwrap();
+    assert!(summary.image.size > size);
 }
 
 #[test]
@@ -244,6 +276,32 @@ fn a_reader_that_breaks_is_what_is_reported() {
             accel_layer::convert_layer(reader, &options, &mut lower, common::Memory::default());
         assert!(matches!(error, Err(LayerError::Read { .. })), "{error:?}");
         assert!(common::chain(&error.unwrap_err()).contains("the line is dead"));
+    }
+}
+
+/// Hashes what goes through it.
+struct Hashing<W>(Sha256, W);
+
+impl<W: Write> Write for Hashing<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.update(bytes);
+        self.1.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.1.flush()
+    }
+}
+
+/// Takes an image and keeps nothing.
+struct Nowhere;
+
+impl accel_layer::Output for Nowhere {
+    type Error = io::Error;
+
+    fn write_at(&mut self, _: u64, _: &[u8]) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -4,7 +4,9 @@ use std::fs;
 use std::path::Path;
 use std::thread;
 
-/// What a layer in work takes of memory, in bytes, besides its directory tree.
+/// What a layer in work takes of memory, in bytes, besides its directory tree and the
+/// window of a zstd frame. Windows are a few MiB but for layers made with `--long`,
+/// which nothing tells before they are read.
 const PER_LAYER: u64 = 100 << 20;
 
 /// As many as there are processors, and no more than memory is free for.
