@@ -24,8 +24,9 @@
 //! * What replaces a directory gets the directory's time, and so does what a
 //!   symbolic link in its place leads to.
 //! * `trusted.*` attributes of a tar are left out, and those that Linux does not
-//!   have for such a file. `SCHILY.xattr.*` records are heeded,
-//!   `LIBARCHIVE.xattr.*` are not.
+//!   have for such a file. `SCHILY.xattr.*` records are heeded; `LIBARCHIVE.xattr.*`,
+//!   the same in another form, are not, because containerd does not heed them: a tar
+//!   that has attributes in that form only has none there either.
 //! * POSIX ACLs are as the kernel leaves them: those that say no more than the mode
 //!   are dropped, the mode changes the mask, new files inherit default ACLs. New
 //!   files in a setgid directory are of its group, unless their entry names one.

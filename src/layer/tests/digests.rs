@@ -46,7 +46,25 @@ fn every_compression_gives_the_same_image() {
             "gzip members",
             [gzip(left), gzip(right), gzip(b"")].concat(),
         ),
+        // Members for pieces of files, the last one empty, with an extra field.
+        ("eStargz", {
+            let footer = flate2::GzBuilder::new()
+                .extra(*b"SG\x16\x00000000000000a5c8STARGZ")
+                .write(vec![], flate2::Compression::none());
+            [gzip(left), gzip(right), footer.finish().unwrap()].concat()
+        }),
         ("zstd", zstd(&tar)),
+        // Frames for pieces of files, then what is about them in frames to skip.
+        (
+            "zstd:chunked",
+            [
+                zstd(left),
+                zstd(right),
+                skippable.clone(),
+                skippable.clone(),
+            ]
+            .concat(),
+        ),
         (
             "zstd frames",
             [zstd(left), skippable.clone(), zstd(right)].concat(),
