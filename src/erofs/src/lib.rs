@@ -18,6 +18,7 @@
 //! [`Reader`] reads the metadata of such images back, for those who need the
 //! attributes of a directory in a layer converted earlier.
 
+mod chunk;
 mod crc32c;
 mod format;
 mod layout;
@@ -29,6 +30,7 @@ mod values;
 mod write;
 mod xattr;
 
+pub use chunk::ChunkBuffer;
 pub use format::{BLOCK_SIZE, CHUNK_SIZE};
 pub use layout::LayoutError;
 pub use place::{Extent, FileWriter};

@@ -11,6 +11,7 @@
 //! of the open gap, and the one at the cursor.
 
 use crate::{
+    chunk::ChunkBuffer,
     format::{BLOCK_LEN, BLOCK_SIZE, CHUNK_LEN, CHUNK_SIZE},
     write::{Output, WriteError},
 };
@@ -42,7 +43,7 @@ impl Extent {
 #[derive(Debug)]
 struct OpenChunk {
     index: u64,
-    bytes: Vec<u8>,
+    bytes: ChunkBuffer,
 }
 
 /// Places data and gives whole chunks to the output.
@@ -56,7 +57,7 @@ pub(crate) struct Placer<O> {
     gap: Option<Range<u64>>,
     open: Vec<OpenChunk>,
     /// Buffers of chunks that were written, for the next ones.
-    spare: Vec<Vec<u8>>,
+    spare: Vec<ChunkBuffer>,
     /// A file was begun and not finished.
     unfinished: bool,
 }
@@ -135,14 +136,9 @@ impl<O: Output> Placer<O> {
             let room = CHUNK_SIZE - within;
             let len = bytes.len().min(usize::try_from(room).unwrap_or(usize::MAX));
             let (piece, rest) = bytes.split_at(len);
-            if len as u64 == CHUNK_SIZE && index != 0 {
-                // Nothing else can be in this chunk: no detour through a buffer.
-                put(&mut self.output, index, piece)?;
-            } else {
-                // `within` is less than a chunk, which fits any usize we run on.
-                let within = usize::try_from(within).unwrap_or(usize::MAX);
-                self.chunk(index)[within..within + len].copy_from_slice(piece);
-            }
+            // `within` is less than a chunk, which fits any usize we run on.
+            let within = usize::try_from(within).unwrap_or(usize::MAX);
+            self.chunk(index).put(within, piece);
             offset += len as u64;
             bytes = rest;
         }
@@ -150,12 +146,11 @@ impl<O: Output> Placer<O> {
     }
 
     /// The buffer of a chunk that is not full yet.
-    fn chunk(&mut self, index: u64) -> &mut [u8] {
+    fn chunk(&mut self, index: u64) -> &mut ChunkBuffer {
         let position = self.open.iter().position(|chunk| chunk.index == index);
         let position = position.unwrap_or_else(|| {
             let mut bytes = self.spare.pop().unwrap_or_default();
             bytes.clear();
-            bytes.resize(CHUNK_LEN, 0);
             self.open.push(OpenChunk { index, bytes });
             self.open.len() - 1
         });
@@ -166,21 +161,30 @@ impl<O: Output> Placer<O> {
     fn seal(&mut self, position: u64) -> Result<(), WriteError<O::Error>> {
         let gap = self.gap.clone().filter(|gap| !gap.is_empty());
         let gap_chunk = gap.map(|gap| gap.start / CHUNK_SIZE);
-        self.seal_where(|index| {
+        self.seal_where(u64::MAX, |index| {
             index != 0 && index < position / CHUNK_SIZE && Some(index) != gap_chunk
         })
     }
 
-    fn seal_where(&mut self, done: impl Fn(u64) -> bool) -> Result<(), WriteError<O::Error>> {
+    /// `size` is the image's, which may end within a chunk.
+    fn seal_where(
+        &mut self,
+        size: u64,
+        done: impl Fn(u64) -> bool,
+    ) -> Result<(), WriteError<O::Error>> {
         // Chunks are few; the lowest goes first, so that the order is ascending
         // but for the held ones.
         while let Some(position) = (0..self.open.len())
             .filter(|&position| done(self.open[position].index))
             .min_by_key(|&position| self.open[position].index)
         {
-            let chunk = self.open.swap_remove(position);
-            put(&mut self.output, chunk.index, &chunk.bytes)?;
-            self.spare.push(chunk.bytes);
+            let OpenChunk { index, mut bytes } = self.open.swap_remove(position);
+            let offset = index * CHUNK_SIZE;
+            let end = size.saturating_sub(offset).min(CHUNK_SIZE);
+            bytes.resize(usize::try_from(end).unwrap_or(CHUNK_LEN));
+            let spare = self.output.write_chunk(offset, bytes);
+            let spare = spare.map_err(|source| WriteError::Output { offset, source })?;
+            self.spare.push(spare);
         }
         Ok(())
     }
@@ -197,13 +201,6 @@ impl<O: Output> Placer<O> {
             placer: self,
         })
     }
-}
-
-fn put<O: Output>(output: &mut O, index: u64, bytes: &[u8]) -> Result<(), WriteError<O::Error>> {
-    let offset = index * CHUNK_SIZE;
-    output
-        .write_at(offset, bytes)
-        .map_err(|source| WriteError::Output { offset, source })
 }
 
 /// The end of the image, written in order, and block 0.
@@ -238,15 +235,9 @@ impl<O: Output> Tail<O> {
     /// Puts `bytes` into block 0 and gives away the last chunks, chunk 0 last.
     pub fn finish(mut self, offset: usize, bytes: &[u8]) -> Result<O, WriteError<O::Error>> {
         let size = self.position;
-        self.placer.chunk(0)[offset..offset + bytes.len()].copy_from_slice(bytes);
-        for chunk in &mut self.placer.open {
-            let end = (size - chunk.index * CHUNK_SIZE).min(CHUNK_SIZE);
-            chunk
-                .bytes
-                .truncate(usize::try_from(end).unwrap_or(usize::MAX));
-        }
-        self.placer.seal_where(|index| index != 0)?;
-        self.placer.seal_where(|_| true)?;
+        self.placer.chunk(0).put(offset, bytes);
+        self.placer.seal_where(size, |index| index != 0)?;
+        self.placer.seal_where(size, |_| true)?;
         Ok(self.placer.output)
     }
 }

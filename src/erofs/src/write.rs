@@ -1,6 +1,7 @@
 //! The writer as its callers see it.
 
 use crate::{
+    chunk::ChunkBuffer,
     layout::{LayoutError, Plan},
     metadata,
     place::{FileWriter, Placer},
@@ -11,7 +12,7 @@ use std::{error::Error, ops::Range};
 
 /// Where an image goes.
 ///
-/// The writer calls [`write_at`](Self::write_at) with whole chunks: `offset` is a
+/// The writer calls [`write_chunk`](Self::write_chunk) with whole chunks: `offset` is a
 /// multiple of [`CHUNK_SIZE`](crate::CHUNK_SIZE) and `bytes` is as long as a
 /// chunk; only the image's last chunk is shorter (a multiple of 4096). Each chunk
 /// comes exactly once, and together they are the image without a hole. The order
@@ -27,6 +28,17 @@ pub trait Output {
     /// # Errors
     /// The writer gives up and hands the error on.
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Self::Error>;
+
+    /// Takes one chunk with its buffer, and gives a buffer in return: whatever is in
+    /// it. For outputs that keep chunks for a while; others copy from
+    /// [`write_at`](Self::write_at), which is what this calls.
+    ///
+    /// # Errors
+    /// As `write_at`.
+    fn write_chunk(&mut self, offset: u64, chunk: ChunkBuffer) -> Result<ChunkBuffer, Self::Error> {
+        self.write_at(offset, &chunk)?;
+        Ok(chunk)
+    }
 }
 
 impl<O: Output + ?Sized> Output for &mut O {
@@ -34,6 +46,10 @@ impl<O: Output + ?Sized> Output for &mut O {
 
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Self::Error> {
         (**self).write_at(offset, bytes)
+    }
+
+    fn write_chunk(&mut self, offset: u64, chunk: ChunkBuffer) -> Result<ChunkBuffer, Self::Error> {
+        (**self).write_chunk(offset, chunk)
     }
 }
 

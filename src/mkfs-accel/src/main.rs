@@ -9,6 +9,7 @@ mod output;
 mod progress;
 mod published;
 mod sink;
+mod storage;
 mod tree;
 
 use clap::Parser;

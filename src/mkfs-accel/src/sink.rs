@@ -1,21 +1,20 @@
 //! Where an image goes: into a file, and through the index builder.
 //!
-//! The chunks cross over to a thread of their own, which writes and hashes them
-//! while the layer's next bytes are decompressed. A chunk of zeros is hashed but
-//! not written: a hole reads the same. Writing back to storage begins at once, so
-//! that little is left to wait for when the image is synced.
+//! The chunks cross over to a thread that hashes them while the layer's next bytes
+//! are decompressed, and from there to one that writes them, many at a time. A chunk
+//! of zeros is hashed but not written: a hole reads the same. Nobody copies them:
+//! their buffers go round.
 
+use crate::storage::{BATCH, Writer};
+use accel_erofs::ChunkBuffer;
 use accel_layer::{LayerOptions, LayerSummary, LowerLookup, Output};
 use accel_ufs::UfsError;
 use accel_ufs::index::{BuildError, ByteRange, ChunkNo, HashedChunk, IndexBuilder, Root};
 use anyhow::Context;
-use rustix::fs::{Advice, fadvise};
 use std::fs::File;
 use std::io::{self, Read};
-use std::num::NonZero;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::thread::{self, Scope, ScopedJoinHandle};
 
 /// A layer as an image.
@@ -61,8 +60,8 @@ pub fn convert_layer(
     })
 }
 
-/// Chunks between the two threads.
-const QUEUE: usize = 4;
+/// Chunks between the caller and the thread that hashes.
+const TO_HASH: usize = 4;
 
 /// Why a chunk was not taken.
 #[derive(Debug, thiserror::Error)]
@@ -79,34 +78,10 @@ pub enum SinkError {
 }
 
 /// A chunk on its way.
+#[derive(Debug)]
 struct Chunk {
     offset: u64,
-    bytes: Vec<u8>,
-}
-
-/// What was written since writing back was last asked for.
-#[derive(Debug, Default)]
-struct Window {
-    start: u64,
-}
-
-impl Window {
-    /// Large enough for storage to work well, small enough to start early.
-    const SIZE: u64 = 8 << 20;
-
-    /// Has what lies before `end` written back if it is enough. Chunks that come
-    /// late are left to the sync at the end.
-    fn wrote(&mut self, file: &File, end: u64) {
-        if end.saturating_sub(self.start) < Self::SIZE {
-            return;
-        }
-        // The kernel starts writing dirty pages when it is told that they are not
-        // needed, and drops those that are clean already. It is only advice: what
-        // comes of it is for the sync to say.
-        let len = NonZero::new(end - self.start);
-        let _ = fadvise(file, self.start, len, Advice::DontNeed);
-        self.start = end;
-    }
+    bytes: ChunkBuffer,
 }
 
 /// Takes the chunks of one image.
@@ -114,34 +89,23 @@ impl Window {
 struct Sink<'scope> {
     chunks: SyncSender<Chunk>,
     /// Buffers to use again.
-    used: Receiver<Vec<u8>>,
-    thread: ScopedJoinHandle<'scope, Result<IndexBuilder, SinkError>>,
+    used: Receiver<ChunkBuffer>,
+    hashing: ScopedJoinHandle<'scope, Result<IndexBuilder, SinkError>>,
+    writing: ScopedJoinHandle<'scope, io::Result<()>>,
 }
 
 impl<'scope> Sink<'scope> {
-    /// A sink into `file`, on a thread of `scope`.
+    /// A sink into `file`, on threads of `scope`.
     fn start<'env>(scope: &'scope Scope<'scope, 'env>, file: &'env File) -> Self {
-        let (chunks, queue) = mpsc::sync_channel::<Chunk>(QUEUE);
+        let (chunks, to_hash) = mpsc::sync_channel(TO_HASH);
+        let (hashed, to_write) = mpsc::sync_channel(BATCH);
         let (give_back, used) = mpsc::channel();
-        let thread = scope.spawn(move || {
-            let mut index = IndexBuilder::new();
-            let mut window = Window::default();
-            for Chunk { offset, bytes } in queue {
-                let hashed = HashedChunk::new(ChunkNo::containing(offset), &bytes)?;
-                if !hashed.is_zero() {
-                    file.write_all_at(&bytes, offset)?;
-                    window.wrote(file, offset + bytes.len() as u64);
-                }
-                index.insert(hashed)?;
-                // The other side may have finished already.
-                let _ = give_back.send(bytes);
-            }
-            Ok(index)
-        });
+        let zeros_back = give_back.clone();
         Self {
             chunks,
             used,
-            thread,
+            hashing: scope.spawn(move || hash(to_hash, &hashed, &zeros_back)),
+            writing: scope.spawn(move || write(file, &to_write, &give_back)),
         }
     }
 
@@ -154,10 +118,10 @@ impl<'scope> Sink<'scope> {
         image: Option<(u64, ByteRange)>,
     ) -> Result<Option<(Root, Vec<u8>)>, SinkError> {
         drop(self.chunks);
-        let index = match self.thread.join() {
-            Ok(index) => index?,
-            Err(panic) => std::panic::resume_unwind(panic),
-        };
+        let index = join(self.hashing);
+        // If writing failed, hashing ended because of it.
+        join(self.writing)?;
+        let index = index?;
         let Some((size, metadata)) = image else {
             return Ok(None);
         };
@@ -171,13 +135,65 @@ impl Output for Sink<'_> {
     type Error = SinkError;
 
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), SinkError> {
-        let mut copy = self.used.try_recv().unwrap_or_default();
-        copy.clear();
-        copy.extend_from_slice(bytes);
-        let chunk = Chunk {
-            offset,
-            bytes: copy,
+        self.write_chunk(offset, ChunkBuffer::of(bytes)).map(drop)
+    }
+
+    fn write_chunk(&mut self, offset: u64, bytes: ChunkBuffer) -> Result<ChunkBuffer, SinkError> {
+        let chunk = Chunk { offset, bytes };
+        self.chunks.send(chunk).map_err(|_| SinkError::Ended)?;
+        Ok(self.used.try_recv().unwrap_or_default())
+    }
+}
+
+/// What a thread came to; its panic goes on here.
+fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Hashes chunks and passes on those that must be written.
+fn hash(
+    chunks: Receiver<Chunk>,
+    to_write: &SyncSender<Chunk>,
+    give_back: &Sender<ChunkBuffer>,
+) -> Result<IndexBuilder, SinkError> {
+    let mut index = IndexBuilder::new();
+    for chunk in chunks {
+        let hashed = HashedChunk::new(ChunkNo::containing(chunk.offset), &chunk.bytes)?;
+        if hashed.is_zero() {
+            // The other side may have finished already.
+            let _ = give_back.send(chunk.bytes);
+        } else {
+            to_write.send(chunk).map_err(|_| SinkError::Ended)?;
+        }
+        index.insert(hashed)?;
+    }
+    Ok(index)
+}
+
+/// Writes chunks, those that follow each other in one go.
+fn write(file: &File, chunks: &Receiver<Chunk>, give_back: &Sender<ChunkBuffer>) -> io::Result<()> {
+    let mut writer = Writer::new(file);
+    let mut start = 0;
+    let mut batch: Vec<ChunkBuffer> = Vec::with_capacity(BATCH);
+    loop {
+        let chunk = chunks.recv().ok();
+        let end = start + batch.iter().map(|bytes| bytes.len() as u64).sum::<u64>();
+        let follows = chunk.as_ref().is_some_and(|chunk| chunk.offset == end);
+        if !batch.is_empty() && (!follows || batch.len() == BATCH) {
+            writer.write(start, &batch)?;
+            for bytes in batch.drain(..) {
+                // The other side may have finished already.
+                let _ = give_back.send(bytes);
+            }
+        }
+        let Some(Chunk { offset, bytes }) = chunk else {
+            return Ok(());
         };
-        self.chunks.send(chunk).map_err(|_| SinkError::Ended)
+        if batch.is_empty() {
+            start = offset;
+        }
+        batch.push(bytes);
     }
 }
