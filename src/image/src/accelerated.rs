@@ -1,4 +1,5 @@
-//! The manifest of an accelerated image: the original's, with annotations.
+//! The manifest of an accelerated image: the original's, with annotations; and the index
+//! of several.
 //!
 //! Config and layers are the original's, so the image runs wherever that one does.
 //! Only OCI descriptors carry annotations: Docker's media types become OCI's, which
@@ -6,25 +7,113 @@
 
 use crate::ImageError;
 use crate::image::Image;
-use serde_json::{Map, Value};
+use accel_oci::Digest;
+use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
 pub(crate) const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(crate) const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
 /// Annotations.
-pub(crate) type Annotations = BTreeMap<String, String>;
+pub type Annotations = BTreeMap<String, String>;
 
-/// The manifest of `image` with annotations on itself and on each of its layers,
-/// lowest first.
-pub(crate) fn manifest(
-    image: &Image,
-    own: &Annotations,
-    layers: &[Annotations],
-) -> Result<Vec<u8>, ImageError> {
-    annotate(&image.manifest_json, own, layers).ok_or_else(|| ImageError::Malformed {
-        what: format!("the manifest {}", image.manifest),
-        why: "its parts are not where they should be".to_owned(),
-    })
+/// An image and what is to be said of it.
+#[derive(Debug)]
+pub struct Accelerated<'a> {
+    /// The original.
+    pub image: &'a Image,
+    /// Annotations of its manifest.
+    pub own: Annotations,
+    /// Annotations of each layer, lowest first.
+    pub layers: Vec<Annotations>,
+}
+
+/// A manifest or index to be written.
+#[derive(Debug)]
+pub(crate) struct Document {
+    pub media_type: &'static str,
+    pub digest: Digest,
+    pub json: Vec<u8>,
+    /// Of a manifest: for which machines the image is.
+    pub platform: Option<Value>,
+}
+
+impl Document {
+    fn new(media_type: &'static str, json: Vec<u8>, platform: Option<Value>) -> Self {
+        Self {
+            media_type,
+            digest: Digest::of(&json),
+            json,
+            platform,
+        }
+    }
+
+    /// Its manifest with the annotations.
+    pub fn manifest(accelerated: &Accelerated<'_>) -> Result<Self, ImageError> {
+        let image = accelerated.image;
+        let json = annotate(&image.manifest_json, &accelerated.own, &accelerated.layers);
+        let json = json.ok_or_else(|| ImageError::Malformed {
+            what: format!("the manifest {}", image.manifest),
+            why: "its parts are not where they should be".to_owned(),
+        })?;
+        Ok(Self::new(MANIFEST, json, Some(platform(image))))
+    }
+
+    /// An index of `images` and their manifests, in their order.
+    pub fn index<'a>(
+        members: impl Iterator<Item = (&'a Self, &'a Image)>,
+        own: &Annotations,
+    ) -> Self {
+        let mut index = json!({
+            "schemaVersion": 2,
+            "mediaType": INDEX,
+            "manifests": members.map(|(manifest, image)| manifest.entry(image)).collect::<Vec<_>>(),
+        });
+        if !own.is_empty() {
+            index["annotations"] = json!(own);
+        }
+        Self::new(INDEX, index.to_string().into_bytes(), None)
+    }
+
+    /// What an index says of it: the original's entry, with another digest.
+    fn entry(&self, image: &Image) -> Value {
+        let entry = image
+            .entry
+            .as_ref()
+            .and_then(|entry| serde_json::to_value(entry).ok());
+        let mut entry = entry.unwrap_or_else(|| json!({}));
+        if let Some(fields) = entry.as_object_mut() {
+            fields.remove("data");
+            fields.remove("urls");
+        }
+        for (name, value) in self.descriptor() {
+            if name != "platform" || entry[&name].is_null() {
+                entry[name] = value;
+            }
+        }
+        entry
+    }
+
+    /// Its descriptor's fields.
+    pub fn descriptor(&self) -> Map<String, Value> {
+        let mut fields = Map::new();
+        fields.insert("mediaType".to_owned(), self.media_type.into());
+        fields.insert("digest".to_owned(), self.digest.to_string().into());
+        fields.insert("size".to_owned(), self.json.len().into());
+        if let Some(platform) = &self.platform {
+            fields.insert("platform".to_owned(), platform.clone());
+        }
+        fields
+    }
+}
+
+fn platform(image: &Image) -> Value {
+    let platform = &image.platform;
+    let mut json = json!({"os": platform.os, "architecture": platform.architecture});
+    if let Some(variant) = &platform.variant {
+        json["variant"] = variant.as_str().into();
+    }
+    json
 }
 
 fn annotate(json: &[u8], own: &Annotations, layers: &[Annotations]) -> Option<Vec<u8>> {

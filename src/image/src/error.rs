@@ -58,6 +58,16 @@ pub enum ImageError {
     /// The program itself could not be set up to talk to registries.
     #[error("cannot set up the connection to registries: {0}")]
     Setup(String),
+    /// A file that says how to reach registries.
+    #[error("{path:?}{}: {why}", Field(.field))]
+    Hosts {
+        /// The file, or the directory.
+        path: PathBuf,
+        /// Which part of it; empty for all of it.
+        field: String,
+        /// What is wrong with it.
+        why: String,
+    },
     /// What a registry answered, or that it did not.
     #[error("cannot get {what} from {registry}: {why}")]
     Registry {
@@ -173,6 +183,18 @@ pub enum ImageError {
         /// Which manifest.
         manifest: Digest,
     },
+}
+
+/// A field of a file in a message.
+struct Field<'a>(&'a str);
+
+impl fmt::Display for Field<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            "" => Ok(()),
+            field => write!(f, ", {field}"),
+        }
+    }
 }
 
 /// Some names in a message: the first few of them.

@@ -4,8 +4,8 @@
 //! names what is not there.
 
 use crate::ImageError;
-use crate::accelerated::MANIFEST;
-use crate::image::{Image, MAX_MANIFEST, limit};
+use crate::accelerated::Document;
+use crate::image::{MAX_MANIFEST, limit};
 use crate::layout::TAG;
 use accel_oci::{Digest, OciReference};
 use serde_json::{Value, json};
@@ -69,25 +69,11 @@ impl LayoutWriter {
         fs::rename(&unfinished, &path).map_err(write_error(&path))
     }
 
-    /// Writes the manifest and names it in the index, in place of what has the same
-    /// tag.
-    pub fn write_manifest(
-        &self,
-        digest: Digest,
-        manifest: &[u8],
-        image: &Image,
-    ) -> Result<(), ImageError> {
-        self.write_blob(digest, &mut &*manifest)?;
-        let platform = &image.platform;
-        let mut entry = json!({
-            "mediaType": MANIFEST,
-            "digest": digest.to_string(),
-            "size": manifest.len(),
-            "platform": {"os": platform.os, "architecture": platform.architecture},
-        });
-        if let Some(variant) = &platform.variant {
-            entry["platform"]["variant"] = variant.as_str().into();
-        }
+    /// Writes a manifest or index and names it in the layout's index, in place of what
+    /// has the same tag.
+    pub fn write_document(&self, document: &Document) -> Result<(), ImageError> {
+        self.write_blob(document.digest, &mut &*document.json)?;
+        let mut entry = Value::Object(document.descriptor());
         if let Some(tag) = &self.tag {
             entry["annotations"] = json!({ TAG: tag });
         }

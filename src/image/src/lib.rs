@@ -29,7 +29,8 @@ mod manifest;
 mod registry;
 mod target;
 
+pub use accelerated::{Accelerated, Annotations};
 pub use config::ProcessConfig;
 pub use error::ImageError;
-pub use image::{Credentials, Image, Layer, OpenOptions, open};
+pub use image::{Credentials, Image, Images, Layer, OpenOptions, Platforms, open, open_all};
 pub use target::Target;

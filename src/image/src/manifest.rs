@@ -4,6 +4,7 @@ use crate::ImageError;
 use accel_oci::{Digest, Platform};
 use oci_spec::image::{Descriptor, ImageIndex, ImageManifest};
 use serde::Deserialize;
+use std::collections::BTreeMap;
 
 /// What is accepted in place of a manifest, in the order of preference.
 pub(crate) const ACCEPTED: [&str; 4] = [
@@ -38,7 +39,7 @@ pub(crate) struct Pointer {
 }
 
 impl Pointer {
-    fn new(what: &str, descriptor: &Descriptor) -> Result<Self, ImageError> {
+    pub fn new(what: &str, descriptor: &Descriptor) -> Result<Self, ImageError> {
         let digest = descriptor.digest().to_string();
         Ok(Self {
             media_type: descriptor.media_type().to_string(),
@@ -63,7 +64,8 @@ pub(crate) struct Manifest {
 #[derive(Debug)]
 pub(crate) enum Document {
     Manifest(Manifest),
-    Index(Vec<Descriptor>),
+    /// Its entries and its annotations.
+    Index(Vec<Descriptor>, BTreeMap<String, String>),
 }
 
 impl Document {
@@ -104,7 +106,12 @@ impl Document {
         }
         if probe.manifests.is_some() {
             let index: ImageIndex = serde_json::from_slice(json).map_err(malformed)?;
-            return Ok(Self::Index(index.manifests().clone()));
+            let annotations = index.annotations().iter().flatten();
+            let annotations = annotations.map(|(k, v)| (k.clone(), v.clone()));
+            return Ok(Self::Index(
+                index.manifests().clone(),
+                annotations.collect(),
+            ));
         }
         let manifest: ImageManifest = serde_json::from_slice(json).map_err(malformed)?;
         Self::manifest(what, &manifest).map(Self::Manifest)
@@ -161,12 +168,13 @@ pub(crate) fn is_attestation(descriptor: &Descriptor) -> bool {
         .annotations()
         .as_ref()
         .is_some_and(|all| all.contains_key("vnd.docker.reference.type"));
-    let unknown = platform(descriptor)
+    let unknown = platform_of(descriptor)
         .is_some_and(|platform| platform.os == "unknown" && platform.architecture == "unknown");
     marked || unknown
 }
 
-fn platform(descriptor: &Descriptor) -> Option<Platform> {
+/// For which machines an entry of an index says that it is.
+pub(crate) fn platform_of(descriptor: &Descriptor) -> Option<Platform> {
     let platform = descriptor.platform().as_ref()?;
     Some(Platform {
         os: platform.os().to_string(),
@@ -181,13 +189,13 @@ pub(crate) fn select(
     what: &str,
     entries: &[Descriptor],
     wanted: &Platform,
-) -> Result<Pointer, ImageError> {
+) -> Result<Descriptor, ImageError> {
     let images: Vec<_> = entries.iter().filter(|e| !is_attestation(e)).collect();
     let find = |accept: &dyn Fn(&Platform) -> bool| {
-        let fits = |entry: &&&Descriptor| platform(entry).is_some_and(|p| accept(&p));
+        let fits = |entry: &&&Descriptor| platform_of(entry).is_some_and(|p| accept(&p));
         images.iter().find(fits).copied()
     };
-    let silent: Vec<_> = images.iter().filter(|e| platform(e).is_none()).collect();
+    let silent: Vec<_> = images.iter().filter(|e| platform_of(e).is_none()).collect();
     let chosen = find(&|offered| offered == wanted)
         .or_else(|| find(&|offered| wanted.accepts(offered)))
         .or(match silent.as_slice() {
@@ -195,13 +203,13 @@ pub(crate) fn select(
             _ => None,
         });
     match chosen {
-        Some(descriptor) => Pointer::new(&format!("an entry of {what}"), descriptor),
+        Some(descriptor) => Ok(descriptor.clone()),
         None => Err(ImageError::Platform {
             what: what.to_owned(),
             wanted: wanted.clone(),
             offered: images
                 .iter()
-                .filter_map(|entry| platform(entry))
+                .filter_map(|entry| platform_of(entry))
                 .map(|platform| platform.to_string())
                 .collect(),
         }),
@@ -230,10 +238,12 @@ mod tests {
 
     fn choose(entries: &[Value], wanted: &str) -> Result<String, ImageError> {
         let index = json!({"schemaVersion": 2, "manifests": entries});
-        let Document::Index(entries) = Document::parse("it", index.to_string().as_bytes())? else {
+        let Document::Index(entries, _) = Document::parse("it", index.to_string().as_bytes())?
+        else {
             panic!("not read as an index");
         };
-        let pointer = select("it", &entries, &wanted.parse().unwrap())?;
+        let entry = select("it", &entries, &wanted.parse().unwrap())?;
+        let pointer = Pointer::new("it", &entry)?;
         Ok(pointer.digest.to_string())
     }
 

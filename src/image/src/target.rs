@@ -1,6 +1,6 @@
 //! Where an accelerated image goes.
 
-use crate::accelerated::{self, Annotations};
+use crate::accelerated::{Accelerated, Annotations, Document};
 use crate::image::{Image, Layer};
 use crate::layout_write::LayoutWriter;
 use crate::registry::Registry;
@@ -45,7 +45,7 @@ impl Target {
                         why: "an accelerated image has a digest of its own: name a tag",
                     });
                 }
-                let registry = Box::new(Registry::open(reference, options)?);
+                let registry = Box::new(Registry::open_for_push(reference, options)?);
                 registry.check_push()?;
                 let from = match source {
                     ImageSource::Registry(source) if source.registry == reference.registry => {
@@ -68,31 +68,53 @@ impl Target {
         })
     }
 
-    /// Writes what is missing of `image`: its config and layers, then the manifest
-    /// with the annotations; `layers` has those of each layer, lowest first. Gives the
-    /// manifest's digest.
+    /// Writes what is missing of the images: configs and layers, then the manifests
+    /// with the annotations, and of several an index of them, which has the
+    /// annotations `index`. Gives the digest that the tag points to.
     pub fn write(
         &self,
-        image: &Image,
-        own: &Annotations,
-        layers: &[Annotations],
+        images: &[Accelerated<'_>],
+        index: &Annotations,
     ) -> Result<Digest, ImageError> {
-        let manifest = accelerated::manifest(image, own, layers)?;
-        match &self.place {
-            Place::Layout(layout) => layout.write_blob(image.config, &mut &*image.config_json)?,
-            Place::Registry { registry, .. } => {
-                registry.push_config(image.config, &image.config_json)?;
+        let manifests = images.iter().map(Document::manifest);
+        let manifests = manifests.collect::<Result<Vec<_>, _>>()?;
+        for Accelerated { image, .. } in images {
+            match &self.place {
+                Place::Layout(layout) => {
+                    layout.write_blob(image.config, &mut &*image.config_json)?;
+                }
+                Place::Registry { registry, .. } => {
+                    registry.push_config(image.config, &image.config_json)?;
+                }
+            }
+            for layer in &image.layers {
+                self.write_layer(image, layer)?;
             }
         }
-        for layer in &image.layers {
-            self.write_layer(image, layer)?;
+        if let [only] = &manifests[..] {
+            self.write_document(only)?;
+            return Ok(only.digest);
         }
-        let digest = Digest::of(&manifest);
+        for manifest in &manifests {
+            match &self.place {
+                Place::Layout(layout) => {
+                    layout.write_blob(manifest.digest, &mut &*manifest.json)?;
+                }
+                Place::Registry { registry, .. } => registry.push_by_digest(manifest)?,
+            }
+        }
+        let members = manifests.iter().zip(images.iter().map(|one| one.image));
+        let index = Document::index(members, index);
+        self.write_document(&index)?;
+        Ok(index.digest)
+    }
+
+    /// Writes what the tag is to point to.
+    fn write_document(&self, document: &Document) -> Result<(), ImageError> {
         match &self.place {
-            Place::Layout(layout) => layout.write_manifest(digest, &manifest, image)?,
-            Place::Registry { registry, .. } => registry.push_manifest(&manifest)?,
+            Place::Layout(layout) => layout.write_document(document),
+            Place::Registry { registry, .. } => registry.push_tagged(document),
         }
-        Ok(digest)
     }
 
     fn write_layer(&self, image: &Image, layer: &Layer) -> Result<(), ImageError> {

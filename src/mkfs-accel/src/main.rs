@@ -8,6 +8,7 @@ mod layers;
 mod output;
 mod progress;
 mod published;
+mod registry;
 mod sink;
 mod storage;
 mod tree;

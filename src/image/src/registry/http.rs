@@ -9,13 +9,19 @@
 //! What may pass is tried again, with growing pauses: broken connections, 408, 429
 //! and 5xx. Where the registry says how long to wait (`Retry-After`), that counts.
 //! A registry that never answered is not asked twice: it is more likely the address
-//! that is wrong.
+//! that is wrong. A mirror gets less patience, as there is somebody else to ask.
+//!
+//! Proxies are those of the usual variables (`HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY`,
+//! `NO_PROXY`).
 
+use super::failure::{Failure, chain, pause, retry_after, said};
+use super::hosts::{Capabilities, Host};
 use super::login::Login;
 use crate::ImageError;
 use http_auth::ChallengeRef;
-use reqwest::header::{ACCEPT, HeaderMap, RANGE, RETRY_AFTER, WWW_AUTHENTICATE};
-use reqwest::{Client, RequestBuilder, Response, StatusCode, Url};
+use reqwest::header::{ACCEPT, HeaderMap, RANGE, WWW_AUTHENTICATE};
+use reqwest::{Certificate, Client, Identity, RequestBuilder, Response, StatusCode, Url};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -25,24 +31,32 @@ const CONNECT: Duration = Duration::from_secs(20);
 const SILENCE: Duration = Duration::from_secs(60);
 /// How often something is asked for.
 const ATTEMPTS: u32 = 6;
+/// The same of a mirror.
+const MIRROR_ATTEMPTS: u32 = 2;
 /// Longer than this nobody is made to wait by a registry.
 const LONGEST_WAIT: Duration = Duration::from_secs(120);
-/// What is read of an answer that says no.
-const MAX_REFUSAL: usize = 64 << 10;
+/// The same of a mirror.
+const LONGEST_MIRROR_WAIT: Duration = Duration::from_secs(2);
 /// A token with all its claims is at most this long.
 const MAX_TOKEN: usize = 1 << 20;
 
-/// A repository in a registry.
+/// A repository on one of the hosts of a registry.
 pub(super) struct Http {
     client: Client,
-    /// As the user calls it.
+    /// As the user calls it; a mirror by its host.
     pub registry: String,
-    base: Url,
+    pub can: Capabilities,
+    host: Host,
+    pub(super) base: Url,
     repository: String,
-    login: Login,
+    pub(super) login: Login,
+    /// The registry that it is a mirror of.
+    mirror_of: Option<String>,
     authorization: Mutex<Option<Authorization>>,
     /// Whether the registry ever answered.
     answered: AtomicBool,
+    /// Whether it could not be reached.
+    failed: AtomicBool,
 }
 
 /// What goes along with a request.
@@ -61,97 +75,72 @@ impl Authorization {
     }
 }
 
-/// Why something was not had.
-#[derive(Debug)]
-pub(super) enum Failure {
-    /// No answer, or one that broke off.
-    Connection(String),
-    /// The registry does not let us in.
-    Refused(String),
-    /// Another answer than the wanted one.
-    Status {
-        code: StatusCode,
-        /// What it says about it.
-        said: String,
-        /// How long it wants us to wait.
-        wait: Option<Duration>,
-    },
-}
-
-impl Failure {
-    fn connection(error: &reqwest::Error) -> Self {
-        Self::Connection(chain(error))
-    }
-
-    /// Whether it may go well the next time.
-    pub fn may_pass(&self) -> bool {
-        match self {
-            Self::Connection(_) => true,
-            Self::Refused(_) => false,
-            Self::Status { code, .. } => {
-                code.is_server_error() && *code != StatusCode::NOT_IMPLEMENTED
-                    || *code == StatusCode::TOO_MANY_REQUESTS
-                    || *code == StatusCode::REQUEST_TIMEOUT
-            }
-        }
-    }
-
-    /// Whether it is not there.
-    pub fn is_absent(&self) -> bool {
-        matches!(self, Self::Status { code, .. } if *code == StatusCode::NOT_FOUND)
-    }
-}
-
-/// The pause before the next attempt, after `attempt` of them.
-pub(super) fn pause(attempt: u32) -> Duration {
-    Duration::from_millis(250 << attempt.min(6))
-}
-
 impl Http {
     pub fn new(
         registry: &str,
         repository: &str,
+        host: Host,
         login: Login,
-        plain_http: bool,
     ) -> Result<Self, ImageError> {
         // Ring for everything; a provider that somebody installed before serves
         // as well, so the result does not matter.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = Client::builder()
-            .connect_timeout(CONNECT)
+        let mut builder = Client::builder()
+            .connect_timeout(host.dial_timeout.unwrap_or(CONNECT))
             .read_timeout(SILENCE)
-            .user_agent(concat!("image-accel/", env!("CARGO_PKG_VERSION")))
+            .user_agent(concat!("image-accel/", env!("CARGO_PKG_VERSION")));
+        let mut authorities = Vec::new();
+        for (file, pem) in &host.authorities {
+            let found = Certificate::from_pem_bundle(pem);
+            authorities.extend(found.map_err(|error| unusable(file, &error))?);
+        }
+        if !authorities.is_empty() {
+            builder = builder.tls_certs_merge(authorities);
+        }
+        if let Some((file, pem)) = &host.client {
+            let identity = Identity::from_pem(pem).map_err(|error| unusable(file, &error))?;
+            builder = builder.identity(identity);
+        }
+        if host.skip_verify {
+            builder = builder.tls_danger_accept_invalid_certs(true);
+        }
+        let client = builder
             .build()
             .map_err(|error| ImageError::Setup(chain(&error)))?;
-        // Docker Hub is elsewhere, and names without a slash are short there.
-        let (host, repository) = match registry {
-            "docker.io" if !repository.contains('/') => {
-                ("registry-1.docker.io", format!("library/{repository}"))
-            }
-            "docker.io" => ("registry-1.docker.io", repository.to_owned()),
-            _ => (registry, repository.to_owned()),
+        // Docker Hub's names without a slash are short.
+        let repository = match registry {
+            "docker.io" if !repository.contains('/') => format!("library/{repository}"),
+            _ => repository.to_owned(),
         };
-        let scheme = if plain_http { "http" } else { "https" };
-        let base = format!("{scheme}://{host}/v2/{repository}/");
+        let base = host.base.join(&format!("{repository}/"));
+        let base = base.map_err(|error| ImageError::Setup(error.to_string()))?;
+        let mirror_of = (!host.itself).then(|| registry.to_owned());
         Ok(Self {
             client,
-            registry: registry.to_owned(),
-            base: Url::parse(&base).map_err(|error| ImageError::Registry {
-                registry: registry.to_owned(),
-                what: "anything".to_owned(),
-                why: format!("{host:?} is no host: {error}"),
-            })?,
+            registry: match host.itself {
+                true => registry.to_owned(),
+                false => address(&base),
+            },
+            can: host.can,
+            host,
+            base,
             repository,
             login,
+            mirror_of,
             authorization: Mutex::default(),
             answered: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
         })
     }
 
     /// Asks for `path` (`manifests/…`, `blobs/…`), of which the first `from` bytes
     /// are not wanted; they may come nevertheless.
     pub async fn get(&self, path: &str, accept: &str, from: u64) -> Result<Response, Failure> {
-        let url = self.url(path)?;
+        let mut url = self.url(path)?;
+        if let Some(registry) = &self.mirror_of {
+            // A mirror of several learns which one is meant.
+            url.query_pairs_mut().append_pair("ns", registry);
+        }
         self.ask(|client| {
             let mut request = client.get(url.clone());
             if !accept.is_empty() {
@@ -177,16 +166,35 @@ impl Http {
         &self,
         request: impl Fn(&Client) -> RequestBuilder,
     ) -> Result<Response, Failure> {
+        self.ask_up_to(self.attempts(), request).await
+    }
+
+    /// The same without asking again when it fails.
+    pub async fn ask_once(
+        &self,
+        request: impl Fn(&Client) -> RequestBuilder,
+    ) -> Result<Response, Failure> {
+        self.ask_up_to(1, request).await
+    }
+
+    fn attempts(&self) -> u32 {
+        match self.mirror_of {
+            None => ATTEMPTS,
+            Some(_) => MIRROR_ATTEMPTS,
+        }
+    }
+
+    async fn ask_up_to(
+        &self,
+        attempts: u32,
+        request: impl Fn(&Client) -> RequestBuilder,
+    ) -> Result<Response, Failure> {
         let mut renewed = false;
         loop {
             let authorization = self.authorization();
             let answer = self
-                .send(|| {
-                    let request = request(&self.client);
-                    match &authorization {
-                        Some(authorization) => authorization.apply(request),
-                        None => request,
-                    }
+                .send(attempts, || {
+                    self.signed(request(&self.client), authorization.as_ref())
                 })
                 .await?;
             match answer {
@@ -208,6 +216,36 @@ impl Http {
         }
     }
 
+    /// `request` with what this host is to be told, if it goes to this host: a registry
+    /// may want uploads sent elsewhere, where our login is nobody's business.
+    fn signed(
+        &self,
+        request: RequestBuilder,
+        authorization: Option<&Authorization>,
+    ) -> RequestBuilder {
+        let (client, built) = request.build_split();
+        let Ok(mut built) = built else {
+            // Says what is wrong when it is sent.
+            return self.client.get(self.base.clone());
+        };
+        if built.url().origin() != self.base.origin() {
+            return RequestBuilder::from_parts(client, built);
+        }
+        for (name, value) in &self.host.headers {
+            built.headers_mut().append(name, value.clone());
+        }
+        let request = RequestBuilder::from_parts(client, built);
+        match authorization {
+            Some(authorization) => authorization.apply(request),
+            None => request,
+        }
+    }
+
+    /// Whether it is worthwhile to ask this host when there are others.
+    pub fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Relaxed)
+    }
+
     /// Asks for something that lies elsewhere, without telling who we are.
     pub async fn get_elsewhere(&self, url: &str, from: u64) -> Result<Response, Failure> {
         let url = Url::parse(url)
@@ -221,7 +259,7 @@ impl Http {
                 .get(url.clone())
                 .header(RANGE, format!("bytes={from}-")),
         };
-        match self.send(request).await? {
+        match self.send(self.attempts(), request).await? {
             Answer::Good(response) => Ok(response),
             Answer::Unauthorized(_, said) => Err(Failure::Refused(format!(
                 "{url} wants a login (401, it says {said:?})"
@@ -240,7 +278,11 @@ impl Http {
     }
 
     /// Sends a request until it is answered, or cannot be.
-    async fn send(&self, request: impl Fn() -> RequestBuilder) -> Result<Answer, Failure> {
+    async fn send(
+        &self,
+        attempts: u32,
+        request: impl Fn() -> RequestBuilder,
+    ) -> Result<Answer, Failure> {
         let mut attempt = 0;
         loop {
             let failure = match request().send().await {
@@ -261,6 +303,10 @@ impl Http {
                 }
                 Err(error) => Failure::connection(&error),
             };
+            let longest = match self.mirror_of {
+                None => LONGEST_WAIT,
+                Some(_) => LONGEST_MIRROR_WAIT,
+            };
             attempt += 1;
             let wait = match &failure {
                 Failure::Status {
@@ -269,7 +315,10 @@ impl Http {
                 _ => pause(attempt),
             };
             let known = self.answered.load(Ordering::Relaxed);
-            if attempt == ATTEMPTS || !known || !failure.may_pass() || wait > LONGEST_WAIT {
+            if attempt >= attempts || !known || !failure.may_pass() || wait > longest {
+                if matches!(failure, Failure::Connection(_)) && !known {
+                    self.failed.store(true, Ordering::Relaxed);
+                }
                 return Err(failure);
             }
             let (registry, why) = (&self.registry, self.explain(&failure));
@@ -355,7 +404,7 @@ impl Http {
                 self.login.refused()
             ))
         };
-        let response = match self.send(request).await {
+        let response = match self.send(self.attempts(), request).await {
             Ok(Answer::Good(response)) => response,
             Ok(Answer::Unauthorized(_, said)) => return Err(refused(401, &said)),
             // OAuth 2 says 400 for credentials that are no good.
@@ -381,75 +430,6 @@ impl Http {
             .map(str::to_owned)
             .ok_or_else(|| wrong("the token server's answer has no token".to_owned()))
     }
-
-    /// What a failure means, and what to do about it.
-    pub fn explain(&self, failure: &Failure) -> String {
-        match failure {
-            Failure::Connection(text) => {
-                let hint = match self.base.scheme() {
-                    "https" if text.contains("InvalidContentType") => {
-                        "; it does not speak TLS: --plain-http, if you trust the network"
-                    }
-                    "https" if text.contains("UnknownIssuer") => {
-                        "; if the registry's certificate is your own authority's, install that on this machine (update-ca-certificates)"
-                    }
-                    _ => "",
-                };
-                format!("{text}{hint}")
-            }
-            Failure::Refused(text) => text.clone(),
-            Failure::Status { code, said, wait } => {
-                let number = code.as_u16();
-                let what = match number {
-                    403 => match &self.login {
-                        Login::Anonymous { .. } => "the registry does not allow it without a login, or not at all: use docker login or skopeo login, or --username with --password-stdin".to_owned(),
-                        Login::Password { user, .. } => format!("the registry does not allow it to user {user:?}: ask its owner for the right to pull"),
-                        Login::IdentityToken(_) => "the registry does not allow it to your login: ask its owner for the right to pull".to_owned(),
-                    },
-                    404 => "the registry does not have it: check the name and the tag or digest (some registries also say so of what you may not see)".to_owned(),
-                    429 => match wait {
-                        Some(wait) => format!("too many requests: the registry wants {} s of patience; try again then, or with a login that may do more", wait.as_secs()),
-                        None => "too many requests: try again later, or with a login that may do more".to_owned(),
-                    },
-                    500.. => "the registry itself has failed: try again later, or tell who runs it".to_owned(),
-                    _ => "the registry gives an answer that is not understood".to_owned(),
-                };
-                match said.is_empty() {
-                    true => format!("{what} ({number})"),
-                    false => format!("{what} ({number}, it says {said:?})"),
-                }
-            }
-        }
-    }
-
-    /// The error that a failure is when `what` was wanted.
-    pub fn error(&self, what: &str, failure: &Failure) -> ImageError {
-        ImageError::Registry {
-            registry: self.registry.clone(),
-            what: what.to_owned(),
-            why: self.explain(failure),
-        }
-    }
-}
-
-impl Http {
-    /// The error that a failure is when `what` was pushed.
-    pub fn push_error(&self, what: &str, failure: &Failure) -> ImageError {
-        let why = match failure {
-            Failure::Status { code, .. } if code.as_u16() == 404 => {
-                "there is no such repository, and it is not made by pushing: make it first, or name another (404)".to_owned()
-            }
-            Failure::Status { code, .. } if code.as_u16() == 405 => {
-                "the registry takes no pushes: it is a mirror, or read-only (405)".to_owned()
-            }
-            failure => self.explain(failure).replace("the right to pull", "the right to push"),
-        };
-        ImageError::Push {
-            registry: self.registry.clone(),
-            what: what.to_owned(),
-            why,
-        }
-    }
 }
 
 enum Answer {
@@ -474,55 +454,19 @@ pub(super) async fn read(mut response: Response, most: usize) -> Result<Vec<u8>,
     Ok(body)
 }
 
-/// What an answer says for people: the messages of an error as the distribution
-/// specification has it, or its first line.
-async fn said(mut response: Response) -> String {
-    let mut body = Vec::new();
-    while let Ok(Some(piece)) = response.chunk().await {
-        body.extend_from_slice(&piece);
-        if body.len() > MAX_REFUSAL {
-            break;
-        }
-    }
-    let text = String::from_utf8_lossy(&body);
-    let json: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-    let messages = json["errors"].as_array().map(|errors| {
-        let message = |error: &serde_json::Value| {
-            let (code, message) = (error["code"].as_str(), error["message"].as_str());
-            message
-                .filter(|m| !m.is_empty())
-                .or(code)
-                .map(str::to_owned)
-        };
-        errors.iter().filter_map(message).collect::<Vec<_>>()
-    });
-    match messages {
-        Some(messages) if !messages.is_empty() => first_line(&messages.join("; ")),
-        _ => first_line(&text),
+/// The host and port of an address.
+pub(super) fn address(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    match url.port() {
+        Some(port) => format!("{host}:{port}"),
+        None => host.to_owned(),
     }
 }
 
-/// The seconds that an answer wants us to wait; a date is not understood.
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let seconds = headers.get(RETRY_AFTER)?.to_str().ok()?.trim().parse();
-    seconds.ok().map(Duration::from_secs)
-}
-
-/// An error with everything below it: HTTP clients hide the reason deep down.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut below = error.source();
-    while let Some(error) = below {
-        let reason = error.to_string();
-        if !text.contains(&reason) {
-            text = format!("{text}: {reason}");
-        }
-        below = error.source();
+fn unusable(file: &Path, error: &reqwest::Error) -> ImageError {
+    ImageError::Hosts {
+        path: file.to_owned(),
+        field: String::new(),
+        why: format!("it cannot be used: {}", chain(error)),
     }
-    text
-}
-
-pub(super) fn first_line(text: &str) -> String {
-    let line = text.trim().lines().next().unwrap_or_default();
-    line.chars().take(200).collect()
 }

@@ -25,8 +25,10 @@ pub(super) enum Login {
 }
 
 impl Login {
-    pub fn new(registry: &str, options: &OpenOptions) -> Self {
-        if let Some(credentials) = &options.credentials {
+    /// Who to be to `registry`. What the user gives on the command line counts if the
+    /// host is one that they mean (`meant`), not for mirrors.
+    pub fn new(registry: &str, options: &OpenOptions, meant: bool) -> Self {
+        if let Some(credentials) = options.credentials.as_ref().filter(|_| meant) {
             return Self::Password {
                 user: credentials.user.clone(),
                 password: credentials.password.clone(),
@@ -68,7 +70,7 @@ impl Login {
                     if !said.contains("credentials not found") {
                         trouble = Some(format!(
                             "the credential helper {helper} of {tool} failed: {}",
-                            super::http::first_line(&said)
+                            super::failure::first_line(&said)
                         ));
                     }
                 }

@@ -4,11 +4,16 @@
 //! a bounded channel, so that it goes on while the reader works. A connection that
 //! breaks within a blob is taken up again where it broke.
 
+mod failure;
+mod hosts;
+mod hosts_file;
 mod http;
 mod login;
 mod push;
 
-use self::http::{Failure, Http, chain, pause};
+use self::failure::{Failure, pause, told};
+use self::hosts::Capabilities;
+use self::http::Http;
 use self::login::Login;
 use crate::image::{MAX_MANIFEST, Origin, Start};
 use crate::manifest::{ACCEPTED, Pointer};
@@ -34,14 +39,32 @@ const RETRIES: u32 = 4;
 /// A repository in a registry and the version that is meant.
 pub(crate) struct Registry {
     runtime: Runtime,
-    http: Arc<Http>,
+    /// Who may be asked, in this order; the registry itself is the last.
+    hosts: Arc<[Http]>,
     source: RegistryReference,
     /// Becomes true when nothing is wanted any more.
     stop: watch::Sender<bool>,
 }
 
 impl Registry {
+    /// For reading.
     pub fn open(source: &RegistryReference, options: &OpenOptions) -> Result<Self, ImageError> {
+        Self::new(source, options, false)
+    }
+
+    /// For writing.
+    pub fn open_for_push(
+        source: &RegistryReference,
+        options: &OpenOptions,
+    ) -> Result<Self, ImageError> {
+        Self::new(source, options, true)
+    }
+
+    fn new(
+        source: &RegistryReference,
+        options: &OpenOptions,
+        push: bool,
+    ) -> Result<Self, ImageError> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name("registry")
@@ -49,37 +72,93 @@ impl Registry {
             .build()
             .map_err(|error| ImageError::Setup(error.to_string()))?;
         let (registry, repository) = (&source.registry, &source.repository);
-        let login = Login::new(registry, options);
-        let http = Http::new(registry, repository, login, options.plain_http)?;
+        let hosts = hosts::hosts(registry, options.hosts.as_deref(), options.plain_http)?;
+        let mut pushed_to = hosts.iter().position(|host| host.can.push && push);
+        let hosts = hosts.into_iter().enumerate().map(|(number, host)| {
+            let meant = host.itself || pushed_to.take_if(|at| *at == number).is_some();
+            let login = match host.itself {
+                true => Login::new(registry, options, meant),
+                false => Login::new(&http::address(&host.base), options, meant),
+            };
+            Http::new(registry, repository, host, login)
+        });
         Ok(Self {
             runtime,
-            http: Arc::new(http),
+            hosts: hosts.collect::<Result<_, _>>()?,
             source: source.clone(),
             stop: watch::channel(false).0,
         })
     }
 
     /// A manifest or index by tag or digest.
-    fn fetch(&self, version: &str, what: &str) -> Result<Vec<u8>, ImageError> {
+    fn fetch(&self, version: &str, what: &str, tag: bool) -> Result<Vec<u8>, ImageError> {
         let path = format!("manifests/{version}");
-        let accept = ACCEPTED.join(", ");
-        let most = usize::try_from(MAX_MANIFEST).unwrap_or(usize::MAX);
-        let fetch = async {
-            let mut broken = 0;
-            loop {
-                let response = self.http.get(&path, &accept, 0).await?;
-                match http::read(response, most).await {
-                    Err(Failure::Connection(_)) if broken < RETRIES => {
-                        broken += 1;
-                        tokio::time::sleep(pause(broken)).await;
-                    }
-                    result => return result,
-                }
+        let mut failures = Vec::new();
+        let able = |can: Capabilities| if tag { can.resolve } else { can.pull };
+        for host in asked(&self.hosts, able) {
+            let host = &self.hosts[host];
+            match self.runtime.block_on(manifest(host, &path)) {
+                Ok(json) => return Ok(json),
+                Err(failure) => failures.push((host, failure)),
             }
-        };
-        self.runtime
-            .block_on(fetch)
-            .map_err(|failure| self.http.error(what, &failure))
+        }
+        Err(self.error(what, &failures))
+    }
+
+    fn error(&self, what: &str, failures: &[(&Http, Failure)]) -> ImageError {
+        nobody_gave(&self.source.registry, what, failures)
+    }
+}
+
+/// Which hosts to ask for what needs an ability. One that could not be reached is not
+/// asked again while there are others.
+fn asked(hosts: &[Http], able: impl Fn(Capabilities) -> bool) -> Vec<usize> {
+    let able: Vec<_> = (0..hosts.len()).filter(|at| able(hosts[*at].can)).collect();
+    let alive: Vec<_> = able
+        .iter()
+        .copied()
+        .filter(|at| !hosts[*at].has_failed())
+        .collect();
+    if alive.is_empty() { able } else { alive }
+}
+
+async fn manifest(http: &Http, path: &str) -> Result<Vec<u8>, Failure> {
+    let accept = ACCEPTED.join(", ");
+    let most = usize::try_from(MAX_MANIFEST).unwrap_or(usize::MAX);
+    let mut broken = 0;
+    loop {
+        let response = http.get(path, &accept, 0).await?;
+        match http::read(response, most).await {
+            Err(Failure::Connection(_)) if broken < RETRIES => {
+                broken += 1;
+                tokio::time::sleep(pause(broken)).await;
+            }
+            result => return result,
+        }
+    }
+}
+
+/// The error when nobody gave `what`: the last one's reason, then the others'.
+fn nobody_gave(registry: &str, what: &str, failures: &[(&Http, Failure)]) -> ImageError {
+    let mut why = match failures.last() {
+        Some((host, failure)) => host.explain(failure),
+        None => "hosts.toml has no host with the capability for it".to_owned(),
+    };
+    let (name, mirrors) = match failures {
+        [mirrors @ .., (host, _)] => (host.registry.as_str(), mirrors),
+        [] => (registry, &[][..]),
+    };
+    for (mirror, failure) in mirrors {
+        why += &format!(
+            "; before that, {}: {}",
+            mirror.registry,
+            mirror.explain(failure)
+        );
+    }
+    ImageError::Registry {
+        registry: name.to_owned(),
+        what: what.to_owned(),
+        why,
     }
 }
 
@@ -98,22 +177,28 @@ impl Origin for Registry {
                 Some(*digest),
             ),
         };
-        let json = self.fetch(&version, &what)?;
+        let json = self.fetch(&version, &what, expected.is_none())?;
         Ok(Start::Document { json, expected })
     }
 
     fn manifest(&self, pointer: &Pointer) -> Result<Vec<u8>, ImageError> {
         let digest = pointer.digest.to_string();
         let what = format!("the manifest {digest} of {:?}", self.source.repository);
-        self.fetch(&digest, &what)
+        self.fetch(&digest, &what, false)
     }
 
     fn blob(&self, what: &str, pointer: &Pointer) -> Result<Box<dyn Read + Send>, ImageError> {
         if pointer.size == 0 {
             return Ok(Box::new(io::empty()));
         }
+        let mut rest = asked(&self.hosts, |can| can.pull);
+        if rest.is_empty() {
+            return Err(self.error(what, &[]));
+        }
         let mut download = Download {
-            http: Arc::clone(&self.http),
+            hosts: Arc::clone(&self.hosts),
+            host: rest.remove(0),
+            rest,
             digest: pointer.digest.to_string(),
             urls: pointer.urls.clone(),
             elsewhere: None,
@@ -128,7 +213,11 @@ impl Origin for Registry {
             .block_on(unless_stopped(stop.clone(), download.first_request()));
         let stream = match stream {
             Some(Ok(stream)) => stream,
-            Some(Err(failure)) => return Err(self.http.error(what, &failure)),
+            Some(Err(failures)) => {
+                let failures = failures.into_iter();
+                let failures: Vec<_> = failures.map(|(at, why)| (&self.hosts[at], why)).collect();
+                return Err(self.error(what, &failures));
+            }
             None => return Err(ImageError::Stopped),
         };
         let (sender, pieces) = mpsc::channel(PIECES);
@@ -170,7 +259,11 @@ type Pieces = BoxStream<'static, io::Result<Piece>>;
 
 /// One blob on its way from the network into the channel.
 struct Download {
-    http: Arc<Http>,
+    hosts: Arc<[Http]>,
+    /// Which of them is asked.
+    host: usize,
+    /// Which ones are left to be asked.
+    rest: Vec<usize>,
     digest: String,
     /// Where it may lie besides the registry.
     urls: Vec<String>,
@@ -184,18 +277,44 @@ struct Download {
 }
 
 impl Download {
-    /// Asks the registry, and what else the manifest names if it does not have it.
-    async fn first_request(&mut self) -> Result<Pieces, Failure> {
-        let mut result = self.request().await;
+    fn http(&self) -> &Http {
+        &self.hosts[self.host]
+    }
+
+    /// Goes on to the next host, if there is one.
+    fn next_host(&mut self) -> bool {
+        if self.rest.is_empty() {
+            return false;
+        }
+        self.host = self.rest.remove(0);
+        true
+    }
+
+    /// Asks the hosts one after the other, and what else the manifest names if they do
+    /// not have it. Fails with what each host said.
+    async fn first_request(&mut self) -> Result<Pieces, Vec<(usize, Failure)>> {
+        let mut failures = Vec::new();
+        loop {
+            match self.request().await {
+                Ok(pieces) => return Ok(pieces),
+                Err(failure) => failures.push((self.host, failure)),
+            }
+            if !self.next_host() {
+                break;
+            }
+        }
         for url in self.urls.clone() {
-            match &result {
-                Err(failure) if failure.is_absent() || self.elsewhere.is_some() => {}
+            match failures.last() {
+                Some((_, failure)) if failure.is_absent() || self.elsewhere.is_some() => {}
                 _ => break,
             }
             self.elsewhere = Some(url);
-            result = self.request().await;
+            match self.request().await {
+                Ok(pieces) => return Ok(pieces),
+                Err(failure) => failures = vec![(self.host, failure)],
+            }
         }
-        result
+        Err(failures)
     }
 
     /// Asks for what is missing.
@@ -203,9 +322,9 @@ impl Download {
         let response = match &self.elsewhere {
             None => {
                 let path = format!("blobs/{}", self.digest);
-                self.http.get(&path, "", self.offset).await?
+                self.http().get(&path, "", self.offset).await?
             }
-            Some(url) => self.http.get_elsewhere(url, self.offset).await?,
+            Some(url) => self.http().get_elsewhere(url, self.offset).await?,
         };
         let skipped = match response.status() {
             StatusCode::PARTIAL_CONTENT => start_of_range(&response).unwrap_or(self.offset),
@@ -220,7 +339,7 @@ impl Download {
         })?;
         let stream = response
             .bytes_stream()
-            .map(|piece| piece.map_err(|error| io::Error::other(chain(&error))));
+            .map(|piece| piece.map_err(|error| io::Error::other(told(&error))));
         Ok(skip(stream.boxed(), missing))
     }
 
@@ -232,10 +351,13 @@ impl Download {
                 Err(error) => error,
             };
             broken += 1;
-            if broken > RETRIES {
+            if broken > RETRIES && !self.next_host() {
                 let text = format!(
                     "the connection to {} broke {broken} times in a row after {} of {} bytes of {}: {error}; look at the network, then start anew",
-                    self.http.registry, self.offset, self.size, self.what,
+                    self.http().registry,
+                    self.offset,
+                    self.size,
+                    self.what,
                 );
                 let _ = sender.send(Err(io::Error::other(text))).await;
                 return;
@@ -243,12 +365,19 @@ impl Download {
             let (what, offset) = (&self.what, self.offset);
             tracing::warn!(what, offset, %error, "the connection broke; asking again");
             tokio::time::sleep(pause(broken)).await;
-            stream = match self.request().await {
-                Ok(stream) => stream,
-                Err(failure) => {
-                    let error = self.http.error(&self.what, &failure);
-                    let _ = sender.send(Err(io::Error::other(error))).await;
-                    return;
+            stream = loop {
+                match self.request().await {
+                    Ok(stream) => break stream,
+                    Err(failure) => {
+                        let (http, what) = (&self.hosts[self.host], self.what.clone());
+                        let error = nobody_gave(&http.registry, &what, &[(http, failure)]);
+                        if self.next_host() {
+                            tracing::warn!(%error, "asking the next host");
+                            continue;
+                        }
+                        let _ = sender.send(Err(io::Error::other(error))).await;
+                        return;
+                    }
                 }
             };
         }
@@ -280,7 +409,7 @@ impl Download {
 
     fn misfit(&self) -> io::Error {
         let Self { what, size, .. } = self;
-        let registry = &self.http.registry;
+        let registry = &self.http().registry;
         let kind = io::ErrorKind::UnexpectedEof;
         if self.offset > *size {
             let text = format!("{registry} gave more than the {size} bytes of {what}");

@@ -2,9 +2,10 @@
 //! manifest.
 
 use super::Registry;
-use super::http::{Failure, Http, pause};
+use super::failure::{Failure, pause};
+use super::http::Http;
 use crate::ImageError;
-use crate::accelerated::MANIFEST;
+use crate::accelerated::Document;
 use crate::image::{Image, Layer};
 use accel_oci::{Digest, RegistryReference, Version};
 use bytes::Bytes;
@@ -32,7 +33,7 @@ enum Begun {
 impl Registry {
     /// Tries the right to push: begins an upload and cancels it.
     pub(crate) fn check_push(&self) -> Result<(), ImageError> {
-        let http = &self.http;
+        let http = self.pushed_to()?;
         let check = async {
             if let Begun::Upload(url) = begin(http, &[]).await? {
                 // What is not cancelled the registry drops after a while.
@@ -48,14 +49,12 @@ impl Registry {
 
     /// Pushes an image's config.
     pub(crate) fn push_config(&self, digest: Digest, json: &[u8]) -> Result<(), ImageError> {
+        let http = self.pushed_to()?;
         let json = Bytes::copy_from_slice(json);
         let size = json.len() as u64;
-        let push = send(&self.http, digest, size, || Body::from(json.clone()));
+        let push = send(http, digest, size, || Body::from(json.clone()));
         let pushed = self.runtime.block_on(push);
-        pushed.map_err(|failure| {
-            self.http
-                .push_error(&format!("the config {digest}"), &failure)
-        })
+        pushed.map_err(|failure| http.push_error(&format!("the config {digest}"), &failure))
     }
 
     /// Sees to it that the repository has a layer: it is there, or can be mounted
@@ -68,26 +67,23 @@ impl Registry {
     ) -> Result<(), ImageError> {
         let digest = layer.digest;
         let what = format!("the layer {digest}");
-        let error = |failure: Failure| self.http.push_error(&what, &failure);
-        if self
-            .runtime
-            .block_on(has(&self.http, digest))
-            .map_err(error)?
-        {
+        let http = self.pushed_to()?;
+        let error = |failure: Failure| http.push_error(&what, &failure);
+        if self.runtime.block_on(has(http, digest)).map_err(error)? {
             return Ok(());
         }
         if let Some(from) = from {
             let text = digest.to_string();
             let query = [("mount", text.as_str()), ("from", &from.repository)];
             // Whatever the reason is why it cannot: then it is copied.
-            match self.runtime.block_on(begin(&self.http, &query)) {
+            match self.runtime.block_on(begin(http, &query)) {
                 Ok(Begun::Mounted) => return Ok(()),
                 Ok(Begun::Upload(url)) => {
-                    let cancel = self.http.ask(|client| client.delete(url.clone()));
+                    let cancel = http.ask(|client| client.delete(url.clone()));
                     let _ = self.runtime.block_on(cancel);
                 }
                 Err(failure) => {
-                    let why = self.http.explain(&failure);
+                    let why = http.explain(&failure);
                     tracing::debug!(%digest, why, "the registry does not mount the layer");
                 }
             }
@@ -100,33 +96,59 @@ impl Registry {
                     receiver.recv().await.map(|piece| (piece, receiver))
                 }))
             };
-            self.runtime
-                .block_on(send(&self.http, digest, layer.size, body))
+            self.runtime.block_on(send(http, digest, layer.size, body))
         })
         .map_err(error)
     }
 
-    /// Pushes the manifest under the tag that was opened.
-    pub(crate) fn push_manifest(&self, manifest: &[u8]) -> Result<(), ImageError> {
+    /// Pushes a manifest or index under the tag that was opened.
+    pub(crate) fn push_tagged(&self, document: &Document) -> Result<(), ImageError> {
         let version = match &self.source.version {
             Version::Tag(tag) => tag.clone(),
             Version::Digest(digest) => digest.to_string(),
         };
-        let manifest = Bytes::copy_from_slice(manifest);
+        self.push_document(&version, document, &format!("the tag {version:?}"))
+    }
+
+    /// Pushes a manifest without a tag.
+    pub(crate) fn push_by_digest(&self, document: &Document) -> Result<(), ImageError> {
+        let digest = document.digest.to_string();
+        self.push_document(&digest, document, &format!("the manifest {digest}"))
+    }
+
+    fn push_document(
+        &self,
+        version: &str,
+        document: &Document,
+        what: &str,
+    ) -> Result<(), ImageError> {
+        let http = self.pushed_to()?;
+        let json = Bytes::copy_from_slice(&document.json);
         let push = async {
-            let url = self.http.url(&format!("manifests/{version}"))?;
-            self.http
-                .ask(|client| {
-                    let request = client.put(url.clone()).header(CONTENT_TYPE, MANIFEST);
-                    request.body(manifest.clone())
-                })
-                .await
+            let url = http.url(&format!("manifests/{version}"))?;
+            http.ask(|client| {
+                let request = client.put(url.clone());
+                let request = request.header(CONTENT_TYPE, document.media_type);
+                request.body(json.clone())
+            })
+            .await
         };
         let pushed = self.runtime.block_on(push);
-        pushed.map(drop).map_err(|failure| {
-            self.http
-                .push_error(&format!("the tag {version:?}"), &failure)
-        })
+        pushed
+            .map(drop)
+            .map_err(|failure| http.push_error(what, &failure))
+    }
+
+    /// The host that is pushed to: the first that takes pushes.
+    fn pushed_to(&self) -> Result<&Http, ImageError> {
+        let mut hosts = self.hosts.iter();
+        hosts
+            .find(|host| host.can.push)
+            .ok_or_else(|| ImageError::Push {
+                registry: self.source.registry.clone(),
+                what: format!("to {:?}", self.source.repository),
+                why: "hosts.toml has no host with the capability \"push\" for it".to_owned(),
+            })
     }
 }
 
@@ -177,8 +199,9 @@ async fn send(
         };
         url.query_pairs_mut()
             .append_pair("digest", &digest.to_string());
+        // Not again to the same address: what broke off may be of no use any more.
         let sent = http
-            .ask(|client| {
+            .ask_once(|client| {
                 client
                     .put(url.clone())
                     .header(CONTENT_LENGTH, size)
@@ -189,11 +212,8 @@ async fn send(
         attempt += 1;
         match sent {
             Ok(_) => return Ok(()),
-            // An upload that broke off may be of no use any more.
-            Err(failure)
-                if attempt < ATTEMPTS
-                    && (failure.may_pass() || attempt > 1 && failure.is_absent()) =>
-            {
+            // Not known: the registry has given up what broke off before.
+            Err(failure) if attempt < ATTEMPTS && (failure.may_pass() || failure.is_absent()) => {
                 tracing::warn!(%digest, why = http.explain(&failure), "sending it again");
                 tokio::time::sleep(pause(attempt)).await;
             }

@@ -3,9 +3,10 @@
 
 use crate::layers::{self, Done, Fate};
 use crate::output::{Bytes, Seconds, say};
+use crate::registry::RegistryArguments;
 use crate::{interrupt, jobs};
-use accel_image::{Credentials, Image, OpenOptions, Target};
-use accel_oci::{Digest, ImageSource, Platform};
+use accel_image::{Accelerated, Image, Images, Platforms, Target};
+use accel_oci::{Digest, ImageSource, Platform, PlatformError};
 use accel_ufs::UfsError;
 use accel_ufs::annotations::{LayerAnnotations, ORIGINAL_KEY};
 use accel_ufs::names;
@@ -15,10 +16,10 @@ use accel_ufs::resolve::canonical;
 use anyhow::{Context, bail, ensure};
 use serde::Serialize;
 use std::fmt::Display;
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::num::NonZeroU16;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Instant;
 
 #[derive(Debug, clap::Args)]
@@ -31,25 +32,14 @@ pub struct Arguments {
     /// The shared file system's directory; it must exist
     #[arg(long, value_name = "DIR")]
     ufs: PathBuf,
-    /// Talk HTTP instead of HTTPS to the registry
-    #[arg(long)]
-    plain_http: bool,
-    /// The user's name for the registry, instead of the logins of docker, podman
-    /// or skopeo
-    #[arg(long, value_name = "NAME", requires = "password")]
-    username: Option<String>,
-    /// Read the password from standard input
-    #[arg(long, group = "password", requires = "username")]
-    password_stdin: bool,
-    /// Read the password from a file
-    #[arg(long, group = "password", requires = "username", value_name = "FILE")]
-    password_file: Option<PathBuf>,
+    #[command(flatten)]
+    registry: RegistryArguments,
     #[arg(
         long,
-        value_name = "OS/ARCHITECTURE[/VARIANT]",
-        help = "Which image of a multi-platform one [default: linux and this machine's architecture]"
+        value_name = "OS/ARCHITECTURE[/VARIANT]|all",
+        help = "Which images of a multi-platform one; may be given several times, and the accelerated image is then an index [default: linux and this machine's architecture]"
     )]
-    platform: Option<Platform>,
+    platform: Vec<Wanted>,
     #[arg(
         long,
         value_name = "N",
@@ -75,32 +65,39 @@ pub struct Arguments {
     json: bool,
 }
 
-impl Arguments {
-    /// The credentials that the user gives here.
-    fn credentials(&self) -> anyhow::Result<Option<Credentials>> {
-        let Some(user) = self.username.clone() else {
-            return Ok(None);
-        };
-        let mut text = String::new();
-        match &self.password_file {
-            Some(path) => File::open(path)
-                .and_then(|file| file.take(MAX_PASSWORD).read_to_string(&mut text))
-                .with_context(|| format!("cannot read the password from {path:?}"))?,
-            None => io::stdin()
-                .take(MAX_PASSWORD)
-                .read_to_string(&mut text)
-                .context("cannot read the password from standard input")?,
-        };
-        // The end of the line is not part of it.
-        let password = text.strip_suffix('\n').unwrap_or(&text);
-        let password = password.strip_suffix('\r').unwrap_or(password).to_owned();
-        ensure!(!password.is_empty(), "the password is empty");
-        Ok(Some(Credentials { user, password }))
+/// What `--platform` names.
+#[derive(Debug, Clone)]
+enum Wanted {
+    All,
+    One(Platform),
+}
+
+impl FromStr for Wanted {
+    type Err = PlatformError;
+
+    fn from_str(text: &str) -> Result<Self, PlatformError> {
+        match text {
+            "all" => Ok(Self::All),
+            text => text.parse().map(Self::One),
+        }
     }
 }
 
-/// Longer than any token that serves as a password, in bytes.
-const MAX_PASSWORD: u64 = 64 << 10;
+impl Arguments {
+    fn platforms(&self) -> Platforms {
+        let mut these = Vec::new();
+        for wanted in &self.platform {
+            match wanted {
+                Wanted::All => return Platforms::All,
+                Wanted::One(platform) => these.push(platform.clone()),
+            }
+        }
+        if these.is_empty() {
+            these.push(Platform::host());
+        }
+        Platforms::These(these)
+    }
+}
 
 fn push_target(text: &str) -> Result<ImageSource, String> {
     match text.parse().map_err(|error| format!("{error}"))? {
@@ -117,19 +114,41 @@ fn out_target(text: &str) -> Result<ImageSource, String> {
     }
 }
 
-/// What `--json` prints.
+/// What `--json` prints. `manifest` and `layers` are those of this machine's platform,
+/// or of the first.
 #[derive(Debug, Serialize)]
 struct Report<'a> {
     source: String,
     manifest: Digest,
     seconds: f64,
     layers: Vec<LayerReport<'a>>,
+    /// All that were converted.
+    images: Vec<ImageReport<'a>>,
+    /// Platforms that were not asked for.
+    left_out: &'a [String],
     /// The accelerated images that were written.
-    accelerated: &'a [Accelerated],
+    accelerated: &'a [Written],
 }
 
 #[derive(Debug, Serialize)]
-struct Accelerated {
+struct ImageReport<'a> {
+    platform: String,
+    manifest: Digest,
+    layers: Vec<LayerReport<'a>>,
+}
+
+impl<'a> ImageReport<'a> {
+    fn new((image, layers): &'a (&Image, Vec<Done>)) -> Self {
+        Self {
+            platform: image.platform.to_string(),
+            manifest: image.manifest,
+            layers: layers.iter().map(LayerReport::new).collect(),
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Written {
     target: String,
     manifest: Digest,
 }
@@ -157,19 +176,20 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let ufs = Ufs::open(&arguments.ufs)?;
     interrupt::on_interrupt(ufs.closer());
     let source = canonical(&arguments.source)?;
-    let options = OpenOptions {
-        credentials: arguments.credentials()?,
-        plain_http: arguments.plain_http,
-        platform: arguments.platform.clone().unwrap_or_else(Platform::host),
-    };
-    let image = accel_image::open(&source, &options)?;
-    let layers = image.layers.len();
-    ensure!(
-        layers <= record::MAX_LAYERS,
-        "the image {} has {layers} layers; overlayfs stacks at most {}",
-        image.manifest,
-        record::MAX_LAYERS,
-    );
+    let options = arguments.registry.options()?;
+    let found = accel_image::open_all(&source, &options, &arguments.platforms())?;
+    for image in &found.images {
+        let layers = image.layers.len();
+        ensure!(
+            layers <= record::MAX_LAYERS,
+            "the image {} has {layers} layers; overlayfs stacks at most {}",
+            image.manifest,
+            record::MAX_LAYERS,
+        );
+    }
+    if !arguments.json {
+        tell_of_others(&found)?;
+    }
 
     // Before any work is done: what cannot be written must not cost hours.
     let targets = [&arguments.out, &arguments.push].into_iter().flatten();
@@ -183,49 +203,87 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let jobs = arguments
         .jobs
         .map_or_else(jobs::default, |jobs| jobs.get().into());
-    let all = layers::convert_all(&ufs, &image, jobs, !arguments.json)?;
-    publish_image(&ufs, &source, &image, &all)?;
-    let accelerated = accelerate(&image, &all, &targets)?;
+    let mut done = Vec::new();
+    for image in &found.images {
+        if found.images.len() > 1 && !arguments.json {
+            say!("{}: {}", image.platform, image.manifest)?;
+        }
+        // What an earlier one has is not converted again.
+        let layers = layers::convert_all(&ufs, image, jobs, !arguments.json)?;
+        publish_image(&ufs, &source, image, &layers)?;
+        done.push((image, layers));
+    }
+    // The source's name stands for this machine's image.
+    let host = Platform::host();
+    let main = done
+        .iter()
+        .find(|(image, _)| host.accepts(&image.platform))
+        .or_else(|| done.first());
+    let (main, main_layers) = main.context("the source has no image")?;
+    remember(&ufs, &source, main.manifest)?;
+    for index in &main.indexes {
+        remember(&ufs, index, main.manifest)?;
+    }
+    let written = accelerate(&found, &done, &targets)?;
     let took = started.elapsed();
     if arguments.json {
         let report = Report {
             source: source.to_string(),
-            manifest: image.manifest,
+            manifest: main.manifest,
             seconds: took.as_secs_f64(),
-            layers: all.iter().map(LayerReport::new).collect(),
-            accelerated: &accelerated,
+            layers: main_layers.iter().map(LayerReport::new).collect(),
+            images: done.iter().map(ImageReport::new).collect(),
+            left_out: &found.left_out,
+            accelerated: &written,
         };
         say!("{}", serde_json::to_string_pretty(&report)?)?;
         return Ok(());
     }
-    let sum = |of: fn(&Done) -> u64| Bytes(all.iter().map(of).sum());
-    say!(
-        "image {}: {layers} layers, {} compressed, {} as EROFS, {}",
-        image.manifest,
-        sum(|done| done.record.size),
-        sum(|done| done.record.erofs.size.bytes()),
-        Seconds(took),
-    )?;
-    for Accelerated { target, manifest } in &accelerated {
+    for (image, layers) in &done {
+        let sum = |of: fn(&Done) -> u64| Bytes(layers.iter().map(of).sum());
         say!(
-            "accelerated image {target}: {manifest}, for {}",
-            image.platform
+            "image {}: {} layers, {} compressed, {} as EROFS, {}",
+            image.manifest,
+            layers.len(),
+            sum(|done| done.record.size),
+            sum(|done| done.record.erofs.size.bytes()),
+            Seconds(took),
         )?;
     }
+    let platforms: Vec<_> = done
+        .iter()
+        .map(|(image, _)| image.platform.to_string())
+        .collect();
+    for Written { target, manifest } in &written {
+        let platforms = platforms.join(", ");
+        say!("accelerated image {target}: {manifest}, for {platforms}")?;
+    }
     Ok(())
+}
+
+/// A word about what is in the index and will not be converted.
+fn tell_of_others(found: &Images) -> io::Result<()> {
+    if !found.left_out.is_empty() {
+        let left_out = found.left_out.join(", ");
+        say!("left out: {left_out} (choose with --platform, or take --platform all)")?;
+    }
+    match found.attestations {
+        0 => Ok(()),
+        1 => say!("left out: an attestation, which is no image"),
+        more => say!("left out: {more} attestations, which are no images"),
+    }
 }
 
 /// Writes the accelerated image. All of its layers are on UFS, so that its tag never
 /// points to layers that are not.
 fn accelerate(
-    image: &Image,
-    layers: &[Done],
+    found: &Images,
+    done: &[(&Image, Vec<Done>)],
     targets: &[(String, Target)],
-) -> anyhow::Result<Vec<Accelerated>> {
-    let own = [(ORIGINAL_KEY.to_owned(), image.manifest.to_string())].into();
-    let layers: Vec<_> = layers
-        .iter()
-        .map(|done| {
+) -> anyhow::Result<Vec<Written>> {
+    let original = |digest: Digest| (ORIGINAL_KEY.to_owned(), digest.to_string());
+    let images = done.iter().map(|(image, layers)| {
+        let annotations = layers.iter().map(|done| {
             let record = &done.record;
             LayerAnnotations {
                 diff_id: record.diff_id,
@@ -233,18 +291,27 @@ fn accelerate(
                 size: record.erofs.size,
             }
             .to_map()
-        })
-        .collect();
+        });
+        Accelerated {
+            image,
+            own: [original(image.manifest)].into(),
+            layers: annotations.collect(),
+        }
+    });
+    let images: Vec<_> = images.collect();
+    let mut index = found.annotations.clone();
+    let outermost = done.first().and_then(|(image, _)| image.indexes.first());
+    index.extend(outermost.copied().map(original));
     let write = |(name, target): &(String, Target)| {
-        Ok(Accelerated {
+        Ok(Written {
             target: name.clone(),
-            manifest: target.write(image, &own, &layers)?,
+            manifest: target.write(&images, &index)?,
         })
     };
     targets.iter().map(write).collect()
 }
 
-/// Ties the layers together, and remembers where they came from.
+/// Ties the layers of an image together.
 fn publish_image(
     ufs: &Ufs,
     source: &ImageSource,
@@ -285,10 +352,6 @@ fn publish_image(
             }
         }
         Err(error) => return Err(error.into()),
-    }
-    remember(ufs, source, image.manifest)?;
-    for index in &image.indexes {
-        remember(ufs, index, image.manifest)?;
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Images, UFS directories and converters for the tests.
 #![allow(dead_code, reason = "not every test binary uses everything")]
 
+pub mod network;
 pub mod services;
 
 use accel_oci::Digest;
@@ -16,7 +17,11 @@ use tempfile::TempDir;
 /// The program under test.
 pub fn mkfs_accel() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mkfs-accel"));
-    // No credentials but those that a test gives.
+    // No credentials and no proxies but those that a test gives.
+    for name in ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"] {
+        command.env_remove(name);
+        command.env_remove(name.to_ascii_lowercase());
+    }
     command
         .env("DOCKER_CONFIG", "/nonexistent")
         .env_remove("REGISTRY_AUTH_FILE")

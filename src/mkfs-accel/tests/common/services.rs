@@ -27,15 +27,27 @@ pub enum Access {
     Token(TokenServer),
     /// To everybody, over TLS with this certificate.
     Tls(Certificate),
+    /// To whoever has a certificate of this authority, over TLS with this certificate.
+    Clients(Certificate, String),
+    /// "user" with the password "secret", over TLS with this certificate.
+    PasswordTls(Certificate),
+    /// To everybody, below the path `/as/is/`.
+    Below,
+    /// To everybody, but nothing can be pushed.
+    ReadOnly(PathBuf),
 }
 
 /// A certificate for 127.0.0.1 that nobody has signed, and its key.
 pub struct Certificate(TempDir);
 
 impl Certificate {
+    /// The place for one.
+    pub fn empty() -> Self {
+        Self(TempDir::new().unwrap())
+    }
+
     pub fn new() -> Self {
-        let directory = TempDir::new().unwrap();
-        let certificate = Self(directory);
+        let certificate = Self::empty();
         let config = certificate.path("config");
         let text = "[req]\ndistinguished_name = name\nx509_extensions = x\n[name]\n\
              [x]\nbasicConstraints = critical,CA:FALSE\nsubjectAltName = IP:127.0.0.1\n";
@@ -76,22 +88,40 @@ impl Registry {
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr();
         let address = address.unwrap().to_string();
         let tls = match access {
-            Access::Tls(certificate) => format!(
+            Access::Tls(certificate) | Access::PasswordTls(certificate) => format!(
                 ", tls: {{certificate: {}, key: {}}}",
                 certificate.certificate(),
                 certificate.key(),
             ),
+            Access::Clients(certificate, authority) => format!(
+                ", tls: {{certificate: {}, key: {}, clientcas: ['{authority}']}}",
+                certificate.certificate(),
+                certificate.key(),
+            ),
+            Access::Below => ", prefix: /as/is/".to_owned(),
             _ => String::new(),
+        };
+        let data = match access {
+            Access::ReadOnly(data) => data.clone(),
+            _ => path.join("data"),
+        };
+        let mode = match access {
+            Access::ReadOnly(_) => ", maintenance: {readonly: {enabled: true}}",
+            _ => "",
         };
         let mut config = format!(
             "version: 0.1\nlog: {{level: error}}\nhttp: {{addr: {address}{tls}}}\n\
-             storage: {{filesystem: {{rootdirectory: {}}}}}\n\
+             storage: {{filesystem: {{rootdirectory: {}}}{mode}}}\n\
              validation: {{manifests: {{urls: {{allow: [^http]}}}}}}\n",
-            path.join("data").display(),
+            data.display(),
         );
         config += &match access {
-            Access::Open | Access::Tls(_) => String::new(),
-            Access::Password => {
+            Access::Open
+            | Access::Tls(_)
+            | Access::Clients(..)
+            | Access::Below
+            | Access::ReadOnly(_) => String::new(),
+            Access::Password | Access::PasswordTls(_) => {
                 let users = path.join("htpasswd");
                 fs::write(&users, HTPASSWD).unwrap();
                 let users = users.display();
@@ -127,6 +157,11 @@ impl Registry {
 
     pub fn image(&self, name: &str) -> String {
         format!("docker://{}/{name}", self.address)
+    }
+
+    /// Where it keeps everything.
+    pub fn data(&self) -> PathBuf {
+        self.directory.path().join("data")
     }
 
     /// Where it keeps a blob.
@@ -199,6 +234,8 @@ pub struct Proxy {
     pub address: String,
     /// The first line of every request.
     pub requests: Arc<Mutex<Vec<String>>>,
+    /// The headers of every request.
+    pub headers: Arc<Mutex<Vec<String>>>,
 }
 
 /// What it does to some requests.
@@ -224,17 +261,23 @@ impl Proxy {
         let proxy = Self {
             address: listener.local_addr().unwrap().to_string(),
             requests: Arc::default(),
+            headers: Arc::default(),
         };
         let (upstream, path) = (registry.address.clone(), path.to_owned());
-        let requests = Arc::clone(&proxy.requests);
+        let (requests, all) = (Arc::clone(&proxy.requests), Arc::clone(&proxy.headers));
         thread::spawn(move || {
             for connection in listener.incoming().flatten() {
                 let (upstream, path, harm) = (upstream.clone(), path.clone(), harm.clone());
-                let requests = Arc::clone(&requests);
-                thread::spawn(move || relay(&connection, &upstream, &path, &harm, &requests));
+                let (requests, all) = (Arc::clone(&requests), Arc::clone(&all));
+                thread::spawn(move || relay(&connection, &upstream, &path, &harm, &requests, &all));
             }
         });
         proxy
+    }
+
+    /// A look at what goes to a registry, without any harm.
+    pub fn watching(registry: &Registry) -> Self {
+        Self::start(registry, "nothing", Harm::CutBody)
     }
 
     pub fn image(&self, name: &str) -> String {
@@ -255,8 +298,10 @@ fn relay(
     path: &str,
     harm: &Harm,
     requests: &Mutex<Vec<String>>,
+    all: &Mutex<Vec<String>>,
 ) -> Option<()> {
     let (line, headers) = read_head(&mut BufReader::new(client))?;
+    all.lock().unwrap().push(headers.concat());
     let harmed = line.contains(path);
     let earlier = {
         let mut requests = requests.lock().unwrap();
