@@ -3,7 +3,12 @@
 use std::error::Error;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let files = ["proto/snapshots.proto", "proto/status.proto"];
+    let files = [
+        "proto/introspection.proto",
+        "proto/snapshots.proto",
+        "proto/status.proto",
+        "proto/version.proto",
+    ];
     let descriptors = protox::compile(files, ["proto"])?;
     tonic_prost_build::configure().compile_fds(descriptors)?;
     for file in files {

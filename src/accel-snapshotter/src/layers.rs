@@ -8,7 +8,7 @@
 
 use crate::mounts::Places;
 use crate::snapshot::Layer;
-use accel_client::exports::{device, release};
+use accel_client::exports::{device, release_within};
 use accel_client::lock::Lock;
 use accel_client::paths::Paths;
 use accel_client::protocol::{Command, DeviceView, ExportStatus, Holder, LayerAnswer, Status};
@@ -16,7 +16,7 @@ use accel_client::system::{self, MountFlags};
 use accel_client::{mountinfo, wire};
 use accel_ufs::index::Root;
 use anyhow::{Context, Result, bail};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -91,13 +91,14 @@ impl Layers {
         format!("accel-snapshotter {} ", self.places.root().display())
     }
 
-    /// Mount points of layers that something is mounted at, as the kernel knows them.
-    pub fn mounted(&self) -> io::Result<HashSet<PathBuf>> {
-        let points = mountinfo::points(&mountinfo::read()?, "erofs");
+    /// Mount points of layers that something is mounted at, as the kernel knows them,
+    /// and the device or file that it is.
+    pub fn mounted(&self) -> io::Result<HashMap<PathBuf, PathBuf>> {
+        let mounts = mountinfo::mounts(&mountinfo::read()?, "erofs");
         let layers = self.places.layers();
-        Ok(points
+        Ok(mounts
             .into_iter()
-            .filter(|point| point.starts_with(&layers))
+            .filter(|(point, _)| point.starts_with(&layers))
             .collect())
     }
 
@@ -107,7 +108,7 @@ impl Layers {
         let _one = self.operate();
         let point = self.places.layer(layer.number);
         let mounted = self.mounted().context("cannot read the list of mounts")?;
-        let mounted = mounted.contains(&point);
+        let mounted = mounted.contains_key(&point);
         if mounted && !stale {
             return Ok(());
         }
@@ -180,7 +181,7 @@ impl Layers {
             None => system::unmount_file(&file)?,
             Some(_) => {}
         }
-        release(&self.server, Holder::Layer(holder)).map(drop)
+        release_within(&self.server, Holder::Layer(holder), EXPORT).map(drop)
     }
 
     fn export(&self, root: Root) -> Result<Option<ExportStatus>> {
@@ -204,7 +205,7 @@ impl Layers {
                     && export.holders.contains(&holder)
                     && !matches!(export.device, DeviceView::Fuse { served: false })
             });
-            served && mounted.contains(&self.places.layer(layer.number))
+            served && mounted.contains_key(&self.places.layer(layer.number))
         };
         Ok(needed
             .iter()
@@ -222,7 +223,7 @@ impl Layers {
             let name = holder.holder;
             if name.starts_with(&prefix) && !known.contains(&name) {
                 let lock = self.lock()?;
-                let released = release(&self.server, Holder::Layer(name));
+                let released = release_within(&self.server, Holder::Layer(name), EXPORT);
                 lock.remove();
                 self.server.tidy();
                 released?;

@@ -13,12 +13,16 @@
 //! what must not.
 
 pub mod config;
+pub mod doctor;
+pub mod edit;
 pub mod filter;
+pub mod idmap;
 pub mod layers;
 pub mod mounts;
 pub mod remote;
 pub mod serve;
 pub mod service;
+pub mod settings;
 pub mod snapshot;
 pub mod snapshotter;
 pub mod status;

@@ -1,19 +1,17 @@
 //! The snapshotter and its command line.
 
 use accel_client::paths::{Paths, SOCKET};
-use accel_snapshotter::config::{Containerd, Scope};
-use accel_snapshotter::{config, serve, service};
+use accel_snapshotter::config::{Containerd, Scope, Wanted};
+use accel_snapshotter::doctor::look::{Options, look, read};
+use accel_snapshotter::doctor::{Finding, Level, Step, containerd};
+use accel_snapshotter::settings::{LISTEN, ROOT, Settings};
+use accel_snapshotter::{config, edit, serve, service};
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use std::io::{IsTerminal as _, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 use tracing_subscriber::EnvFilter;
-
-/// Where containerd 1.6 looks for disk figures of a snapshotter called `accel`.
-const ROOT: &str = "/var/lib/containerd/io.containerd.snapshotter.v1.accel";
-const LISTEN: &str = "/run/accel/snapshotter.sock";
 
 /// Lets containerd start converted images without downloading or unpacking them.
 #[derive(Debug, Parser)]
@@ -27,26 +25,15 @@ struct Cli {
 enum Command {
     /// Run the snapshotter.
     Serve {
-        /// Where snapshots are kept.
-        #[arg(long, value_name = "DIR", default_value = ROOT)]
-        root: PathBuf,
-        /// Where containerd asks.
-        #[arg(long, value_name = "PATH", default_value = LISTEN)]
-        socket: PathBuf,
-        /// The admin socket of ublk-server.
-        #[arg(long, value_name = "PATH", default_value = SOCKET)]
-        server: PathBuf,
-        /// Its run directory, if it was told another than the default.
-        #[arg(long, value_name = "DIR")]
-        server_run_dir: Option<PathBuf>,
-        /// Seconds that a pull may spend on finding and mounting layers; what is not
-        /// there by then is downloaded and unpacked.
-        #[arg(long, value_name = "SECONDS", default_value_t = 5.0, value_parser = seconds)]
-        budget: f64,
+        #[command(flatten)]
+        settings: Settings,
+        /// A TOML file with the options above
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
     },
     /// Print what containerd's configuration needs.
     Config {
-        /// Its version: 1.6, 1.7 or 2.x.
+        /// Its version: 1.6, 1.7 or 2.x (taken as 2.1 or later, which differ from 2.0).
         #[arg(long, value_name = "VERSION")]
         containerd: Containerd,
         /// For which pods.
@@ -58,6 +45,52 @@ enum Command {
         /// As given to `serve`.
         #[arg(long, value_name = "PATH", default_value = LISTEN)]
         socket: PathBuf,
+        /// Let the CRI of containerd 2.1 and later pull images itself, not through the
+        /// transfer service, which knows only `config_path` and headers of the
+        /// registries' settings.
+        #[arg(long)]
+        local_pull: bool,
+        /// Change this main configuration file of containerd, and what it imports, instead
+        /// of printing; what was there is kept beside it, with `.before-accel` at the end.
+        #[arg(long, value_name = "FILE")]
+        into: Option<PathBuf>,
+    },
+    /// Look for what is wrong with this node, and say how to mend it. Ends with 0 if
+    /// there is nothing, 1 after an error, 3 if there are warnings, 4 if there are faults.
+    Doctor {
+        /// The snapshotter's socket.
+        #[arg(long, value_name = "PATH", default_value = LISTEN)]
+        socket: PathBuf,
+        /// Its root directory, if it does not run.
+        #[arg(long, value_name = "DIR", default_value = ROOT)]
+        root: PathBuf,
+        /// The admin socket of ublk-server.
+        #[arg(long, value_name = "PATH", default_value = SOCKET)]
+        server: PathBuf,
+        /// containerd's socket.
+        #[arg(
+            long,
+            value_name = "PATH",
+            default_value = "/run/containerd/containerd.sock"
+        )]
+        containerd_socket: PathBuf,
+        /// containerd's main configuration file.
+        #[arg(
+            long,
+            value_name = "FILE",
+            default_value = "/etc/containerd/config.toml"
+        )]
+        containerd_config: PathBuf,
+        /// containerd's version, if it does not run.
+        #[arg(long, value_name = "VERSION")]
+        containerd: Option<Containerd>,
+        /// For which pods this snapshotter is to be; otherwise it follows from the
+        /// configuration.
+        #[arg(long = "for", value_enum)]
+        scope: Option<Scope>,
+        /// For programs.
+        #[arg(long)]
+        json: bool,
     },
     /// Show which layers are loaded lazily, which are not, and why.
     Status {
@@ -76,49 +109,98 @@ fn print(text: &str) -> Result<()> {
         .context("cannot print")
 }
 
-fn seconds(text: &str) -> Result<f64, String> {
-    let seconds: f64 = text.parse().map_err(|_| "this is no number".to_owned())?;
-    match (0.1..=600.0).contains(&seconds) {
-        true => Ok(seconds),
-        false => Err("at least 0.1 and at most 600".to_owned()),
+/// Changes containerd's configuration as a doctor would, and says how.
+fn change(main: &Path, wanted: &Wanted<'_>) -> Result<()> {
+    let wrong = |finding: Finding| anyhow::Error::msg(finding.what);
+    let configuration = read(main).map_err(wrong)?;
+    let findings = containerd::examine(&configuration, wanted);
+    let steps: Vec<_> = findings
+        .into_iter()
+        .flat_map(|finding| finding.mend)
+        .filter(|step| matches!(step, Step::Set { .. } | Step::Remove { .. }))
+        .collect();
+    edit::apply(&steps)?;
+    let text: String = steps.iter().map(|step| format!("{step}\n")).collect();
+    match steps.is_empty() {
+        true => print("nothing to change\n"),
+        false => print(&(text + "now restart containerd\n")),
     }
 }
 
-fn run(command: Command) -> Result<()> {
+fn block_on<T>(work: impl Future<Output = T>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start")?;
+    Ok(runtime.block_on(work))
+}
+
+fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Serve {
-            root,
-            socket,
-            server,
-            server_run_dir,
-            budget,
-        } => serve::run(&serve::Options {
-            root,
-            socket,
-            server: Paths::new(&server, server_run_dir),
-            budget: Duration::from_secs_f64(budget),
-        }),
+        Command::Serve { settings, config } => {
+            let file = config.map(|path| Settings::read(&path)).transpose()?;
+            serve::run(&settings.or(file.unwrap_or_default()).options())
+        }
         Command::Config {
             containerd,
             scope,
             root,
             socket,
+            local_pull,
+            into,
         } => {
-            let stanza = config::stanza(containerd, scope, &socket, &root);
-            print(&stanza.map_err(anyhow::Error::msg)?)
+            let wanted = Wanted {
+                version: containerd,
+                scope,
+                socket: &socket,
+                root: &root,
+                local_pull,
+                maps_ids: false,
+            };
+            let stanza = config::stanza(&wanted).map_err(anyhow::Error::msg)?;
+            match into {
+                None => print(&stanza),
+                Some(main) => change(&main, &wanted),
+            }
+        }
+        Command::Doctor {
+            socket,
+            root,
+            server,
+            containerd_socket,
+            containerd_config,
+            containerd,
+            scope,
+            json,
+        } => {
+            let report = block_on(look(&Options {
+                socket,
+                root,
+                server: Paths::new(&server, None),
+                containerd: containerd_socket,
+                configuration: containerd_config,
+                version: containerd,
+                scope,
+            }))?;
+            match json {
+                true => print(&(serde_json::to_string_pretty(&report)? + "\n")),
+                false => print(&report.to_string()),
+            }?;
+            return Ok(match report.worst() {
+                Level::Ok => ExitCode::SUCCESS,
+                Level::Warning => ExitCode::from(3),
+                Level::Fault => ExitCode::from(4),
+            });
         }
         Command::Status { socket, json } => {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .context("cannot start")?;
-            let status = runtime.block_on(service::ask_status(socket))?;
+            let status = block_on(service::ask_status(socket))??;
             match json {
                 true => print(&(serde_json::to_string_pretty(&status)? + "\n")),
                 false => print(&status.to_string()),
             }
         }
     }
+    .map(|()| ExitCode::SUCCESS)
 }
 
 fn main() -> ExitCode {
@@ -129,7 +211,7 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     match run(Cli::parse().command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("accel-snapshotter: {error:#}");
             ExitCode::FAILURE

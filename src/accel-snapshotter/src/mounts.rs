@@ -1,9 +1,11 @@
 //! Which mounts containerd is told to make: plain overlay over directories and
-//! mounted layers. Nothing is looked at or mounted here.
+//! mounted layers, or on request EROFS mounts of the layers' devices and an overlay
+//! over those. Nothing is looked at or mounted here.
 
+use crate::idmap::IdMap;
 use crate::snapshot::{Kind, LayerNumber, SnapshotId};
 use crate::store::{Lower, Stack};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 /// A mount as containerd makes it.
@@ -86,10 +88,22 @@ impl Places {
     }
 }
 
-/// The mounts of a view or active snapshot. `index_off`: overlayfs knows the option
-/// `index`, which must be off for directories that several overlays share.
-pub fn plan(stack: &Stack, places: &Places, index_off: bool) -> Vec<Mount> {
+/// How mounts are planned.
+#[derive(Debug, Clone, Copy)]
+pub struct How<'a> {
+    /// Overlayfs knows the option `index`, which must be off for directories that
+    /// several overlays share.
+    pub index_off: bool,
+    /// What is mounted at the mount points of layers, if containerd is to mount it
+    /// itself, once more, with mounts that refer to each other (from 2.2 on).
+    pub native: Option<&'a HashMap<PathBuf, PathBuf>>,
+}
+
+/// The mounts of a view or active snapshot.
+pub fn plan(stack: &Stack, places: &Places, how: How<'_>) -> Vec<Mount> {
     let writable = stack.kind == Kind::Active;
+    let mapping = stack.idmap.as_ref().map(IdMap::options);
+    let mapping = mapping.into_iter().flatten();
     // Of a layer that comes twice, the lower one shows nothing that the upper one
     // does not hide or show as well; overlayfs takes it once.
     let mut seen = HashSet::new();
@@ -99,34 +113,59 @@ pub fn plan(stack: &Stack, places: &Places, index_off: bool) -> Vec<Mount> {
         .map(|lower| places.lower(lower))
         .collect();
     lower.retain(|path| seen.insert(path.clone()));
-    let bind = |path: &Path, how: &str| {
-        vec![Mount {
-            kind: "bind",
-            source: text(path),
-            options: vec![how.to_owned(), "rbind".to_owned()],
-        }]
+    let bind = |path: &Path, how: &str| Mount {
+        kind: "bind",
+        source: text(path),
+        options: mapping
+            .clone()
+            .chain([how.to_owned(), "rbind".to_owned()])
+            .collect(),
+    };
+    let device = |path: &PathBuf| how.native.and_then(|devices| devices.get(path));
+    let erofs = |device: &PathBuf| Mount {
+        kind: "erofs",
+        source: text(device),
+        options: vec!["ro".to_owned()],
     };
     match (lower.as_slice(), writable) {
-        ([], true) => return bind(&places.files(stack.id), "rw"),
-        ([], false) => return bind(&places.files(stack.id), "ro"),
-        ([only], false) => return bind(only, "ro"),
+        ([], true) => return vec![bind(&places.files(stack.id), "rw")],
+        ([], false) => return vec![bind(&places.files(stack.id), "ro")],
+        ([only], false) => {
+            // containerd maps ids of overlays and binds.
+            let device = device(only).filter(|_| stack.idmap.is_none());
+            return vec![device.map_or_else(|| bind(only, "ro"), erofs)];
+        }
         _ => {}
     }
-    let mut options = Vec::new();
-    if index_off {
+    let mut mounts: Vec<_> = lower.iter().filter_map(device).map(erofs).collect();
+    let mut options: Vec<_> = mapping.collect();
+    if how.index_off {
         options.push("index=off".to_owned());
     }
     if writable {
         options.push(format!("workdir={}", text(&places.work(stack.id))));
         options.push(format!("upperdir={}", text(&places.files(stack.id))));
     }
-    let lower: Vec<_> = lower.iter().map(|path| text(path)).collect();
-    options.push(format!("lowerdir={}", lower.join(":")));
-    vec![Mount {
-        kind: "overlay",
+    let names: Vec<_> = if mounts.len() == lower.len() && mounts.len() > 1 {
+        vec![format!("{{{{ overlay 0 {} }}}}", mounts.len() - 1)]
+    } else {
+        let mut numbers = 0..mounts.len();
+        let name = |path: &PathBuf| match device(path).and_then(|_| numbers.next()) {
+            Some(number) => format!("{{{{ mount {number} }}}}"),
+            None => text(path),
+        };
+        lower.iter().map(name).collect()
+    };
+    options.push(format!("lowerdir={}", names.join(":")));
+    mounts.push(Mount {
+        kind: match mounts.is_empty() {
+            true => "overlay",
+            false => "format/overlay",
+        },
         source: "overlay".to_owned(),
         options,
-    }]
+    });
+    mounts
 }
 
 fn text(path: &Path) -> String {
@@ -145,6 +184,7 @@ mod tests {
             id: SnapshotId(9),
             kind,
             lower: lower.to_vec(),
+            idmap: None,
         }
     }
 
@@ -159,18 +199,21 @@ mod tests {
         })
     }
 
-    fn planned(kind: Kind, lower: &[Lower]) -> String {
-        let mounts = plan(&stack(kind, lower), &Places::new(Path::new("/r")), false);
-        let [mount] = mounts.as_slice() else {
-            panic!("{mounts:?}");
+    fn planned(stack: &Stack, native: bool) -> String {
+        let devices = HashMap::from([("/r/layers/5".into(), "/dev/ublkb3".into())]);
+        let how = How {
+            index_off: false,
+            native: native.then_some(&devices),
         };
-        format!(
-            "{} {} {}",
-            mount.kind,
-            mount.source,
-            mount.options.join(",")
-        )
+        let mounts = plan(stack, &Places::new(Path::new("/r")), how);
+        let text = |mount: &Mount| {
+            let options = mount.options.join(",");
+            format!("{} {} {options}", mount.kind, mount.source)
+        };
+        mounts.iter().map(text).collect::<Vec<_>>().join("; ")
     }
+
+    const WRITABLE: &str = "workdir=/r/snapshots/9/work,upperdir=/r/snapshots/9/fs";
 
     #[test]
     fn mounts_are_containerds() {
@@ -192,10 +235,94 @@ mod tests {
             (
                 Kind::Active,
                 vec![layer(5), directory, layer(5)],
-                "overlay overlay workdir=/r/snapshots/9/work,upperdir=/r/snapshots/9/fs,lowerdir=/r/layers/5:/r/snapshots/3/fs",
+                &format!("overlay overlay {WRITABLE},lowerdir=/r/layers/5:/r/snapshots/3/fs"),
             ),
         ] {
-            assert_eq!(planned(kind, &lower), expected);
+            assert_eq!(planned(&stack(kind, &lower), false), expected);
+        }
+    }
+
+    #[test]
+    fn containerd_can_mount_the_devices_itself() {
+        let directory = Lower::Directory(SnapshotId(3));
+        let erofs = "erofs /dev/ublkb3 ro";
+        for (kind, lower, expected) in [
+            (
+                Kind::Active,
+                vec![],
+                "bind /r/snapshots/9/fs rw,rbind".to_owned(),
+            ),
+            (Kind::View, vec![layer(5)], erofs.to_owned()),
+            (
+                Kind::Active,
+                vec![layer(5)],
+                format!("{erofs}; format/overlay overlay {WRITABLE},lowerdir={{{{ mount 0 }}}}"),
+            ),
+            (
+                Kind::View,
+                vec![directory, layer(5)],
+                format!(
+                    "{erofs}; format/overlay overlay lowerdir=/r/snapshots/3/fs:{{{{ mount 0 }}}}"
+                ),
+            ),
+            // Nothing of it is a device: as ever.
+            (
+                Kind::Active,
+                vec![directory],
+                format!("overlay overlay {WRITABLE},lowerdir=/r/snapshots/3/fs"),
+            ),
+        ] {
+            assert_eq!(planned(&stack(kind, &lower), true), expected);
+        }
+        let devices = HashMap::from([5, 6, 7].map(|number| {
+            let point = format!("/r/layers/{number}");
+            (point.into(), format!("/dev/ublkb{number}").into())
+        }));
+        let how = How {
+            index_off: true,
+            native: Some(&devices),
+        };
+        let three = stack(Kind::Active, &[layer(7), layer(6), layer(5)]);
+        let mounts = plan(&three, &Places::new(Path::new("/r")), how);
+        let sources: Vec<_> = mounts.iter().map(|mount| mount.source.as_str()).collect();
+        assert_eq!(
+            sources,
+            ["/dev/ublkb7", "/dev/ublkb6", "/dev/ublkb5", "overlay"]
+        );
+        assert_eq!(mounts[3].options[0], "index=off");
+        assert_eq!(mounts[3].options[3], "lowerdir={{ overlay 0 2 }}");
+    }
+
+    #[test]
+    fn ids_are_mapped_by_containerd() {
+        let mapped = |kind, lower: &[Lower]| Stack {
+            idmap: Some(IdMap {
+                uids: "0:7:9".to_owned(),
+                gids: "0:8:9".to_owned(),
+                root: (7, 8),
+            }),
+            ..stack(kind, lower)
+        };
+        for (kind, lower, expected) in [
+            (
+                Kind::Active,
+                vec![],
+                "bind /r/snapshots/9/fs uidmap=0:7:9,gidmap=0:8:9,rw,rbind".to_owned(),
+            ),
+            (
+                Kind::View,
+                vec![layer(5)],
+                "bind /r/layers/5 uidmap=0:7:9,gidmap=0:8:9,ro,rbind".to_owned(),
+            ),
+            (
+                Kind::Active,
+                vec![Lower::Directory(SnapshotId(3)), layer(6)],
+                format!(
+                    "overlay overlay uidmap=0:7:9,gidmap=0:8:9,{WRITABLE},lowerdir=/r/snapshots/3/fs:/r/layers/6"
+                ),
+            ),
+        ] {
+            assert_eq!(planned(&mapped(kind, &lower), true), expected);
         }
     }
 }

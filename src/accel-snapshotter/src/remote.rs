@@ -8,8 +8,9 @@
 //!
 //! A pull has one [`Budget`] of time for all of its layers. containerd does not
 //! say which pull a request belongs to, but it prepares layer after layer, each on
-//! top of the one before: what was spent on a parent just now counts against its
-//! child. After a time-out nothing is tried for a while.
+//! top of the one before: what was spent until a parent was there, just now, counts
+//! against its child, whether they are lazy or unpacked. After a time-out nothing is
+//! tried for a while.
 
 use crate::snapshot::{Labels, Lazy, SNAPSHOT_REF};
 use accel_oci::ChainId;
@@ -113,8 +114,10 @@ pub fn check(
     })
 }
 
-/// Time spent on a parent longer ago than this was spent by another pull.
+/// Between a layer and the next of the same pull there is no more time than this.
 const SAME_PULL: Duration = Duration::from_secs(30);
+/// No layer takes longer to unpack than this.
+const UNPACKING: Duration = Duration::from_secs(3600);
 /// How long nothing is tried after a time-out.
 const PAUSE: Duration = Duration::from_secs(10);
 
@@ -128,6 +131,7 @@ pub struct Budget {
 #[derive(Debug, Default)]
 struct State {
     /// Per chain: what the pull had spent when it was made, and when that was.
+    /// For those that are being unpacked it is not over yet.
     spent: HashMap<ChainId, (Duration, Instant)>,
     pause: Option<Instant>,
 }
@@ -162,14 +166,22 @@ impl Budget {
         Ok(left)
     }
 
-    /// Notes what a layer took that was made in time.
+    /// Notes what was spent on a layer, whatever came of it.
     pub fn spend(&self, parent: Option<ChainId>, chain: ChainId, took: Duration, now: Instant) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let total = state.spent(parent, now) + took;
         state
             .spent
-            .retain(|_, (_, at)| now.saturating_duration_since(*at) < SAME_PULL);
+            .retain(|_, (_, at)| now.saturating_duration_since(*at) < UNPACKING);
         state.spent.insert(chain, (total, now));
+    }
+
+    /// Notes that a layer was unpacked: the next one of its pull comes now.
+    pub fn unpacked(&self, chain: ChainId, now: Instant) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, at)) = state.spent.get_mut(&chain) {
+            *at = now;
+        }
     }
 
     /// Notes that a layer took too long.
@@ -238,6 +250,13 @@ mod tests {
         }
         let now = start + second * 5;
         assert_eq!(budget.left(parent, now).unwrap_err().reason, Reason::Time);
+        // What is unpacked slowly is part of the same pull.
+        let (unpacked, later) = (ChainId::new(parent, diff("unpacked")), now + SAME_PULL * 9);
+        budget.spend(parent, unpacked, Duration::ZERO, now);
+        assert!(budget.left(Some(unpacked), later).is_ok());
+        budget.unpacked(unpacked, later);
+        let next = budget.left(Some(unpacked), later + second);
+        assert_eq!(next.unwrap_err().reason, Reason::Time);
         // Another image, and another pull on the same base later.
         assert_eq!(budget.left(None, now).unwrap(), second * 5);
         assert_eq!(budget.left(parent, now + SAME_PULL).unwrap(), second * 5);

@@ -36,6 +36,8 @@ pub struct Options {
     pub server: Paths,
     /// The time that a pull may spend on lazy layers.
     pub budget: Duration,
+    /// containerd mounts layers itself.
+    pub native: bool,
 }
 
 /// Serves until SIGTERM or SIGINT.
@@ -54,7 +56,8 @@ pub fn run(options: &Options) -> Result<()> {
         .with_context(|| format!("cannot lock {}", places.lock().display()))?
         .with_context(|| format!("another snapshotter uses {}: stop it first", root.display()))?;
     let layers = Layers::new(places.clone(), options.server.clone());
-    let snapshotter = Snapshotter::open(places, layers, Budget::new(options.budget))?;
+    let snapshotter =
+        Snapshotter::open(places, layers, Budget::new(options.budget), options.native)?;
     let snapshotter = Arc::new(snapshotter);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -22,6 +22,16 @@ pub mod wire {
         tonic::include_proto!("containerd.services.snapshots.v1");
     }
 
+    /// containerd's version.
+    pub mod version {
+        tonic::include_proto!("containerd.services.version.v1");
+    }
+
+    /// containerd's plugins.
+    pub mod introspection {
+        tonic::include_proto!("containerd.services.introspection.v1");
+    }
+
     /// Our own.
     pub mod status {
         tonic::include_proto!("accel.snapshotter.v1");
@@ -227,16 +237,13 @@ impl wire::status::status_server::Status for Service {
     }
 }
 
-/// Asks the snapshotter at a socket how it is.
-pub async fn ask_status(socket: std::path::PathBuf) -> anyhow::Result<crate::status::Status> {
-    use anyhow::Context as _;
-    let what = format!(
-        "cannot reach the snapshotter at {}: is `accel-snapshotter serve` running there, and is this root?",
-        socket.display()
-    );
-    let endpoint =
-        tonic::transport::Endpoint::from_static("http://socket").timeout(Duration::from_secs(30));
-    let channel = endpoint
+/// A connection to the gRPC server at a socket, where each request may take so long.
+pub async fn connect(
+    socket: std::path::PathBuf,
+    patience: Duration,
+) -> Result<tonic::transport::Channel, tonic::transport::Error> {
+    let endpoint = tonic::transport::Endpoint::from_static("http://socket").timeout(patience);
+    endpoint
         .connect_with_connector(tower::service_fn(move |_| {
             let socket = socket.clone();
             async move {
@@ -244,6 +251,17 @@ pub async fn ask_status(socket: std::path::PathBuf) -> anyhow::Result<crate::sta
                 Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
             }
         }))
+        .await
+}
+
+/// Asks the snapshotter at a socket how it is.
+pub async fn ask_status(socket: std::path::PathBuf) -> anyhow::Result<crate::status::Status> {
+    use anyhow::Context as _;
+    let what = format!(
+        "cannot reach the snapshotter at {}: is `accel-snapshotter serve` running there, and is this root?",
+        socket.display()
+    );
+    let channel = connect(socket, Duration::from_secs(30))
         .await
         .context(what)?;
     let mut client = wire::status::status_client::StatusClient::new(channel);

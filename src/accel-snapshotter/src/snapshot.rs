@@ -1,5 +1,6 @@
 //! What is kept of a snapshot, and of a lazily loaded layer.
 
+use crate::idmap::IdMap;
 use accel_oci::{ChainId, DiffId};
 use accel_ufs::index::{ImageSize, Root};
 use serde::{Deserialize, Serialize};
@@ -91,6 +92,9 @@ pub struct Snapshot {
     pub lazy: Option<Lazy>,
     /// Of an ordinary one whose layer could have been loaded lazily: why it is not.
     pub fallback: Option<String>,
+    /// Of a view or active one: how ids are mapped in its mounts.
+    #[serde(default)]
+    pub idmap: Option<IdMap>,
 }
 
 /// What makes a snapshot lazy.

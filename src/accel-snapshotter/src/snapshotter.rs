@@ -8,16 +8,17 @@
 //! tree. Removing only forgets; [`Snapshotter::clean_up`] unmounts and deletes.
 
 use crate::filter::{FilterError, Filters};
+use crate::idmap::{self, IdMap};
 use crate::layers::{LayerFailure, Layers};
-use crate::mounts::{Mount, Places, plan};
+use crate::mounts::{How, Mount, Places, plan};
 use crate::remote::{self, Budget, Fallback, Reason};
-use crate::snapshot::{Kind, Labels, Layer, Lazy, Snapshot, SnapshotId, Usage};
+use crate::snapshot::{Kind, Labels, Layer, Lazy, SNAPSHOT_REF, Snapshot, SnapshotId, Usage};
 use crate::status::{LayerStatus, Status, Unpacked};
-use crate::store::{Lower, Store, StoreError};
+use crate::store::{Lower, New, Stack, Store, StoreError};
 use crate::usage;
 use accel_oci::ChainId;
 use accel_ufs::annotations::LayerAnnotations;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -72,6 +73,7 @@ pub struct Snapshotter {
     layers: Layers,
     budget: Budget,
     index_off: bool,
+    native: bool,
     hits: AtomicU64,
     fallbacks: Mutex<BTreeMap<&'static str, u64>>,
     cleaning: Mutex<()>,
@@ -91,7 +93,8 @@ impl Drop for Pin {
 
 impl Snapshotter {
     /// Opens the snapshots beneath a root directory.
-    pub fn open(places: Places, layers: Layers, budget: Budget) -> Result<Self> {
+    /// `native`: containerd mounts layers itself, see [`How`].
+    pub fn open(places: Places, layers: Layers, budget: Budget, native: bool) -> Result<Self> {
         for directory in [places.snapshots(), places.layers()] {
             let mut builder = DirBuilder::new();
             let made = builder.recursive(true).mode(0o700).create(&directory);
@@ -103,6 +106,7 @@ impl Snapshotter {
             layers,
             budget,
             index_off: Path::new("/sys/module/overlay/parameters/index").exists(),
+            native,
             hits: AtomicU64::new(0),
             fallbacks: Mutex::default(),
             cleaning: Mutex::default(),
@@ -121,7 +125,10 @@ impl Snapshotter {
         let lower = self.store.below(parent.as_deref())?;
         let mut fallback = None;
         if kind == Kind::Active {
-            match self.lazily(&labels, parent.as_deref()).await {
+            let started = Instant::now();
+            let lazily = self.lazily(&labels, parent.as_deref()).await;
+            self.spend(&labels, parent.as_deref(), started);
+            match lazily {
                 Ok(Some(lazy)) => {
                     self.hits.fetch_add(1, Relaxed);
                     tracing::info!(chain = %lazy.chain_id, root = %lazy.root, "lazy");
@@ -144,13 +151,61 @@ impl Snapshotter {
         self.make_ready(&lower).await?;
         let this = Arc::clone(self);
         blocking(move || {
-            let prepare = |id| this.prepare_directory(id, kind, lower.first());
-            let stack =
-                this.store
-                    .create(kind, &key, parent.as_deref(), labels, fallback, prepare)?;
-            Ok(plan(&stack, &this.places, this.index_off))
+            let idmap = this.idmap(&labels, lower.first())?;
+            let owner = idmap.as_ref().map(|idmap| idmap.root);
+            let new = New {
+                labels,
+                fallback,
+                idmap,
+            };
+            let prepare = |id| this.prepare_directory(id, kind, owner, lower.first());
+            let stack = this
+                .store
+                .create(kind, &key, parent.as_deref(), new, prepare)?;
+            this.plan(&stack)
         })
         .await
+    }
+
+    /// How the ids of a new snapshot are to be mapped.
+    fn idmap(&self, labels: &Labels, below: Option<&Lower>) -> Result<Option<IdMap>> {
+        let wanted = IdMap::wanted(labels).map_err(StoreError::Invalid)?;
+        let Some(wanted) = wanted else {
+            return Ok(None);
+        };
+        if let Some(Lower::Directory(below)) = below {
+            let files = self.places.files(*below);
+            let owner = fs::symlink_metadata(&files).map_err(Failure::io("look at", &files))?;
+            if wanted.root != (0, 0) && (owner.uid(), owner.gid()) == wanted.root {
+                return Ok(None);
+            }
+        }
+        let release = idmap::release();
+        if !idmap::supported(&release) {
+            let why = format!(
+                "this kernel, {release}, cannot map ids of overlays: remove \"remap-ids\" from the capabilities of this snapshotter in containerd's configuration"
+            );
+            return Err(StoreError::State(why).into());
+        }
+        Ok(Some(wanted))
+    }
+
+    fn plan(&self, stack: &Stack) -> Result<Vec<Mount>> {
+        let mounted;
+        let mut how = How {
+            index_off: self.index_off,
+            native: None,
+        };
+        if self.native {
+            mounted = self.mounted()?;
+            how.native = Some(&mounted);
+        }
+        Ok(plan(stack, &self.places, how))
+    }
+
+    fn mounted(&self) -> Result<HashMap<PathBuf, PathBuf>> {
+        let mounted = self.layers.mounted();
+        mounted.map_err(Failure::io("read", Path::new("/proc/self/mountinfo")))
     }
 
     fn fallbacks(&self) -> MutexGuard<'_, BTreeMap<&'static str, u64>> {
@@ -169,24 +224,28 @@ impl Snapshotter {
         let Some(wanted) = remote::wanted(labels)? else {
             return Ok(None);
         };
-        let started = Instant::now();
         let parent_chain = self
             .store
             .chain_of(parent)
             .map_err(|error| Fallback::new(Reason::Parent, error.to_string()))?;
         let lazy = remote::check(labels, parent_chain, &wanted)?;
         if self.store.find_lazy(parent, lazy).is_none() {
-            let left = self.budget.left(parent_chain, started)?;
+            let left = self.budget.left(parent_chain, Instant::now())?;
             let pin = self.mount(&wanted, lazy.chain_id, left).await?;
             self.store
                 .commit_lazy(parent, labels.clone(), lazy)
                 .map_err(|error| Fallback::new(Reason::Store, error.to_string()))?;
             drop(pin);
         }
-        let now = Instant::now();
-        self.budget
-            .spend(parent_chain, lazy.chain_id, now - started, now);
         Ok(Some(lazy))
+    }
+
+    /// Notes what was spent on a layer of a pull.
+    fn spend(&self, labels: &Labels, parent: Option<&str>, started: Instant) {
+        if let (Some(chain), Ok(parent)) = (chain(labels), self.store.chain_of(parent)) {
+            let now = Instant::now();
+            self.budget.spend(parent, chain, now - started, now);
+        }
     }
 
     /// Mounts a layer that is wanted, within `left`.
@@ -259,18 +318,18 @@ impl Snapshotter {
         let Some(first) = layers.next() else {
             return Ok(None);
         };
-        let mounted = self.layers.mounted();
-        let mounted = mounted.map_err(Failure::io("read", Path::new("/proc/self/mountinfo")))?;
-        let missing = |layer: &Layer| !mounted.contains(&self.places.layer(layer.number));
+        let mounted = self.mounted()?;
+        let missing = |layer: &Layer| !mounted.contains_key(&self.places.layer(layer.number));
         Ok(std::iter::once(first).chain(layers).find(missing))
     }
 
-    /// Makes a snapshot's directory. Its root belongs to whom the one below does; a
-    /// lazy layer's is always root's, and is not looked at.
+    /// Makes a snapshot's directory. Its root belongs to `owner`, else to whom the one
+    /// below does; a lazy layer's is always root's, and is not looked at.
     fn prepare_directory(
         &self,
         id: SnapshotId,
         kind: Kind,
+        owner: Option<(u32, u32)>,
         below: Option<&Lower>,
     ) -> io::Result<PathBuf> {
         let directory = self.places.snapshot(id);
@@ -289,9 +348,16 @@ impl Snapshotter {
         if kind == Kind::Active {
             make(&self.places.work(id), 0o711)?;
         }
-        if let Some(Lower::Directory(below)) = below {
-            let owner = fs::symlink_metadata(self.places.files(*below))?;
-            std::os::unix::fs::lchown(&files, Some(owner.uid()), Some(owner.gid()))?;
+        let owner = match (owner, below) {
+            (Some(owner), _) => Some(owner),
+            (None, Some(Lower::Directory(below))) => {
+                let owner = fs::symlink_metadata(self.places.files(*below))?;
+                Some((owner.uid(), owner.gid()))
+            }
+            (None, _) => None,
+        };
+        if let Some((user, group)) = owner {
+            std::os::unix::fs::lchown(&files, Some(user), Some(group))?;
         }
         Ok(directory)
     }
@@ -306,7 +372,7 @@ impl Snapshotter {
             );
             return Err(not_mounted(&layer, why));
         }
-        Ok(plan(&stack, &self.places, self.index_off))
+        self.plan(&stack)
     }
 
     /// Makes an active snapshot a committed one.
@@ -319,7 +385,12 @@ impl Snapshotter {
                 // Refused below.
                 _ => Usage::default(),
             };
-            Ok(this.store.commit(&key, &name, labels, usage)?)
+            let chain = chain(&labels).or_else(|| chain(&snapshot.labels));
+            this.store.commit(&key, &name, labels, usage)?;
+            if let Some(chain) = chain {
+                this.budget.unpacked(chain, Instant::now());
+            }
+            Ok(())
         })
         .await
     }
@@ -456,8 +527,7 @@ impl Snapshotter {
 
     /// Everything there is to say.
     pub fn status(&self) -> Result<Status> {
-        let mounted = self.layers.mounted();
-        let mounted = mounted.map_err(Failure::io("read", Path::new("/proc/self/mountinfo")))?;
+        let mounted = self.mounted()?;
         let snapshots = self.store.all();
         let layers = self
             .store
@@ -468,7 +538,7 @@ impl Snapshotter {
                 root: layer.root,
                 size: layer.size.bytes(),
                 point: self.places.layer(layer.number),
-                mounted: mounted.contains(&self.places.layer(layer.number)),
+                mounted: mounted.contains_key(&self.places.layer(layer.number)),
                 snapshots: snapshots
                     .values()
                     .filter(|snapshot| snapshot.lazy.is_some_and(|lazy| lazy.root == layer.root))
@@ -497,6 +567,12 @@ impl Snapshotter {
             unpacked: unpacked.collect(),
         })
     }
+}
+
+/// The chain ID that a layer's labels name.
+fn chain(labels: &Labels) -> Option<ChainId> {
+    let digest = labels.get(SNAPSHOT_REF)?.parse().ok()?;
+    Some(ChainId(digest))
 }
 
 fn not_mounted(layer: &Layer, why: impl Into<String>) -> Failure {

@@ -13,6 +13,7 @@
 //! Directories are made before the snapshot is in the database and removed after it
 //! has left it, so what is on disk without being in the database is garbage.
 
+use crate::idmap::IdMap;
 use crate::snapshot::{
     Kind, Labels, Layer, LayerNumber, Lazy, Moment, SNAPSHOT_REF, Snapshot, SnapshotId, Usage,
 };
@@ -103,6 +104,19 @@ pub struct Stack {
     pub kind: Kind,
     /// What is below, topmost first.
     pub lower: Vec<Lower>,
+    /// How ids are mapped.
+    pub idmap: Option<IdMap>,
+}
+
+/// What is new about a view or active snapshot, beside its name and place.
+#[derive(Debug, Clone, Default)]
+pub struct New {
+    /// Its labels.
+    pub labels: Labels,
+    /// Why its layer is not loaded lazily.
+    pub fallback: Option<String>,
+    /// How ids are mapped.
+    pub idmap: Option<IdMap>,
 }
 
 impl Store {
@@ -139,8 +153,7 @@ impl Store {
         kind: Kind,
         key: &str,
         parent: Option<&str>,
-        labels: Labels,
-        fallback: Option<String>,
+        new: New,
         prepare: impl FnOnce(SnapshotId) -> io::Result<PathBuf>,
     ) -> Result<Stack> {
         if key.is_empty() {
@@ -158,12 +171,13 @@ impl Store {
             id: SnapshotId(inner.next),
             kind,
             parent: parent.map(str::to_owned),
-            labels: filled(labels),
+            labels: filled(new.labels),
             created: now,
             updated: now,
             usage: Usage::default(),
             lazy: None,
-            fallback,
+            fallback: new.fallback,
+            idmap: new.idmap,
         };
         let directory = prepare(snapshot.id).map_err(|error| StoreError::Disk {
             doing: "make the directory of",
@@ -212,6 +226,7 @@ impl Store {
             created: now,
             updated: now,
             usage,
+            idmap: None,
             ..active.clone()
         };
         let change = Change {
@@ -403,6 +418,7 @@ impl Store {
             usage: Usage::default(),
             lazy: Some(lazy),
             fallback: None,
+            idmap: None,
         };
         let next = inner.next + 1;
         let change = Change {
@@ -516,6 +532,7 @@ impl Inner {
             id: snapshot.id,
             kind: snapshot.kind,
             lower: self.below(snapshot.parent.as_deref())?,
+            idmap: snapshot.idmap.clone(),
         })
     }
 

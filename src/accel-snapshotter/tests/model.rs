@@ -6,7 +6,7 @@
 
 use accel_oci::{ChainId, DiffId, Digest};
 use accel_snapshotter::snapshot::{Kind, Labels, Lazy, SNAPSHOT_REF, Usage};
-use accel_snapshotter::store::{Lower, Store, StoreError};
+use accel_snapshotter::store::{Lower, New, Store, StoreError};
 use accel_ufs::annotations::LayerAnnotations;
 use accel_ufs::index::{ImageSize, Root};
 use proptest::prelude::*;
@@ -225,12 +225,14 @@ impl Tested {
         let mut made = None;
         let directory = self.directory.join("directory");
         let parent = parent.map(String::as_str);
-        let found = self
-            .store()
-            .create(kind, key, parent, labels("new"), None, |id| {
-                made = Some(id.0);
-                Ok(directory)
-            });
+        let new = New {
+            labels: labels("new"),
+            ..New::default()
+        };
+        let found = self.store().create(kind, key, parent, new, |id| {
+            made = Some(id.0);
+            Ok(directory)
+        });
         assert_eq!(outcome(found), expected);
         if expected == Outcome::Done {
             assert!(self.ids.insert(made.unwrap()), "a number was used twice");

@@ -5,6 +5,7 @@ use crate::protocol::{AttachedLayer, Command, Detached, DeviceView, Ended, Holde
 use crate::{system, wire};
 use anyhow::{Context, Result};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Where a layer's bytes are: a block device, or a file on FUSE, which is
 /// mounted here if need be.
@@ -27,8 +28,18 @@ pub fn device(paths: &Paths, layer: &AttachedLayer) -> Result<PathBuf> {
 /// Tells the daemon that a holder is gone, and unmounts the FUSE files that
 /// nobody needs any more. False if the daemon did not know the holder.
 pub fn release(paths: &Paths, holder: Holder) -> Result<bool> {
+    release_for(paths, holder, None)
+}
+
+/// The same; gives up when the daemon says nothing for so long, and may then be
+/// repeated.
+pub fn release_within(paths: &Paths, holder: Holder, patience: Duration) -> Result<bool> {
+    release_for(paths, holder, Some(patience))
+}
+
+fn release_for(paths: &Paths, holder: Holder, patience: Option<Duration>) -> Result<bool> {
     let command = Command::Detach { holder };
-    let detached: Detached = wire::ask(&paths.socket, &command, None)?;
+    let detached: Detached = wire::ask_for(&paths.socket, &command, None, patience)?;
     for Ended { root, device } in detached.ended {
         if matches!(device, DeviceView::Fuse { .. }) {
             system::unmount_file(&paths.export(root))?;

@@ -56,12 +56,14 @@ fn kinds_in(text: &str, path: &Path) -> Vec<String> {
     text.lines().filter_map(at).collect()
 }
 
-/// Mount points of this kind in a text that [`read`] gave.
-pub fn points(text: &str, kind: &str) -> Vec<PathBuf> {
+/// Mount points of this kind in a text that [`read`] gave, each with what is mounted
+/// there: a device or file, as it was named.
+pub fn mounts(text: &str, kind: &str) -> Vec<(PathBuf, PathBuf)> {
     let of_kind = |line: &str| {
         let (front, back) = line.split_once(" - ")?;
         let point = unescape(front.split(' ').nth(4)?);
-        (back.split(' ').next()? == kind).then_some(point)
+        let mut back = back.split(' ');
+        (back.next()? == kind).then_some((point, unescape(back.next()?)))
     };
     text.lines().filter_map(of_kind).collect()
 }
@@ -73,7 +75,7 @@ mod tests {
     #[test]
     fn points_of_a_kind_are_found() {
         let text = "1 0 0:5 / /a rw - erofs x ro\n2 0 0:6 / /b rw shared:1 - ext4 y rw\n";
-        assert_eq!(points(text, "erofs"), [Path::new("/a")]);
+        assert_eq!(mounts(text, "erofs"), [("/a".into(), "x".into())]);
     }
 
     #[test]

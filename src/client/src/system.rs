@@ -24,6 +24,8 @@ use std::time::{Duration, Instant};
 /// How long a mount that looks busy is asked again: whoever looks at every mount
 /// of the machine, or forks with a file open, is done in a moment.
 const BUSY: Duration = Duration::from_secs(1);
+/// How long the daemon may take to serve a file.
+const SERVED: Duration = Duration::from_secs(60);
 /// Where the UUID lies in an EROFS image: in the superblock, which is at 1024.
 const UUID_OFFSET: u64 = 1024 + 48;
 /// The kernel takes option strings of less than a page.
@@ -238,7 +240,12 @@ pub fn serve_file(socket: &Path, root: Root, path: &Path) -> Result<()> {
     let served = fuse::mount_file(path)
         .map_err(anyhow::Error::from)
         .and_then(|connection| {
-            wire::ask::<()>(socket, &Command::Serve { root }, Some(&connection))
+            wire::ask_for::<()>(
+                socket,
+                &Command::Serve { root },
+                Some(&connection),
+                Some(SERVED),
+            )
         });
     if served.is_err() {
         unmount_file(path)?;

@@ -92,7 +92,7 @@ pub fn ask_within<T: DeserializeOwned>(
     ask_for(socket, command, None, Some(patience))
 }
 
-fn ask_for<T: DeserializeOwned>(
+pub(crate) fn ask_for<T: DeserializeOwned>(
     socket: &Path,
     command: &impl Serialize,
     fd: Option<&OwnedFd>,
