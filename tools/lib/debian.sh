@@ -51,18 +51,21 @@ apt_update() {
     fi
 }
 
-# unpack_deb PKG: unpacks the package (without its dependencies) below the cache
+# unpack_deb PKG [SUITE]: unpacks the package (without its dependencies) below the cache
 # and prints where. For daemons that only tests run: nothing gets installed, so
-# nothing gets enabled or started.
-unpack_deb() { locked "deb-$1" _unpack_deb "$1"; }
+# nothing gets enabled or started. SUITE: another release than the machine's, read
+# through an apt directory of its own.
+unpack_deb() { locked "deb-$1${2:+-$2}" _unpack_deb "$@"; }
 _unpack_deb() {
-    local pkg=$1 dir=$cache/debs/$1 tmp
+    local pkg=$1 suite=${2:-} dir=$cache/debs/$1${2:+-$2} tmp
     if [ ! -e "$dir/.complete" ]; then
-        apt_update
+        [ -n "$suite" ] || apt_update
+        local suite_options=()
+        [ -z "$suite" ] || suite_apt "$suite"
         tmp=$(mktemp -d "${TMPDIR:-/tmp}/unpack-deb.XXXXXX")
         chmod 755 "$tmp"
-        (cd "$tmp" && apt-get download -q "$pkg" -o APT::Sandbox::User=root </dev/null >&2) ||
-            { rm -rf "$tmp"; die "apt-get could not download $pkg"; }
+        (cd "$tmp" && apt-get "${suite_options[@]}" download -q "$pkg" -o APT::Sandbox::User=root </dev/null >&2) ||
+            { rm -rf "$tmp"; die "apt-get could not download $pkg${suite:+ of $suite}"; }
         rm -rf "$dir"
         mkdir -p "$dir"
         dpkg-deb -x "$tmp"/*.deb "$dir"
@@ -70,4 +73,31 @@ _unpack_deb() {
         touch "$dir/.complete"
     fi
     echo "$dir"
+}
+
+# suite_apt SUITE: sets suite_options to those of an apt that knows that release only.
+# Its lists are read once per day.
+suite_apt() {
+    local suite=$1 dir=$cache/apt-$1 archive keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    suite_options=(
+        -q -o "Dir::State=$dir" -o "Dir::State::lists=$dir/lists" -o "Dir::State::status=$dir/status"
+        -o "Dir::Cache=$dir" -o "Dir::Cache::archives=$dir/archives" -o "Dir::Log=$dir"
+        -o "Dir::Etc::sourcelist=$dir/sources.list" -o "Dir::Etc::sourceparts=$dir/parts"
+        -o Dir::Etc::preferences=/dev/null -o "Dir::Etc::preferencesparts=$dir/parts"
+        -o APT::Sandbox::User=root -o Acquire::Retries=3
+    )
+    locked "apt-$suite" _suite_lists
+}
+_suite_lists() {
+    [ -z "$(find "$dir/updated" -mmin -1440 2>/dev/null)" ] || return 0
+    archive=$(apt-get indextargets --format '$(REPO_URI) $(CODENAME) $(COMPONENT) $(ORIGIN)' 'Created-By: Packages' |
+        awk -v want="$(debian_codename)" '$4 == "Debian" && $2 == want && $3 == "main" { print $1; exit }')
+    [ -n "$archive" ] || die "this machine's apt configuration names no archive of Debian's $(debian_codename) main"
+    [ -f "$keyring" ] || keyring=
+    mkdir -p "$dir/lists/partial" "$dir/archives/partial" "$dir/parts"
+    touch "$dir/status"
+    echo "deb [target=Packages${keyring:+ signed-by=$keyring}] $archive $suite main" >"$dir/sources.list"
+    apt-get "${suite_options[@]}" -o APT::Update::Error-Mode=any update </dev/null >&2 ||
+        die "the package lists of $suite cannot be read"
+    touch "$dir/updated"
 }

@@ -43,6 +43,16 @@ e2e_in_guest() {
         --bin /accel/bin --fixtures /accel/fixtures --transport "$transport" --scratch /var/tmp "$@"
 }
 
+# containerd_in_guest KERNEL: Debian's later versions of containerd, over ublk. What
+# they pull, and they themselves, come with containerd_images.
+containerd_images() { "$repo/tests/containerd-e2e" --bin "$work/bin" --make-images "$work/containerd"; }
+containerd_in_guest() {
+    "$repo/tools/guest/run" --kernel "$1" --timeout 1800 --share "$repo=$repo:ro" \
+        --share "$work/bin=/accel/bin:ro" --share "$work/containerd=/accel/containerd:ro" -- \
+        sh -c 'modprobe -a ublk_drv erofs overlay && exec "$@"' containerd \
+        "$repo/tests/containerd-e2e" --bin /accel/bin --transport ublk --images /accel/containerd --containerd 2 --containerd 1.7
+}
+
 # The tests of single crates whose result depends on the kernel, PACKAGE:TEST.
 kernel_tests=(accel-erofs:kernel accel-source:worker accel-transport:fuse accel-transport:ublk ublk-server:daemon)
 

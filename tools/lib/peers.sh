@@ -3,12 +3,46 @@
 # a registry and containerd. They run as they are, in a directory of their own, and
 # end with the script. Needs common.sh and debian.sh; undo_on_exit must be on.
 
+# peer NAME: the directory of a peer's package, unpacked: docker-registry, runc,
+# libseccomp2, or containerd-VERSION with 1.6, 1.7 or 2 as version. Where there is no
+# archive, as in the test guest, from $ACCEL_PEERS, which collect_peers has filled.
+peer() {
+    local suite=''
+    if [ -n "${ACCEL_PEERS:-}" ]; then
+        echo "$ACCEL_PEERS/$1"
+        return
+    fi
+    case $1 in
+    containerd-*)
+        case ${1#containerd-} in
+        1.6) suite=bookworm ;;
+        1.7) suite=trixie ;;
+        2) suite=sid ;;
+        *) die "Debian's containerd is 1.6, 1.7 or 2, not ${1#containerd-}" ;;
+        esac
+        [ "$suite" != "$(debian_codename)" ] || suite=''
+        unpack_deb containerd $suite
+        ;;
+    *) unpack_deb "$1" ;;
+    esac
+}
+
+# collect_peers DIR NAME…: for use as $ACCEL_PEERS.
+collect_peers() {
+    local dir=$1 name
+    shift
+    for name; do
+        mkdir -p "$dir"
+        cp -a "$(peer "$name")" "$dir/$name"
+    done
+}
+
 # start_registry DIR [accesslog]: on a free port of the loopback; sets $registry to
 # host:port. With `accesslog` every request is a line in DIR/log.
 start_registry() {
     local dir=$1 program pid port i disabled=true
     [ "${2:-}" != accesslog ] || disabled=false
-    program=$(unpack_deb docker-registry)/usr/bin/docker-registry
+    program=$(peer docker-registry)/usr/bin/docker-registry
     port=$(/usr/bin/python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     registry=127.0.0.1:$port
     mkdir -p "$dir/store"
@@ -32,15 +66,44 @@ YAML
 
 # start_containerd DIR [TOML]: sets the array $ctr to its client command,
 # $containerd_socket, and $containerd_pid. Without CRI, unless a file with more
-# configuration is given. May be called again after it was stopped.
+# configuration is given. May be called again after it was stopped. Which one:
+# $containerd_version, 1.6 unless it is set. $containerd_config is its configuration's
+# file: $use_config if that is set, else one that is made.
 start_containerd() {
-    local dir=$1 more=${2:-} programs runc disabled='"io.containerd.internal.v1.opt"' i
-    programs=$(unpack_deb containerd)/usr/bin
-    runc=$(unpack_deb runc)/usr/sbin
-    [ -n "$more" ] || disabled+=', "io.containerd.grpc.v1.cri"'
+    local dir=$1 more=${2:-} programs runc i path
+    programs=$(peer "containerd-${containerd_version:-1.6}")/usr/bin
+    runc=$(peer runc)/usr/sbin
     mkdir -p "$dir"
-    cat - ${more:+"$more"} >"$dir/config.toml" <<TOML
-version = 2
+    containerd_config=${use_config:-$dir/config.toml}
+    [ -n "${use_config:-}" ] || containerd_settings "$dir" ${more:+"$more"} >"$containerd_config"
+    path=$programs:$runc:$PATH
+    # runc needs it; the test guest has it only there.
+    [ -z "${ACCEL_PEERS:-}" ] || local -x LD_LIBRARY_PATH=$ACCEL_PEERS/libseccomp2/usr/lib/x86_64-linux-gnu
+    PATH=$path "$programs/containerd" --config "$containerd_config" >>"$dir/log" 2>&1 &
+    containerd_pid=$!
+    containerd_socket=$dir/socket
+    at_exit stop_process "$containerd_pid"
+    ctr=("$programs/ctr" --address "$dir/socket")
+    for ((i = 0; i < 600; i++)); do
+        "${ctr[@]}" version >/dev/null 2>&1 && return
+        kill -0 "$containerd_pid" 2>/dev/null || break
+        sleep 0.1
+    done
+    cat "$dir/log" >&2
+    die "containerd does not answer"
+}
+containerd_settings() {
+    local dir=$1 more=${2:-} format=2 cri='"io.containerd.grpc.v1.cri"' disabled
+    case ${containerd_version:-1.6} in 2*)
+        format=3
+        cri='"io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri"'
+        ;;
+    esac
+    # nri listens outside of DIR.
+    disabled='"io.containerd.internal.v1.opt", "io.containerd.nri.v1.nri"'
+    [ -n "$more" ] || disabled+=", $cri"
+    cat - ${more:+"$more"} <<TOML
+version = $format
 root = "$dir/root"
 state = "$dir/state"
 disabled_plugins = [$disabled]
@@ -49,16 +112,4 @@ disabled_plugins = [$disabled]
 [ttrpc]
   address = "$dir/socket.ttrpc"
 TOML
-    PATH=$programs:$runc:$PATH "$programs/containerd" --config "$dir/config.toml" >>"$dir/log" 2>&1 &
-    containerd_pid=$!
-    containerd_socket=$dir/socket
-    at_exit stop_process "$containerd_pid"
-    ctr=("$programs/ctr" --address "$dir/socket")
-    for ((i = 0; i < 300; i++)); do
-        "${ctr[@]}" version >/dev/null 2>&1 && return
-        kill -0 "$containerd_pid" 2>/dev/null || break
-        sleep 0.1
-    done
-    cat "$dir/log" >&2
-    die "containerd does not answer"
 }

@@ -27,7 +27,13 @@ struct Arguments {
     /// As of a pod with this runtime class
     #[arg(long, value_name = "NAME", default_value = "")]
     runtime_handler: String,
+    /// Say so in the pod's annotations, where containerd 1.7 looks
+    #[arg(long)]
+    handler_in_annotation: bool,
 }
+
+/// Where containerd 1.7 looks for the runtime handler of a pull.
+const HANDLER: &str = "io.containerd.cri.runtime-handler";
 
 async fn run(arguments: Arguments) -> Result<()> {
     let socket = arguments.address;
@@ -45,14 +51,26 @@ async fn run(arguments: Arguments) -> Result<()> {
         .await
         .context(what)?;
     let mut client = api::image_service_client::ImageServiceClient::new(channel);
+    let handler = arguments.runtime_handler;
+    let (field, annotation) = match arguments.handler_in_annotation {
+        true => (String::new(), Some((HANDLER.to_owned(), handler))),
+        false => (handler, None),
+    };
     let image = Some(api::ImageSpec {
         image: arguments.image,
-        runtime_handler: arguments.runtime_handler,
+        runtime_handler: field,
         ..api::ImageSpec::default()
+    });
+    let sandbox_config = annotation.map(|annotation| api::PodSandboxConfig {
+        annotations: [annotation].into(),
     });
     match arguments.action {
         Action::Pull => {
-            let pulled = client.pull_image(api::PullImageRequest { image }).await;
+            let request = api::PullImageRequest {
+                image,
+                sandbox_config,
+            };
+            let pulled = client.pull_image(request).await;
             let pulled = pulled.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
             println!("{}", pulled.into_inner().image_ref);
         }

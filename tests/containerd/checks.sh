@@ -1,0 +1,459 @@
+# shellcheck shell=bash
+# The checks of containerd with accelerated images, each a function. Needs common.sh,
+# processes.sh and images.sh.
+#
+# In: work, run, bin, images, registry, containerd_version
+
+# The accelerated tag runs on a node without our snapshotter.
+runs_with_overlayfs() { [ -n "$(cat "$images/output")" ]; }
+
+# The original and the accelerated image have the same config and layers.
+is_the_same_image() {
+    local what
+    for what in config digests; do
+        same "$(image_has $what "$registry/test/tiny:1")" "$(image_has $what "$tiny")"
+        same "$(image_has $what "$registry/other/implied:1")" "$(image_has $what "$implied")"
+    done
+    # Layers of another repository were mounted, not sent.
+    same "$(grep -E '"(PUT|PATCH) /v2/team/implied/blobs' "$work/registry/log" | grep -cv "$(image_has config "$implied" | sed 's/:/%3A/')")" 0
+}
+
+# The same manifest in a layout, with everything that it names.
+writes_a_layout() {
+    "$bin/mkfs-accel" convert "docker://$registry/test/tiny:1" --plain-http --ufs "$images/ufs" --out "oci:$work/out:acc" </dev/null
+    same "$(skopeo inspect --raw "oci:$work/out:acc" | sha256sum)" "$(image_has manifest "$tiny" | sha256sum)"
+    skopeo copy --quiet "oci:$work/out:acc" "dir:$work/out-copy"
+}
+
+# Nobody is let in with a tag that may not be pushed: before anything is converted.
+tries_the_right_to_push() {
+    mkdir "$work/other-ufs"
+    fails "$bin/mkfs-accel" convert "docker://$registry/test/tiny:1" --plain-http --ufs "$work/other-ufs" \
+        --push "docker://127.0.0.1:1/test/tiny:1" </dev/null
+    same "$(find "$work/other-ufs" -name '*.erofs')" ""
+}
+
+# Over the CRI, into a containerd that has nothing: only manifest and config.
+pulls_lazily() {
+    local image hits
+    start_node
+    hits=$(field hits)
+    known_fallbacks=$(field fallbacks)
+    for image in "$tiny" "$implied"; do
+        begin_log
+        cri pull "$image"
+        same "$(since_then | grep /blobs/)" "$(the_config "$image")"
+    done
+    no_fallbacks
+    # The layers that both have are shared.
+    same "$(field hits)" "$((hits + $(image_has layers "$tiny") + 1))"
+    same "$(lazy_mounts)" "$(image_has layers "$implied")"
+}
+
+no_fallbacks() { same "$(field fallbacks)" "$known_fallbacks"; }
+
+# imagePullPolicy: Always. The manifest may have changed; nothing else is asked for.
+pulls_again() {
+    local hits
+    hits=$(field hits)
+    begin_log
+    cri pull "$tiny"
+    same "$(since_then | grep -c /blobs/)" 0
+    same "$(field hits)" "$hits"
+    no_fallbacks
+}
+
+runs() {
+    same "$(container run1 "$tiny" -- /bin/sh -c "$program")" "$(cat "$images/output")"
+    same "$(container run2 "$implied" -- /bin/sh -c 'cat /app/sticky/one')" one
+}
+
+trees_are_overlayfs() {
+    local image
+    for image in "$tiny" "$implied"; do
+        tree "$image" accel k8s.io >"$work/tree"
+        same_tree "$images/trees/$(basename "$image")" "$work/tree"
+    done
+}
+
+# A container that stays, for what follows.
+writes_stay_in_the_container() {
+    k8s run -d --runc-root "$work/runc" --snapshotter accel "$implied" stays /bin/sh -c 'echo written >/app/written; exec sleep 1000000'
+    wait_until k8s tasks exec --exec-id look stays /bin/sh -c 'cat /app/written'
+    fails container other "$implied" -- /bin/sh -c 'cat /app/written'
+}
+stays() { same "$(k8s tasks exec --exec-id "$1" stays /bin/sh -c 'cat /app/sticky/one')" one; }
+
+# What a container has written becomes a layer: only that is in it.
+commits_on_top() {
+    local point=$work/committed
+    k8s snapshots --snapshotter accel diff stays >"$work/diff.tar.gz"
+    same "$(tar -tf "$work/diff.tar.gz" | grep -v '/$')" app/written
+    k8s run -d --runc-root "$work/runc" --snapshotter accel "$implied" writer /bin/sh -c 'echo committed >/app/committed'
+    wait_until stopped writer
+    k8s tasks rm writer
+    k8s snapshots --snapshotter accel commit committed writer
+    mkdir -p "$point"
+    k8s snapshots --snapshotter accel prepare --target "$point" on-top committed >"$work/mount-it"
+    sh -e "$work/mount-it"
+    same "$(cat "$point/app/committed" "$point/app/sticky/one")" "committed
+one"
+    umount "$point"
+    k8s containers rm writer >/dev/null 2>&1 || true
+    k8s snapshots --snapshotter accel rm on-top
+    k8s snapshots --snapshotter accel rm committed
+}
+stopped() { k8s tasks ls | grep -q "^$1 .*STOPPED"; }
+
+ten_at_once() {
+    local n pids=()
+    for n in {1..10}; do
+        container "ten$n" "$tiny" -- /bin/sh -c "$program" >"$work/ten$n" &
+        pids+=($!)
+    done
+    for n in {1..10}; do
+        wait "${pids[n - 1]}"
+        same "$(cat "$work/ten$n")" "$(cat "$images/output")"
+    done
+}
+
+# `ctr` of 1.x downloads all layers before it asks a snapshotter.
+ctr_pulls_lazily() {
+    begin_log
+    "${ctr[@]}" -n other images pull --plain-http --snapshotter accel "$tiny" >/dev/null
+    # Another namespace may have had the config.
+    same "$(since_then | grep /blobs/ | grep -vxF "$(the_config "$tiny")")" ""
+    no_fallbacks
+    same "$("${ctr[@]}" -n other run --rm --runc-root "$work/runc" --snapshotter accel "$tiny" ctr1 /bin/sh -c "$program")" "$(cat "$images/output")"
+    "${ctr[@]}" -n other images rm --sync "$tiny"
+}
+
+# Ids are mapped by mounts: not one file is copied up.
+maps_ids() {
+    local at
+    k8s run -d --runc-root "$work/runc" --snapshotter accel --uidmap 0:100000:65536 --gidmap 0:200000:65536 --remap-labels \
+        "$implied" mapped /bin/sh -c 'echo mapped >/app/mapped; exec sleep 1000000'
+    wait_until k8s tasks exec --exec-id look mapped /bin/sh -c 'cat /app/mapped'
+    # In the container files belong to whom they do in the image, and root may write.
+    same "$(k8s tasks exec --exec-id owners mapped /bin/sh -c 'busybox stat -c %u:%g /bin /app/sticky /app/mapped')" "0:0
+0:0
+0:0"
+    same "$(k8s tasks exec --exec-id who mapped /bin/sh -c 'busybox awk "{ print \$1, \$2 }" /proc/self/uid_map')" "0 100000"
+    at=$(upper_of mapped)
+    same "$(cd "$at" && find . -type f -printf '%p %U %G\n')" "./app/mapped 100000 200000"
+    k8s tasks kill -s KILL mapped
+    wait_until k8s containers rm mapped
+    # Without the labels containerd maps nothing, and neither do we.
+    same "$(container unmapped "$tiny" -- /bin/sh -c 'busybox stat -c %u /bin')" 0
+}
+upper_of() { k8s snapshots --snapshotter accel mounts /nowhere "$1" | grep -o 'upperdir=[^, ]*' | cut -d= -f2; }
+
+# A pod's runtime class decides, if containerd is told of it when it pulls. Without,
+# the image goes to the default snapshotter.
+pulls_for_a_runtime_class() {
+    local hits
+    stop_process "$containerd_pid"
+    start_node runtime-class
+    forget_image "$tiny"
+    hits=$(field hits)
+    begin_log
+    cri pull "$tiny" runc-accel
+    same "$(since_then | grep /blobs/)" "$(the_config "$tiny")"
+    same "$(field hits)" "$((hits + $(image_has layers "$tiny")))"
+    no_fallbacks
+    same "$(container class "$tiny" -- /bin/sh -c "$program")" "$(cat "$images/output")"
+    forget_image "$tiny"
+    begin_log
+    cri pull "$tiny"
+    same "$(since_then | grep -c /blobs/)" "$((1 + $(image_has layers "$tiny")))"
+    same "$(field hits)" "$((hits + $(image_has layers "$tiny")))"
+    no_fallbacks
+    forget_image "$tiny"
+}
+# forget_image IMAGE: with everything of it, so that the next pull begins anew.
+forget_image() {
+    cri remove "$1"
+    k8s images rm --sync "$1" >/dev/null 2>&1 || true
+}
+
+# With containerd's transfer service, and without: 2.1 knows both.
+pulls_without_the_transfer_service() {
+    local hits
+    stop_process "$containerd_pid"
+    start_node default --local-pull
+    hits=$(field hits)
+    begin_log
+    cri pull "$tiny"
+    same "$(since_then | grep /blobs/)" "$(the_config "$tiny")"
+    same "$(field hits)" "$((hits + $(image_has layers "$tiny")))"
+    no_fallbacks
+    same "$(container local "$tiny" -- /bin/sh -c "$program")" "$(cat "$images/output")"
+    forget_image "$tiny"
+}
+
+survives_its_own_death() {
+    kill_now "$snapshotter_pid"
+    stays killed
+    start_snapshotter
+    # containerd tries its connection again after a while.
+    wait_until k8s snapshots --snapshotter accel ls
+    stays restarted
+    same "$(container after "$tiny" -- /bin/sh -c "$program")" "$(cat "$images/output")"
+    same "$(status | grep -c '"mounted": true')" "$(image_has layers "$implied")"
+}
+
+survives_containerds_restart() {
+    stop_process "$containerd_pid"
+    start_node
+    stays containerd
+    same "$(container again "$tiny" -- /bin/sh -c "$program")" "$(cat "$images/output")"
+}
+
+# Readers wait for the next daemon, and go on.
+survives_the_servers_death() {
+    kill_now "$server_pid"
+    start_server
+    echo 3 >/proc/sys/vm/drop_caches
+    stays server
+    same "$(container next "$tiny" -- /bin/sh -c "$program")" "$(cat "$images/output")"
+}
+
+# With ublk-server down: questions, removal and ordinary snapshots go on.
+answers_without_the_server() {
+    stop_process "$server_pid"
+    ordinary_life
+    start_server
+    wait_until all_mounted
+    same "$(container mended "$tiny" -- /bin/sh -c "$program")" "$(cat "$images/output")"
+}
+# Everything that must not need ublk-server.
+ordinary_life() {
+    k8s snapshots --snapshotter accel ls >/dev/null
+    k8s snapshots --snapshotter accel usage >/dev/null
+    k8s snapshots --snapshotter accel prepare ordinary >/dev/null
+    k8s snapshots --snapshotter accel commit ordinary-done ordinary
+    k8s snapshots --snapshotter accel prepare --target "$work/ordinary" ordinary2 ordinary-done >/dev/null
+    k8s snapshots --snapshotter accel rm ordinary2
+    k8s snapshots --snapshotter accel rm ordinary-done
+}
+all_mounted() {
+    ! server_status | grep -q '"served": false' && [ "$(server_status | grep -c '"trust": "manifest"')" = "$(image_has layers "$implied")" ]
+}
+
+# Nothing is left of an image that is removed.
+leaves_nothing() {
+    k8s tasks kill -s KILL stays >/dev/null 2>&1 || true
+    wait_until k8s containers rm stays
+    cri remove "$tiny"
+    cri remove "$implied"
+    wait_until nothing_lazy
+    same "$(server_status | grep -c '"trust"')" 0
+}
+ends_containerd() { stop_process "$containerd_pid"; }
+
+# A layer that is not on UFS is unpacked; the container starts anyway.
+falls_back() {
+    local before hits
+    stop_process "$server_pid"
+    start_server "$work/empty-ufs"
+    before=$(field fallbacks)
+    cri pull "$tiny"
+    same "$(field fallbacks)" "$((before + $(image_has layers "$tiny")))"
+    status | grep -q '"absent"'
+    same "$(container fallback "$tiny" -- /bin/sh -c "$program")" "$(cat "$images/output")"
+    # Lazy on top of unpacked.
+    stop_process "$server_pid"
+    start_server
+    hits=$(field hits)
+    cri pull "$implied"
+    same "$(field hits)" "$((hits + 1))"
+    same "$(container mixed "$implied" -- /bin/sh -c 'cat /app/sticky/one')" one
+    tree "$implied" accel k8s.io >"$work/tree"
+    same_tree "$images/trees/$(basename "$implied")" "$work/tree"
+    cri remove "$tiny"
+    cri remove "$implied"
+    wait_until nothing_lazy
+}
+
+# One image's layer under another's chain ID.
+refuses_a_hostile_manifest() {
+    local raw=$work/raw.json bad=$registry/test/bad:1
+    skopeo copy --quiet --src-tls-verify=false "docker://$tiny" "dir:$work/bad"
+    image_has manifest "$tiny" >"$raw"
+    # The second layer says that it is the first.
+    /usr/bin/python3 - "$raw" >"$work/bad/manifest.json" <<'PY'
+import json, sys
+manifest = json.load(open(sys.argv[1]))
+first, second = manifest["layers"][:2]
+second["annotations"] = first["annotations"]
+json.dump(manifest, sys.stdout)
+PY
+    push_image "dir:$work/bad" "$bad"
+    cri pull "$bad"
+    status | grep -q '"chain": 1'
+    same "$(container hostile "$bad" -- /bin/sh -c "$program")" "$(cat "$images/output")"
+    cri remove "$bad"
+    wait_until nothing_lazy
+}
+
+# Pull, create and run of a program that only exits: no more is read from UFS than
+# mounting takes and that program's file.
+reads_what_the_mount_needs() {
+    local needed all before
+    stop_process "$server_pid"
+    start_server
+    read -r needed all < <(/usr/bin/python3 "$repo/tests/containerd/mount_needs.py" "$bin/mkfs-accel" "$images/ufs" \
+        "docker://$made_at/test/tiny:1" /bin/busybox)
+    before=$(server_field fetched_bytes)
+    cri pull "$tiny"
+    container exits "$tiny" -- /bin/sh -c 'exit 0'
+    before=$(($(server_field fetched_bytes) - before))
+    echo "read $before bytes; the mount needs $needed; the image has $all"
+    [ "$before" -gt 0 ] && [ "$before" -le "$needed" ] && [ "$needed" -lt "$all" ]
+    cri remove "$tiny"
+    wait_until nothing_lazy
+}
+
+# What needs a layer's original bytes has none of a lazily pulled image, and says so;
+# pulled once more for another snapshotter, they are there.
+exports_what_was_downloaded() {
+    cri pull "$tiny"
+    fails k8s images export "$work/exported.tar" "$tiny"
+    fails k8s images push --plain-http "$registry/test/pushed:1" "$tiny"
+    fails k8s run --rm --runc-root "$work/runc" --snapshotter overlayfs "$tiny" other /bin/sh -c "$program"
+    # What the README says to do instead.
+    k8s images pull --plain-http "$tiny" >/dev/null
+    k8s images export "$work/exported.tar" "$tiny"
+    k8s images push --plain-http "$registry/test/pushed:1" "$tiny" >/dev/null
+    same "$(image_has digests "$registry/test/pushed:1")" "$(image_has digests "$tiny")"
+    same "$(k8s run --rm --runc-root "$work/runc" --snapshotter overlayfs "$tiny" other /bin/sh -c "$program")" "$(cat "$images/output")"
+    same "$(container lazy "$tiny" -- /bin/sh -c "$program")" "$(cat "$images/output")"
+    forget_image "$tiny"
+    wait_until nothing_lazy
+}
+
+# A node without a word about us in its configuration: the doctor finds what is missing,
+# and after what it says containerd pulls lazily.
+doctor_mends_a_configuration() {
+    local main=$work/doctor/config.toml
+    stop_process "$containerd_pid"
+    mkdir -p "$work/doctor"
+    echo '[plugins]' >"$work/bare.toml"
+    # The CRI stays as it is there.
+    start_containerd "$work/containerd-$containerd_version" "$work/bare.toml"
+    cp "$containerd_config" "$main"
+    fails doctor "$main" --json >"$work/doctor/before"
+    grep -q '"check": "proxy-plugin"' "$work/doctor/before"
+    "$bin/accel-snapshotter" config --containerd "$(version_of_containerd)" --root "$work/accel" --socket "$run/accel.sock" --into "$main"
+    stop_process "$containerd_pid"
+    # Not restarted yet: the configuration is right, the running one is not.
+    use_config=$main start_containerd "$work/containerd-$containerd_version"
+    doctor "$main" --json >"$work/doctor/after" || [ $? = 3 ]
+    fails grep -q '"level": "fault"' "$work/doctor/after"
+    begin_log
+    cri pull "$tiny"
+    same "$(since_then | grep /blobs/)" "$(the_config "$tiny")"
+    forget_image "$tiny"
+    # What does not run is said, with what to do.
+    stop_process "$server_pid"
+    fails doctor "$main" >"$work/doctor/stopped"
+    grep -q 'FAULT *ublk-server' "$work/doctor/stopped"
+    grep -q 'systemctl restart ublk-server' "$work/doctor/stopped"
+    start_server
+    wait_until nothing_lazy
+}
+doctor() { # CONFIG [OPTION…]
+    local main=$1
+    shift
+    "$bin/accel-snapshotter" doctor --socket "$run/accel.sock" --root "$work/accel" --server "$run/ublk.sock" \
+        --containerd-socket "$containerd_socket" --containerd-config "$main" "$@"
+}
+version_of_containerd() { "${ctr[@]}" version | awk '/^Server:/ { server = 1 } server && /Version:/ { print $2; exit }'; }
+
+# What the README tells to do on a node, word by word, with the real paths: only on a
+# machine that is thrown away afterwards. There is no systemd and no crictl there; what
+# stands for them does what they are asked for in the README.
+follows_the_readme() {
+    local programs=$work/readme/bin
+    stop_process "$server_pid"
+    stop_process "$snapshotter_pid"
+    mkdir -p "$programs" /etc/containerd
+    # It is written to.
+    cp -a "$images/ufs" /mnt/
+    cp "$bin"/{mkfs-accel,ublk-server,accel-snapshotter,cri} "$programs/"
+    cp "$(peer containerd-1.7)"/usr/bin/{containerd,ctr,containerd-shim-runc-v2} "$(peer runc)/usr/sbin/runc" "$programs/"
+    printf '#!/bin/sh\n[ "$1" = pull ] && exec cri pull --address /run/containerd/containerd.sock "$2"\nexit 9\n' >"$programs/crictl"
+    cat >"$programs/systemctl" <<'SH'
+#!/bin/sh
+[ "$*" = "restart containerd" ] || exit 9
+[ ! -e /run/containerd.pid ] || kill "$(cat /run/containerd.pid)"
+containerd >/run/containerd.log 2>&1 &
+echo $! >/run/containerd.pid
+until ctr version >/dev/null 2>&1; do sleep 0.2; done
+SH
+    chmod +x "$programs"/*
+    printf 'version = 2\n# nothing of ours\n[plugins."io.containerd.grpc.v1.cri"]\n  sandbox_image = "pause"\n' >/etc/containerd/config.toml
+    /usr/bin/python3 - "$repo/README.md" "$registry/test/tiny" >"$work/readme/steps" <<'PY'
+import re, sys
+text = open(sys.argv[1]).read().split("\n## With containerd\n")[1].split("\n## ")[0]
+for block in re.findall(r"```sh\n(.*?)```", text, re.S):
+    block = block.replace("registry.example:5000/team/app:v1", sys.argv[2] + ":1")
+    # The registry on loopback has no TLS.
+    print(re.sub(r"^mkfs-accel convert", "mkfs-accel convert --plain-http", block))
+PY
+    begin_log
+    (
+        export PATH=$programs:$PATH LD_LIBRARY_PATH=$ACCEL_PEERS/libseccomp2/usr/lib/x86_64-linux-gnu
+        # Each line is typed when the one before is done: daemons answer by then.
+        sed -e 's/^\(.*serve.*\) &$/\1 >>"$work\/readme\/daemons" 2>\&1 \& sleep 5/' "$work/readme/steps" >"$work/readme/typed"
+        work=$work sh -ex "$work/readme/typed"
+    ) >"$work/readme/output" || { cat "$work/readme/output"; return 1; }
+    grep -qxF "$(cat "$images/output")" "$work/readme/output"
+    grep -q '^hits *2$' "$work/readme/output"
+    grep -q '^0 faults, 0 warnings' "$work/readme/output"
+    grep -q '# nothing of ours' /etc/containerd/config.toml
+    # The last pull: what convert has read is in the log too.
+    same "$(since_then | grep '/test/tiny/blobs/' | sort -u | grep -cF "$(image_has config "$tiny")")" 1
+}
+
+# A hundred layers: as many exports and mounts, and one overlay over them.
+runs_a_hundred_layers() {
+    begin_log
+    cri pull "$deep"
+    same "$(since_then | grep /blobs/)" "$(the_config "$deep")"
+    same "$(lazy_mounts)" 100
+    same "$(container deep "$deep" -- /bin/sh -c "$files")" "$(cat "$images/output-deep")"
+    cri remove "$deep"
+    wait_until nothing_lazy
+}
+
+# Stopped with nobody reading, and started again.
+goes_on_without_the_server() {
+    cri pull "$tiny"
+    cri pull "$implied"
+    answers_without_the_server
+    cri remove "$tiny"
+    cri remove "$implied"
+    wait_until nothing_lazy
+}
+
+# checks_for VERSION: the names of those that show something with this version of
+# containerd, in the order in which they build on each other.
+checks_for() {
+    local all=(pulls_lazily pulls_again runs trees_are_overlayfs writes_stay_in_the_container commits_on_top
+        ten_at_once)
+    [ "$1" != 2 ] || all+=(ctr_pulls_lazily)
+    all+=(survives_containerds_restart leaves_nothing reads_what_the_mount_needs)
+    [ "$1" != 2 ] || all+=(pulls_without_the_transfer_service)
+    [ "$1" = 1.6 ] || all+=(pulls_for_a_runtime_class)
+    all+=(doctor_mends_a_configuration ends_containerd)
+    # Where everything is thrown away.
+    ! { [ "$1" = 1.7 ] && [ -d /run/guest ]; } || all+=(follows_the_readme)
+    echo "${all[@]}"
+}
+# Those of how images are made.
+checks_of_images=(runs_with_overlayfs is_the_same_image writes_a_layout tries_the_right_to_push)
+# Those for which one version is enough.
+checks_here=(pulls_lazily writes_stay_in_the_container survives_its_own_death survives_the_servers_death
+    leaves_nothing goes_on_without_the_server falls_back refuses_a_hostile_manifest
+    exports_what_was_downloaded runs_a_hundred_layers)

@@ -1,0 +1,46 @@
+#!/usr/bin/python3
+"""How many bytes of UFS it takes at most to mount an image and to read some files of it.
+
+usage: mount_needs.py MKFS-ACCEL UFS IMAGE FILE...
+
+For each layer: its index, the chunk with the superblock, the chunks with its metadata,
+and the last chunk, which whoever looks for a file system's type reads. For each file
+its chunks.
+"""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+
+CHUNK = 1 << 17
+
+
+def main():
+    program, ufs, image, *files = sys.argv[1:]
+
+    def inspect(*more):
+        command = [program, "inspect", image, "--ufs", ufs, "--json", *more]
+        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+    chunks = set()
+    indexes = {}
+    sizes = {}
+    for layer in inspect()["layers"]:
+        path = layer["erofs"]["path"]
+        sizes[path] = layer["erofs"]["size"]
+        indexes[path] = layer["erofs"]["index_size"]
+        with open(os.path.join(ufs, path.replace(".erofs", ".idx")), "rb") as index:
+            offset, size = struct.unpack("<QQ", index.read(72)[56:])
+        chunks |= {(path, 0), (path, (sizes[path] - 1) // CHUNK)}
+        chunks |= {(path, n) for n in range(offset // CHUNK, (offset + size - 1) // CHUNK + 1)}
+    for file in files:
+        data = inspect("--path", file)["data"]
+        first, last = data["offset"] // CHUNK, (data["offset"] + data["length"] - 1) // CHUNK
+        chunks |= {(data["image"], n) for n in range(first, last + 1)}
+    needed = sum(min(CHUNK, sizes[path] - n * CHUNK) for path, n in chunks)
+    print(needed + sum(indexes.values()), sum(sizes.values()))
+
+
+main()
