@@ -6,6 +6,7 @@
 //! | [`reads`] | an exported device has the bytes of the published file, however it is read |
 //! | [`damage`] | bytes that changed on UFS are I/O errors, and nothing else is |
 //! | [`lifecycle`] | unmounting and stopping leave nothing behind; a killed daemon is not noticed |
+//! | [`snapshots`] | what the snapshotter answers is what a plain model says, whatever dies meanwhile |
 //! | [`usage`] | wrong usage is answered with what is wrong |
 
 use anyhow::Result;
@@ -16,6 +17,7 @@ use crate::{Setting, fixture};
 pub mod damage;
 pub mod lifecycle;
 pub mod reads;
+pub mod snapshots;
 pub mod trees;
 pub mod usage;
 
@@ -51,7 +53,7 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             ));
         }
     }
-    let others: [(&str, Check); 15] = [
+    let others: [(&str, Check); 17] = [
         (
             "mount::by_manifest_digest",
             trees::mounts_by_manifest_digest,
@@ -91,6 +93,14 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
         (
             "lifecycle::stop_leaves_nothing",
             lifecycle::stop_leaves_nothing,
+        ),
+        (
+            "snapshots::mixed_chains_are_the_model",
+            snapshots::mixed_chains_are_the_model,
+        ),
+        (
+            "snapshots::a_stopped_server_is_not_waited_for",
+            snapshots::a_stopped_server_is_not_waited_for,
         ),
         ("usage::missing_ufs", usage::missing_ufs),
         ("usage::image_not_converted", usage::image_not_converted),

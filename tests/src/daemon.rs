@@ -9,6 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use rustix::mount::UnmountFlags;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::Setting;
@@ -92,6 +93,85 @@ impl Daemon {
             )?;
         }
         self.await_answer()
+    }
+
+    /// Kills it as a machine that goes down does: what it left in its run directory
+    /// and what is mounted from it there and beneath `root` is gone. For files over
+    /// FUSE; block devices stay with the kernel.
+    ///
+    /// # Errors
+    /// When something cannot be undone.
+    pub fn kill_and_forget(&self, root: &Path) -> Result<()> {
+        let status: serde_json::Value = serde_json::from_str(&self.ask(["status", "--json"])?)?;
+        let keeper = status["keeper"].as_i64();
+        {
+            let mut child = self.child();
+            child.kill()?;
+            child.wait()?;
+        }
+        let keeper = keeper.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
+        if let Some(keeper) = keeper {
+            let _ = kill_process(keeper, Signal::KILL);
+        }
+        let text = fs::read_to_string("/proc/self/mountinfo")?;
+        let mut points: Vec<_> = text
+            .lines()
+            .filter_map(|line| line.split(' ').nth(4))
+            .map(Path::new)
+            .filter(|point| point.starts_with(root) || point.starts_with(self.directory.path()))
+            .collect();
+        points.reverse();
+        for point in points {
+            rustix::mount::unmount(point, UnmountFlags::DETACH)
+                .with_context(|| format!("unmounting {}", point.display()))?;
+        }
+        let run = self.directory.path().join("socket.d");
+        fs::remove_dir_all(&run).with_context(|| format!("removing {}", run.display()))
+    }
+
+    /// Whether layers are files over FUSE.
+    pub fn is_fuse(&self) -> bool {
+        self.transport == "fuse"
+    }
+
+    /// Starts another after [`Daemon::kill_and_forget`].
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn start_again(&self) -> Result<()> {
+        let directory = self.directory.path();
+        *self.child() = spawn(&self.program, &self.ufs, &self.transport, directory)?;
+        self.await_answer()
+    }
+
+    /// Stops it and everything that it has started, until [`Daemon::resume`].
+    ///
+    /// # Errors
+    /// When that is not possible.
+    pub fn stop_moving(&self) -> Result<()> {
+        self.signal_all(Signal::STOP)
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// When that is not possible.
+    pub fn resume(&self) -> Result<()> {
+        self.signal_all(Signal::CONT)
+    }
+
+    fn signal_all(&self, signal: Signal) -> Result<()> {
+        let mut waiting = vec![Pid::from_child(&self.child())];
+        while let Some(pid) = waiting.pop() {
+            kill_process(pid, signal)?;
+            let tasks = format!("/proc/{}/task", pid.as_raw_nonzero());
+            for task in fs::read_dir(&tasks)?.flatten() {
+                let children = fs::read_to_string(task.path().join("children"))?;
+                let children = children.split_whitespace().flat_map(str::parse);
+                waiting.extend(children.filter_map(Pid::from_raw));
+            }
+        }
+        Ok(())
     }
 
     /// Its admin socket.

@@ -117,9 +117,7 @@ pub struct Layer {
 /// # Errors
 /// When the record is missing or does not say.
 pub fn layers(ufs: &Path, digest: &str) -> Result<Vec<Layer>> {
-    let record_path = record_path(ufs, digest);
-    let record: serde_json::Value = serde_json::from_str(&text(&record_path)?)
-        .with_context(|| format!("parsing {}", record_path.display()))?;
+    let record = record(ufs, digest)?;
     let layers = record["layers"]
         .as_array()
         .context("the image record has no layers")?;
@@ -141,6 +139,15 @@ pub fn layers(ufs: &Path, digest: &str) -> Result<Vec<Layer>> {
             })
         })
         .collect()
+}
+
+/// The image's record on `ufs`.
+///
+/// # Errors
+/// When it is missing or no JSON.
+pub fn record(ufs: &Path, digest: &str) -> Result<serde_json::Value> {
+    let path = record_path(ufs, digest);
+    serde_json::from_str(&text(&path)?).with_context(|| format!("parsing {}", path.display()))
 }
 
 fn record_path(ufs: &Path, digest: &str) -> PathBuf {

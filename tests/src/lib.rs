@@ -18,6 +18,7 @@ pub mod daemon;
 pub mod fixture;
 pub mod leftovers;
 pub mod random;
+pub mod snapshotter;
 pub mod tree;
 
 use std::path::{Path, PathBuf};
