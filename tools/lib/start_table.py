@@ -1,0 +1,86 @@
+#!/usr/bin/python3
+"""Prints the results of tools/bench-start as tables in Markdown: medians.
+
+usage: start_table.py FILE
+
+FILE has a JSON object per run: image, way, ufs; milliseconds pull, first (from the
+pull's beginning to the first line of output), second; bytes registry, from_ufs; how many layers
+were unpacked instead of mounted: fallbacks.
+"""
+
+import json
+import statistics
+import sys
+
+IMAGES = {
+    "sample": "sample, 455 MiB",
+    "layers": "70 layers",
+    "large": "PyTorch, 7 GB",
+    "huge": "25 GB, made up",
+}
+WAYS = {"overlayfs": "overlayfs, ordinary pull", "accel": "accel"}
+KINDS = {
+    "plain": "as it is",
+    "5ms": "5 ms per operation",
+    "20ms": "20 ms per operation",
+    "300MB": "300 MB/s",
+    "100MB": "100 MB/s",
+}
+
+
+def seconds(ms):
+    return f"{ms / 1000:.2f} s"
+
+
+def mib(size):
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def main(path):
+    runs = {}
+    with open(path) as file:
+        for line in file:
+            run = json.loads(line)
+            runs.setdefault((run["image"], run["way"], run["ufs"]), []).append(run)
+    for image in IMAGES:
+        outputs = {run["output"] for key, some in runs.items() if key[0] == image for run in some}
+        if len(outputs) > 1:
+            sys.exit(f"{image}: the outputs differ")
+
+    def median(key, field):
+        return statistics.median(run[field] for run in runs[key])
+
+    print("| image | | pull | to the first output | second container | from the registry | from UFS | runs |")
+    print("|---|---|---|---|---|---|---|---|")
+    for image, name in IMAGES.items():
+        for way, ufs in (("overlayfs", "-"), ("accel", "plain")):
+            key = (image, way, ufs)
+            if key not in runs:
+                continue
+            print(
+                f"| {name} | {WAYS[way]} | {seconds(median(key, 'pull'))} | **{seconds(median(key, 'first'))}** "
+                f"| {seconds(median(key, 'second'))} | {mib(median(key, 'registry'))} "
+                f"| {mib(median(key, 'from_ufs')) if way == 'accel' else ''} | {len(runs[key])} |"
+            )
+    if all(key[2] in ("-", "plain") for key in runs):
+        return
+    print()
+    kinds = [kind for kind in KINDS if any(key[2] == kind for key in runs)]
+    print("| accel, to the first output | " + " | ".join(KINDS[kind] for kind in kinds) + " |")
+    print("|---" * (len(kinds) + 1) + "|")
+    for image, name in IMAGES.items():
+        cells = []
+        for kind in kinds:
+            key = (image, "accel", kind)
+            if key not in runs:
+                cells.append("")
+                continue
+            unpacked = max(run["fallbacks"] for run in runs[key])
+            cells.append(seconds(median(key, "first")) + (f" ({unpacked} layers unpacked)" if unpacked else ""))
+        if any(cells):
+            print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+if len(sys.argv) != 2:
+    sys.exit(__doc__)
+main(sys.argv[1])
