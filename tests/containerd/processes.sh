@@ -64,10 +64,10 @@ status() { "$bin/accel-snapshotter" status --socket "$run/accel.sock" --json; }
 field() { status | /usr/bin/python3 -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1"; }
 server_status() { "$bin/ublk-server" status --json --socket "$run/ublk.sock"; }
 server_field() { server_status | /usr/bin/python3 -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1"; }
+# Which runtime class an image is pulled for, containerd reads from the pod's
+# annotations; 2.1 does not look at the request's field.
 cri() { # pull|remove IMAGE [HANDLER]
-    local old=''
-    [ "$containerd_version" = 2 ] || old=--handler-in-annotation
-    "$bin/cri" "$1" --address "$containerd_socket" "$2" ${3:+--runtime-handler "$3"} ${3:+$old}
+    "$bin/cri" "$1" --address "$containerd_socket" "$2" ${3:+--runtime-handler "$3" --handler-in-annotation}
 }
 k8s() { "${ctr[@]}" -n k8s.io "$@"; }
 # container NAME IMAGE [OPTION…] -- CMD…: runs a container on our snapshotter.

@@ -242,9 +242,12 @@ impl Snapshotter {
             Err(status) if status.code() == Code::AlreadyExists => {
                 let chain = &labels[REF];
                 let filter = format!("labels.\"{REF}\"=={chain},parent=={parent:?}");
-                let found = self.walk(&filter)?;
+                let mut found = self.walk(&filter)?;
+                // Others may have unpacked it, or be about to; containerd takes any that
+                // is committed.
+                found.retain(|info| info.name.starts_with("lazy/"));
                 let [one] = found.as_slice() else {
-                    bail!("{} snapshots of {chain} on {parent:?}", found.len());
+                    bail!("{} lazy snapshots of {chain} on {parent:?}", found.len());
                 };
                 ensure!(one.kind == i32::from(api::Kind::Committed), "{one:?}");
                 Ok((Some(one.name.clone()), Vec::new()))

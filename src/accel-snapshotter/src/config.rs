@@ -184,6 +184,15 @@ pub fn stanza(wanted: &Wanted<'_>) -> Result<String, String> {
             "plugins.\"{}\".containerd.runtimes.{class}",
             version.runtime_plugin()
         );
+        if old {
+            line("");
+            line(
+                "# Once a runtime is named, 1.7 has no other of itself. Leave this out if there is",
+            );
+            line("# one already, whatever it is called.");
+            line(&format!("[plugins.\"{CRI_1}\".containerd.runtimes.runc]"));
+            line("  runtime_type = \"io.containerd.runc.v2\"");
+        }
         line("");
         line(&format!("[{table}]"));
         line("  runtime_type = \"io.containerd.runc.v2\"");
@@ -191,6 +200,12 @@ pub fn stanza(wanted: &Wanted<'_>) -> Result<String, String> {
         if scope == Scope::Nvidia {
             line(&format!("  [{table}.options]"));
             line(&format!("    BinaryName = {NVIDIA:?}"));
+        }
+        if let (plugin, None) = version.image_table() {
+            // What pulls has a table of its own.
+            line(&format!("[plugins.\"{plugin}\".runtime_platforms.{class}]"));
+            line("  platform = \"linux\"");
+            line("  snapshotter = \"accel\"");
         }
     }
     Ok(text)
@@ -228,6 +243,7 @@ mod tests {
         for word in ["remap-ids", "unpack_config"] {
             assert!(!middle.contains(word), "1.x does not need it: {middle}");
         }
+        assert!(middle.contains("runtimes.runc]"), "{middle}");
         let new = made("2.1.9", Scope::Nvidia, false).unwrap();
         let words = ["version = 3", "nvidia-container-runtime", "remap-ids"];
         assert!(words.iter().all(|word| new.contains(word)), "{new}");

@@ -182,6 +182,13 @@ fn a_missing_runtime_handler_is_seen() {
         let etc = Etc::new(version, Scope::RuntimeClass);
         etc.replace("runtimes.runc-accel", "runtimes.runc-other");
         etc.is_mended("runtime-handler", Level::Fault);
+        if version == "1.7" {
+            // Without any other, 1.7 has no default runtime.
+            let etc = Etc::new(version, Scope::RuntimeClass);
+            etc.replace("runtimes.runc]", "other]");
+            etc.is_mended("runtime-handler", Level::Fault);
+            assert!(etc.text(MAIN).contains("runc]") || etc.text(MAIN).contains("runc."));
+        }
         // One that has the snapshotter of all others.
         let etc = Etc::new(version, Scope::RuntimeClass);
         etc.replace(

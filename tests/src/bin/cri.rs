@@ -61,8 +61,9 @@ async fn run(arguments: Arguments) -> Result<()> {
         runtime_handler: field,
         ..api::ImageSpec::default()
     });
-    let sandbox_config = annotation.map(|annotation| api::PodSandboxConfig {
-        annotations: [annotation].into(),
+    // A kubelet always sends one; containerd looks at no handler without.
+    let sandbox_config = Some(api::PodSandboxConfig {
+        annotations: annotation.into_iter().collect(),
     });
     match arguments.action {
         Action::Pull => {

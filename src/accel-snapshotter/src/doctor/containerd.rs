@@ -396,6 +396,11 @@ fn stanza(config: &Configuration, wanted: &Wanted<'_>) -> Vec<Finding> {
             ["proxy_plugins", _, "capabilities"] if config.find(version, &at[..2]).is_some() => {
                 continue;
             }
+            ["plugins", CRI_1, "containerd", "runtimes", "runc", _]
+                if has_another_runtime(config, wanted) =>
+            {
+                continue;
+            }
             ["plugins", TRANSFER, "unpack_config"] => unpacking(config, wanted, &at, &value),
             _ if config.is(version, &at, &value) => continue,
             _ => Some(missing(config, wanted, &at, value)),
@@ -418,6 +423,17 @@ fn stanza(config: &Configuration, wanted: &Wanted<'_>) -> Vec<Finding> {
         }
     }
     findings
+}
+
+/// Whether there is a runtime beside the one of our class.
+fn has_another_runtime(config: &Configuration, wanted: &Wanted<'_>) -> bool {
+    let at = ["plugins", CRI_1, "containerd", "runtimes"];
+    let found = config.find(wanted.version, &at);
+    let runtimes = found.and_then(|(_, value)| value.as_table());
+    runtimes.is_some_and(|runtimes| {
+        let mut names = runtimes.keys();
+        names.any(|name| Some(name.as_str()) != wanted.scope.runtime())
+    })
 }
 
 /// A value of ours that is not there, or another.
@@ -447,13 +463,12 @@ fn missing(config: &Configuration, wanted: &Wanted<'_>, at: At<'_>, value: Value
             format!("{found}: containerd does not know this snapshotter"),
             mend,
         ),
-        ["plugins", _, .., "runtimes", class, _] | ["plugins", _, .., "runtimes", class, _, _] => {
-            Finding::fault(
-                "runtime-handler",
-                format!("the runtime {class}: {found}"),
-                mend,
-            )
-        }
+        ["plugins", _, .., "runtimes" | "runtime_platforms", class, _]
+        | ["plugins", _, .., "runtimes", class, _, _] => Finding::fault(
+            "runtime-handler",
+            format!("the runtime {class}: {found}"),
+            mend,
+        ),
         [.., "snapshotter"] => Finding::fault(
             "default-snapshotter",
             format!("{found}: images are unpacked by another snapshotter"),
