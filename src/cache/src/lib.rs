@@ -42,7 +42,7 @@ use std::fmt;
 use std::hash::{BuildHasher, Hash, RandomState};
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// Entries per shard below which another shard is not worth it.
 const SHARD_ENTRIES: usize = 64;
@@ -108,6 +108,11 @@ impl<S> Guard<S> {
         self.0.served.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
+    /// A note of the entry that does not pin it.
+    pub fn trace(&self) -> Trace<S> {
+        Trace(Arc::downgrade(&self.0))
+    }
+
     /// Valid bytes of the entry, as given to [`Cache::complete`].
     #[allow(clippy::len_without_is_empty)] // a chunk is never empty
     pub fn len(&self) -> usize {
@@ -126,6 +131,30 @@ impl<S> Deref for Guard<S> {
 impl<S> fmt::Debug for Guard<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Guard({} bytes)", self.0.len)
+    }
+}
+
+/// Where an entry was. It neither pins the entry nor keeps its memory, and finds it
+/// without a look-up as long as it is there.
+pub struct Trace<S>(Weak<Entry<S>>);
+
+impl<S> Trace<S> {
+    /// The entry, if it has not been evicted.
+    pub fn follow(&self) -> Option<Guard<S>> {
+        self.0.upgrade().map(Guard)
+    }
+}
+
+impl<S> Default for Trace<S> {
+    /// Leads nowhere.
+    fn default() -> Self {
+        Self(Weak::new())
+    }
+}
+
+impl<S> fmt::Debug for Trace<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Trace(to {} guards)", self.0.strong_count())
     }
 }
 
@@ -173,6 +202,11 @@ impl<K: Copy + Eq + Hash, S, W, L> Cache<K, S, W, L> {
         drop(queue);
         // A slot may have come back since the attempt above.
         self.next().map_or(Lookup::Joined, Lookup::Lead)
+    }
+
+    /// Counts a hit that was found by a [`Trace`].
+    pub fn followed(&self, hits: u64) {
+        self.counters.hits.fetch_add(hits, Ordering::Relaxed);
     }
 
     /// Whether `key` is there or on its way.

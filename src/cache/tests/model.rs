@@ -48,6 +48,21 @@ enum Step {
     Unpin(usize),
 }
 
+#[test]
+fn a_trace_finds_its_entry_as_long_as_that_is_there() {
+    let (pool, cache) = cache(1);
+    let Lookup::Lead(load) = cache.lookup(1, || (0, 1)) else {
+        panic!("1 does not lead");
+    };
+    let (guard, _) = cache.complete(load.key, load.slot, 7);
+    let trace = guard.trace();
+    drop(guard);
+    assert_eq!(trace.follow().map(|guard| guard.len()), Some(7));
+    assert!(cache.evict());
+    assert!(trace.follow().is_none());
+    assert_eq!(pool.out.load(SeqCst), 0, "a trace keeps a slot");
+}
+
 /// A pool may owe slots to others before it gives one to the cache.
 #[test]
 fn a_lone_load_gets_its_slot_however_many_entries_must_go() {

@@ -5,7 +5,7 @@
 //! (everything cached) or keeps the [`Request`] and finishes it later from a
 //! thread of its own.
 
-use std::io;
+use std::io::{self, IoSlice};
 
 /// Why a request could not be served. The kernel sees `EIO`; the log has the reason.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -39,6 +39,16 @@ pub trait Request: Send + Sync + Sized + 'static {
     /// Copies `bytes` to offset `at` (in bytes, from the start of the request).
     /// This is the one copy a cached byte makes in user space.
     fn fill(&self, at: usize, bytes: &[u8]) -> io::Result<()>;
+
+    /// Copies all bytes of the request, which lie in `parts`, in this order.
+    fn fill_from(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        let mut at = 0;
+        for part in parts {
+            self.fill(at, part)?;
+            at += part.len();
+        }
+        Ok(())
+    }
 
     /// Answers the kernel: all bytes are filled, or none of them counts.
     fn finish(self, result: Result<(), ReadError>);

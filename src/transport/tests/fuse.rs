@@ -104,7 +104,12 @@ fn reads_of_every_size_and_place_are_right() {
     let transport = start();
     let mut random = Random(11);
     let size = 24 * CHUNK + 3 * 4096;
-    for answers in [Answers::Inline, Answers::InlinePieces, Answers::Elsewhere] {
+    for answers in [
+        Answers::Inline,
+        Answers::InlinePieces,
+        Answers::InlineGathered,
+        Answers::Elsewhere,
+    ] {
         let seed = random.next();
         let (mounted, id, _) = serve(&transport, PatternReader::new(seed, size, answers));
         let direct = direct(&mounted.path);

@@ -149,7 +149,12 @@ fn reads_of_every_size_and_place_are_right() {
     let transport = start();
     let mut random = Random(7);
     let size = 8 * CHUNK + 3 * 4096;
-    for answers in [Answers::Inline, Answers::InlinePieces, Answers::Elsewhere] {
+    for answers in [
+        Answers::Inline,
+        Answers::InlinePieces,
+        Answers::InlineGathered,
+        Answers::Elsewhere,
+    ] {
         let seed = random.next();
         let (device, _) = add(&transport, PatternReader::new(seed, size, answers));
         let direct = direct(&device.path);

@@ -54,12 +54,22 @@ pub(super) fn reply(fd: &OwnedFd, unique: u64, error: Option<Errno>, payload: &[
 }
 
 pub(super) fn send(fd: &OwnedFd, header: OutHeader, payload: &[u8]) {
-    let parts = [IoSlice::new(header.as_bytes()), IoSlice::new(payload)];
-    let parts = if payload.is_empty() {
-        &parts[..1]
+    if payload.is_empty() {
+        send_parts(fd, header, &[]);
     } else {
-        &parts[..]
-    };
+        send_parts(fd, header, &[IoSlice::new(payload)]);
+    }
+}
+
+/// Parts of a payload that are sent from where they lie.
+const PARTS: usize = 16;
+
+/// The same with a payload of at most [`PARTS`] parts.
+fn send_parts(fd: &OwnedFd, header: OutHeader, payload: &[IoSlice<'_>]) {
+    let mut parts = [IoSlice::new(&[]); PARTS + 1];
+    parts[0] = IoSlice::new(header.as_bytes());
+    parts[1..=payload.len()].copy_from_slice(payload);
+    let parts = &parts[..=payload.len()];
     loop {
         match rustix::io::writev(fd, parts) {
             Err(Errno::INTR) => {}
@@ -80,8 +90,8 @@ struct Gathered {
 
 /// A read that waits on a FUSE connection.
 ///
-/// If one piece covers it, that piece goes to the kernel from where it lies;
-/// several pieces are gathered first. A connection that was removed answers
+/// What covers it at once goes to the kernel from where it lies; pieces that come one
+/// by one are gathered first. A connection that was removed answers
 /// nothing and is not kept open by its requests.
 #[derive(Debug)]
 pub struct FuseRequest {
@@ -146,6 +156,23 @@ impl Request for FuseRequest {
                 .buffer
                 .get_or_insert_with(|| self.pool.take(self.len));
             buffer[at..end].copy_from_slice(bytes);
+        }
+        Ok(())
+    }
+
+    fn fill_from(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        let len: usize = parts.iter().map(|part| part.len()).sum();
+        if parts.len() > PARTS || len != self.len {
+            let mut at = 0;
+            for part in parts {
+                self.fill(at, part)?;
+                at += part.len();
+            }
+            return Ok(());
+        }
+        lock(&self.gathered).filled += len;
+        if let Some(fd) = self.fd.upgrade() {
+            send_parts(&fd, OutHeader::new(self.unique, 0, len), parts);
         }
         Ok(())
     }

@@ -4,14 +4,15 @@
 //! 6.16 want all commands of a queue from one task, so a device stays with its
 //! thread.) One turn:
 //!
-//! 1. take what others left in the mailbox: results to commit, devices to attach;
+//! 1. take what lies in the mailbox: results to commit, devices to attach;
 //! 2. queue a COMMIT_AND_FETCH for each result;
-//! 3. submit them all, and sleep if there was nothing to do;
+//! 3. with one system call, submit them all and wait for a tag to come out;
 //! 4. for each tag that came out, call the reader.
 //!
 //! A reader that serves from memory finishes inside step 4; its result lies in
-//! the mailbox at the next step 1. A result from another thread wakes the queue
-//! thread only if it sleeps.
+//! the mailbox at the next step 1, and is committed together with those of all
+//! other tags that came out with it. A result from another thread wakes the queue
+//! thread only if it waits.
 //!
 //! # Invariant
 //!
@@ -27,7 +28,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use std::{io, mem, thread};
+use std::{io, io::IoSlice, mem, thread};
 
 use rustix::io::Errno;
 
@@ -49,7 +50,7 @@ struct Mail {
     done: Vec<Done>,
     /// Orders wait in their channel.
     orders: bool,
-    /// The queue thread has looked here and is going to sleep.
+    /// The queue thread has emptied this and waits in its ring, or is about to.
     asleep: bool,
 }
 
@@ -76,17 +77,18 @@ impl Mailbox {
         }
     }
 
-    /// Takes the results; says whether there are orders, and whether the thread
-    /// may sleep because there was nothing at all.
-    fn collect(&self, done: &mut Vec<Done>) -> (bool, bool) {
+    /// Takes the results; says whether there are orders. If there are none the
+    /// mailbox is empty from here on, and the thread may wait in its ring: who
+    /// leaves something wakes it.
+    fn collect(&self, done: &mut Vec<Done>) -> bool {
         let mut mail = lock(&self.mail);
         mem::swap(&mut mail.done, done);
         let orders = mem::take(&mut mail.orders);
-        mail.asleep = done.is_empty() && !orders;
-        (orders, mail.asleep)
+        mail.asleep = !orders;
+        orders
     }
 
-    /// The thread has slept, for whatever reason it woke.
+    /// The thread has waited, for whatever reason it woke.
     fn awake(&self) {
         lock(&self.mail).asleep = false;
     }
@@ -182,18 +184,29 @@ impl UblkRequest {
     }
 }
 
+impl UblkRequest {
+    fn misfit(&self, at: usize, len: usize) -> io::Error {
+        io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!(
+                "{len} bytes at {at} do not fit a request of {} bytes",
+                self.len
+            ),
+        )
+    }
+
+    fn filled(&self, len: usize) {
+        // No larger than the request, which is an u32.
+        let len = u32::try_from(len).unwrap_or(u32::MAX);
+        self.filled.fetch_add(len, Ordering::Relaxed);
+    }
+}
+
 impl Request for UblkRequest {
     fn fill(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
         let end = at.checked_add(bytes.len());
         if end.is_none_or(|end| end > self.len as usize) {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!(
-                    "{} bytes at {at} do not fit a request of {} bytes",
-                    bytes.len(),
-                    self.len
-                ),
-            ));
+            return Err(self.misfit(at, bytes.len()));
         }
         let mut offset = abi::data_offset(self.tag) + at as u64;
         let mut rest = bytes;
@@ -208,10 +221,35 @@ impl Request for UblkRequest {
                 Err(errno) => return Err(errno.into()),
             }
         }
-        // No larger than the request, which is an u32.
-        let filled = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-        self.filled.fetch_add(filled, Ordering::Relaxed);
+        self.filled(bytes.len());
         Ok(())
+    }
+
+    fn fill_from(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        if let [part] = parts {
+            return self.fill(0, part);
+        }
+        let len = parts.iter().map(|part| part.len()).sum();
+        if len > self.len as usize {
+            return Err(self.misfit(0, len));
+        }
+        let offset = abi::data_offset(self.tag);
+        match rustix::io::pwritev(&self.device.cdev, parts, offset) {
+            Ok(written) if written == len => {
+                self.filled(len);
+                Ok(())
+            }
+            // Cut short: one part after the other.
+            Ok(_) | Err(Errno::INTR) => {
+                let mut at = 0;
+                for part in parts {
+                    self.fill(at, part)?;
+                    at += part.len();
+                }
+                Ok(())
+            }
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     fn finish(mut self, result: Result<(), ReadError>) {
@@ -404,7 +442,7 @@ impl<R: Reader> Worker<R> {
         let mut done = Vec::new();
         let mut events = Vec::new();
         loop {
-            let (orders, sleep) = self.mailbox.collect(&mut done);
+            let orders = self.mailbox.collect(&mut done);
             for Done { slot, tag, result } in done.drain(..) {
                 if let Some(Some(served)) = self.slots.get(slot as usize) {
                     self.ring
@@ -424,8 +462,8 @@ impl<R: Reader> Worker<R> {
                     }
                 }
             }
-            self.ring.turn(&self.mailbox.wake, sleep, &mut events)?;
-            if sleep {
+            self.ring.turn(&self.mailbox.wake, !orders, &mut events)?;
+            if !orders {
                 self.mailbox.awake();
             }
             for event in events.drain(..) {

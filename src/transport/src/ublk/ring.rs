@@ -192,6 +192,9 @@ impl QueueRing {
             .setup_defer_taskrun()
             .setup_cqsize(4096)
             .build(256)?;
+        // Saves a look-up of the ring's descriptor in every system call; kernels
+        // before 5.18 have none of it.
+        let _ = ring.submitter().register_ring_fd();
         let mut ring = QueueRing { ring };
         ring.push(&wake.poll())?;
         Ok(ring)

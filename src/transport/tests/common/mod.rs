@@ -4,7 +4,7 @@
 #![allow(dead_code)]
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -75,6 +75,8 @@ pub enum Answers {
     Inline,
     /// At once, a piece for every chunk.
     InlinePieces,
+    /// At once, in one call, from a place for every chunk.
+    InlineGathered,
     /// From other threads, a piece for every chunk, the last chunk first.
     Elsewhere,
 }
@@ -185,6 +187,18 @@ impl Reader for PatternReader {
                 for piece in pieces(offset, len) {
                     fill(&request, &piece, self.seed);
                 }
+                request.finish(Ok(()));
+            }
+            Answers::InlineGathered => {
+                let bytes: Vec<_> = pieces(offset, len)
+                    .into_iter()
+                    .map(|piece| {
+                        let len = usize::try_from(piece.end - piece.start).unwrap();
+                        pattern(self.seed, piece.start, len)
+                    })
+                    .collect();
+                let slices: Vec<_> = bytes.iter().map(|bytes| IoSlice::new(bytes)).collect();
+                request.fill_from(&slices).unwrap();
                 request.finish(Ok(()));
             }
             Answers::Elsewhere => {

@@ -89,8 +89,9 @@ impl Content for ChunkLoad {
         checked.map_err(|error| error.to_string())
     }
 
-    fn give(_: &Arc<Engine>, guard: Guard<Slot>, waiters: Vec<Piece>) {
+    fn give(engine: &Arc<Engine>, guard: Guard<Slot>, waiters: Vec<Piece>) {
         for piece in waiters {
+            engine.recent.note(piece.export.number, piece.chunk, &guard);
             piece.fill(&guard.bytes()[..guard.len()]);
             guard.served(piece.len());
         }

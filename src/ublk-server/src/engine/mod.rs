@@ -1,7 +1,9 @@
 //! The read engine: from a kernel request to verified bytes.
 //!
 //! ```text
-//! ExportReader::read ─ pieces, one per chunk ─► Engine::serve
+//! ExportReader::read ─ 0 every chunk known from before and cached: fill, finish
+//!    │
+//!    │ else ─ pieces, one per chunk ─► Engine::serve
 //!    │                                             │ 1 walk: root → pages → chunk value
 //!    │                                             │      a page that is not cached: park, load
 //!    │                                             │ 2 a chunk of zeros: no memory, no read
@@ -26,6 +28,7 @@ mod content;
 mod export;
 mod gate;
 mod pending;
+mod recent;
 mod verify;
 mod warm;
 
@@ -41,6 +44,7 @@ use accel_ufs::index::{ChunkValue, PAGE_SIZE, PageValue, Step};
 use content::{ChunkLoad, Content, PageLoad};
 use gate::Gate;
 use pending::Piece;
+use recent::Recent;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -58,6 +62,7 @@ type Pages = Cache<PageValue, Slot, Piece, PageLoad>;
 pub struct Engine {
     chunks: Chunks,
     pages: Pages,
+    recent: Recent,
     source: Arc<dyn Source>,
     arena: Arc<Arena>,
     jobs: Arc<JobQueue>,
@@ -89,6 +94,7 @@ impl Engine {
         let (chunk_pool, page_pool) = (Arc::clone(arena.chunks()), Arc::clone(arena.pages()));
         let jobs = Arc::new(JobQueue::default());
         let engine = Arc::new(Self {
+            recent: Recent::new(chunk_pool.capacity()),
             chunks: Cache::new(chunk_pool.capacity(), move || chunk_pool.take()),
             pages: Cache::new(page_pool.capacity(), move || page_pool.take()),
             source,
@@ -170,6 +176,7 @@ impl Engine {
         match self.chunks.lookup(value, park) {
             Lookup::Hit(guard) => {
                 export.counters.hits.fetch_add(1, Relaxed);
+                self.recent.note(export.number, chunk, &guard);
                 piece.fill(&guard.bytes()[..guard.len()]);
                 guard.served(piece.len());
                 drop(guard);
