@@ -143,9 +143,11 @@ maps_ids() {
     same "$(cd "$at" && find . -type f -printf '%p %U %G\n')" "./app/mapped 100000 200000"
     k8s tasks kill -s KILL mapped
     wait_until k8s containers rm mapped
+    wait_until fails_quietly grep -q "$work/accel/idmaps/" /proc/self/mountinfo
     # Without the labels containerd maps nothing, and neither do we.
     same "$(container unmapped "$tiny" -- /bin/sh -c 'busybox stat -c %u /bin')" 0
 }
+fails_quietly() { ! "$@"; }
 upper_of() { k8s snapshots --snapshotter accel mounts /nowhere "$1" | grep -o 'upperdir=[^, ]*' | cut -d= -f2; }
 
 # A pod's runtime class decides, if containerd is told of it when it pulls. Without,
@@ -442,7 +444,7 @@ goes_on_without_the_server() {
 checks_for() {
     local all=(pulls_lazily pulls_again runs trees_are_overlayfs writes_stay_in_the_container commits_on_top
         ten_at_once)
-    [ "$1" != 2 ] || all+=(ctr_pulls_lazily)
+    [ "$1" != 2 ] || all+=(ctr_pulls_lazily maps_ids)
     all+=(survives_containerds_restart leaves_nothing reads_what_the_mount_needs)
     [ "$1" != 2 ] || all+=(pulls_without_the_transfer_service)
     [ "$1" = 1.6 ] || all+=(pulls_for_a_runtime_class)

@@ -118,7 +118,7 @@ since_then() {
 # the_config IMAGE: the only blob of it that may be downloaded.
 the_config() { echo "/v2/$(sed 's|^[^/]*/||; s|:[^:]*$||' <<<"$1")/blobs/$(image_has config "$1")"; }
 lazy_mounts() { grep -c "$work/accel/layers/" /proc/self/mountinfo || true; }
-nothing_lazy() { [ "$(lazy_mounts)" = 0 ] && [ -z "$(ls "$work/accel/layers")" ]; }
+nothing_lazy() { [ "$(lazy_mounts)" = 0 ] && [ -z "$(ls "$work/accel/layers" "$work/accel/idmaps" | grep -v ':$')" ]; }
 
 report() {
     local failed=0 log

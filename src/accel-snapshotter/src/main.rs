@@ -5,7 +5,7 @@ use accel_snapshotter::config::{Containerd, Scope, Wanted};
 use accel_snapshotter::doctor::look::{Options, look, read};
 use accel_snapshotter::doctor::{Finding, Level, Step, containerd};
 use accel_snapshotter::settings::{LISTEN, ROOT, Settings};
-use accel_snapshotter::{config, edit, serve, service};
+use accel_snapshotter::{config, edit, idmap, serve, service};
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use std::io::{IsTerminal as _, Write as _};
@@ -155,7 +155,7 @@ fn run(command: Command) -> Result<ExitCode> {
                 socket: &socket,
                 root: &root,
                 local_pull,
-                maps_ids: false,
+                maps_ids: idmap::supported(&idmap::release()),
             };
             let stanza = config::stanza(&wanted).map_err(anyhow::Error::msg)?;
             match into {

@@ -2,7 +2,6 @@
 //! mounted layers, or on request EROFS mounts of the layers' devices and an overlay
 //! over those. Nothing is looked at or mounted here.
 
-use crate::idmap::IdMap;
 use crate::snapshot::{Kind, LayerNumber, SnapshotId};
 use crate::store::{Lower, Stack};
 use std::collections::{HashMap, HashSet};
@@ -80,6 +79,16 @@ impl Places {
         self.layers().join(number.0.to_string())
     }
 
+    /// Lower directories with mapped ids, by snapshot.
+    pub fn idmaps(&self) -> PathBuf {
+        self.root.join("idmaps")
+    }
+
+    /// Those of one snapshot.
+    pub fn idmap(&self, id: SnapshotId) -> PathBuf {
+        self.idmaps().join(id.0.to_string())
+    }
+
     fn lower(&self, lower: &Lower) -> PathBuf {
         match lower {
             Lower::Directory(id) => self.files(*id),
@@ -99,27 +108,34 @@ pub struct How<'a> {
     pub native: Option<&'a HashMap<PathBuf, PathBuf>>,
 }
 
-/// The mounts of a view or active snapshot.
-pub fn plan(stack: &Stack, places: &Places, how: How<'_>) -> Vec<Mount> {
-    let writable = stack.kind == Kind::Active;
-    let mapping = stack.idmap.as_ref().map(IdMap::options);
-    let mapping = mapping.into_iter().flatten();
+/// The directories below a snapshot, topmost first, with their own ids.
+pub fn lowers(stack: &Stack, places: &Places) -> Vec<PathBuf> {
     // Of a layer that comes twice, the lower one shows nothing that the upper one
     // does not hide or show as well; overlayfs takes it once.
     let mut seen = HashSet::new();
-    let mut lower: Vec<_> = stack
-        .lower
-        .iter()
-        .map(|lower| places.lower(lower))
-        .collect();
-    lower.retain(|path| seen.insert(path.clone()));
+    let all = stack.lower.iter().map(|lower| places.lower(lower));
+    all.filter(|path| seen.insert(path.clone())).collect()
+}
+
+/// Where they are with mapped ids, in the same order.
+pub fn mapped(stack: &Stack, places: &Places, number: usize) -> Vec<PathBuf> {
+    let directory = places.idmap(stack.id);
+    (0..number)
+        .map(|number| directory.join(number.to_string()))
+        .collect()
+}
+
+/// The mounts of a view or active snapshot.
+pub fn plan(stack: &Stack, places: &Places, how: How<'_>) -> Vec<Mount> {
+    let writable = stack.kind == Kind::Active;
+    let mut lower = lowers(stack, places);
+    if stack.idmap.is_some() {
+        lower = mapped(stack, places, lower.len());
+    }
     let bind = |path: &Path, how: &str| Mount {
         kind: "bind",
         source: text(path),
-        options: mapping
-            .clone()
-            .chain([how.to_owned(), "rbind".to_owned()])
-            .collect(),
+        options: vec![how.to_owned(), "rbind".to_owned()],
     };
     let device = |path: &PathBuf| how.native.and_then(|devices| devices.get(path));
     let erofs = |device: &PathBuf| Mount {
@@ -131,14 +147,12 @@ pub fn plan(stack: &Stack, places: &Places, how: How<'_>) -> Vec<Mount> {
         ([], true) => return vec![bind(&places.files(stack.id), "rw")],
         ([], false) => return vec![bind(&places.files(stack.id), "ro")],
         ([only], false) => {
-            // containerd maps ids of overlays and binds.
-            let device = device(only).filter(|_| stack.idmap.is_none());
-            return vec![device.map_or_else(|| bind(only, "ro"), erofs)];
+            return vec![device(only).map_or_else(|| bind(only, "ro"), erofs)];
         }
         _ => {}
     }
     let mut mounts: Vec<_> = lower.iter().filter_map(device).map(erofs).collect();
-    let mut options: Vec<_> = mapping.collect();
+    let mut options = Vec::new();
     if how.index_off {
         options.push("index=off".to_owned());
     }
@@ -175,6 +189,7 @@ fn text(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::idmap::IdMap;
     use crate::snapshot::Layer;
     use accel_oci::{ChainId, DiffId, Digest};
     use accel_ufs::index::{ImageSize, Root};
@@ -294,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_are_mapped_by_containerd() {
+    fn lower_directories_are_those_with_mapped_ids() {
         let mapped = |kind, lower: &[Lower]| Stack {
             idmap: Some(IdMap {
                 uids: "0:7:9".to_owned(),
@@ -303,23 +318,14 @@ mod tests {
             }),
             ..stack(kind, lower)
         };
+        let directory = Lower::Directory(SnapshotId(3));
         for (kind, lower, expected) in [
+            (Kind::Active, vec![], "bind /r/snapshots/9/fs rw,rbind"),
+            (Kind::View, vec![layer(5)], "bind /r/idmaps/9/0 ro,rbind"),
             (
                 Kind::Active,
-                vec![],
-                "bind /r/snapshots/9/fs uidmap=0:7:9,gidmap=0:8:9,rw,rbind".to_owned(),
-            ),
-            (
-                Kind::View,
-                vec![layer(5)],
-                "bind /r/layers/5 uidmap=0:7:9,gidmap=0:8:9,ro,rbind".to_owned(),
-            ),
-            (
-                Kind::Active,
-                vec![Lower::Directory(SnapshotId(3)), layer(6)],
-                format!(
-                    "overlay overlay uidmap=0:7:9,gidmap=0:8:9,{WRITABLE},lowerdir=/r/snapshots/3/fs:/r/layers/6"
-                ),
+                vec![directory, layer(5), directory],
+                &format!("overlay overlay {WRITABLE},lowerdir=/r/idmaps/9/0:/r/idmaps/9/1"),
             ),
         ] {
             assert_eq!(planned(&mapped(kind, &lower), true), expected);

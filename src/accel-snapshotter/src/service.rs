@@ -58,7 +58,7 @@ impl From<Failure> for Status {
             }
             Failure::Store(StoreError::State(_)) => Self::failed_precondition(text),
             Failure::NotMounted { .. } => Self::unavailable(text),
-            Failure::Store(StoreError::Disk { .. }) | Failure::Io { .. } => {
+            Failure::Store(StoreError::Disk { .. }) | Failure::Io { .. } | Failure::IdMap(_) => {
                 tracing::error!(error = text, "a request failed");
                 Self::unknown(text)
             }

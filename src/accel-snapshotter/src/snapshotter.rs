@@ -10,12 +10,14 @@
 use crate::filter::{FilterError, Filters};
 use crate::idmap::{self, IdMap};
 use crate::layers::{LayerFailure, Layers};
-use crate::mounts::{How, Mount, Places, plan};
+use crate::mounts::{self, How, Mount, Places, plan};
 use crate::remote::{self, Budget, Fallback, Reason};
 use crate::snapshot::{Kind, Labels, Layer, Lazy, SNAPSHOT_REF, Snapshot, SnapshotId, Usage};
 use crate::status::{LayerStatus, Status, Unpacked};
 use crate::store::{Lower, New, Stack, Store, StoreError};
 use crate::usage;
+use accel_client::idmapped::{mount_mapped, user_namespace};
+use accel_client::system;
 use accel_oci::ChainId;
 use accel_ufs::annotations::LayerAnnotations;
 use std::collections::{BTreeMap, HashMap};
@@ -44,6 +46,9 @@ pub enum Failure {
         /// Why not.
         why: String,
     },
+    /// Ids cannot be mapped.
+    #[error("{0}")]
+    IdMap(String),
     /// A file or directory cannot be used.
     #[error("cannot {doing} {path:?}: {error}")]
     Io {
@@ -95,7 +100,7 @@ impl Snapshotter {
     /// Opens the snapshots beneath a root directory.
     /// `native`: containerd mounts layers itself, see [`How`].
     pub fn open(places: Places, layers: Layers, budget: Budget, native: bool) -> Result<Self> {
-        for directory in [places.snapshots(), places.layers()] {
+        for directory in [places.snapshots(), places.layers(), places.idmaps()] {
             let mut builder = DirBuilder::new();
             let made = builder.recursive(true).mode(0o700).create(&directory);
             made.map_err(Failure::io("make", &directory))?;
@@ -162,7 +167,12 @@ impl Snapshotter {
             let stack = this
                 .store
                 .create(kind, &key, parent.as_deref(), new, prepare)?;
-            this.plan(&stack)
+            let made = this.map_ids(&stack).and_then(|()| this.plan(&stack));
+            if made.is_err() {
+                // Whoever asked does not know it.
+                let _ = this.store.remove(&key);
+            }
+            made
         })
         .await
     }
@@ -372,7 +382,54 @@ impl Snapshotter {
             );
             return Err(not_mounted(&layer, why));
         }
+        self.map_ids(&stack)?;
         self.plan(&stack)
+    }
+
+    /// Sees to it that there are mounts of the lower directories with mapped ids, if
+    /// they have to be. This waits for no layer.
+    fn map_ids(&self, stack: &Stack) -> Result<()> {
+        let Some(idmap) = &stack.idmap else {
+            return Ok(());
+        };
+        let lowers = mounts::lowers(stack, &self.places);
+        let points = mounts::mapped(stack, &self.places, lowers.len());
+        let make = || -> anyhow::Result<()> {
+            let mut namespace = None;
+            for (source, point) in lowers.iter().zip(&points) {
+                if system::is_mount_point(point)? {
+                    continue;
+                }
+                let namespace = match &namespace {
+                    Some(namespace) => namespace,
+                    None => namespace.insert(user_namespace(&idmap.uids, &idmap.gids)?),
+                };
+                mount_mapped(source, point, namespace)?;
+            }
+            Ok(())
+        };
+        make().map_err(|error| Failure::IdMap(format!("{error:#}")))
+    }
+
+    /// Takes away such mounts of snapshots that are not there any more.
+    fn unmap_ids(&self) -> Result<()> {
+        let directory = self.places.idmaps();
+        let garbage = self.store.garbage(|| names_in(&directory));
+        for name in garbage.map_err(Failure::io("list", &directory))? {
+            let path = directory.join(name);
+            let end = || -> anyhow::Result<()> {
+                for point in names_in(&path)? {
+                    let point = path.join(point);
+                    system::detach(&point)?;
+                    fs::remove_dir(point)?;
+                }
+                Ok(fs::remove_dir(&path)?)
+            };
+            if let Err(error) = end() {
+                tracing::warn!(path = %path.display(), error = format!("{error:#}"), "cannot unmount");
+            }
+        }
+        Ok(())
     }
 
     /// Makes an active snapshot a committed one.
@@ -451,16 +508,9 @@ impl Snapshotter {
     /// again the next time.
     pub fn clean_up(&self) -> Result<()> {
         let _one = self.cleaning.lock().unwrap_or_else(PoisonError::into_inner);
+        self.unmap_ids()?;
         let snapshots = self.places.snapshots();
-        let list = || {
-            let names = fs::read_dir(&snapshots)?.map(|entry| Ok(entry?.file_name()));
-            let names = names.collect::<io::Result<Vec<_>>>()?;
-            Ok(names
-                .into_iter()
-                .filter_map(|name| name.into_string().ok())
-                .collect())
-        };
-        let garbage = self.store.garbage(list);
+        let garbage = self.store.garbage(|| names_in(&snapshots));
         for name in garbage.map_err(Failure::io("list", &snapshots))? {
             let path = snapshots.join(name);
             if let Err(error) = fs::remove_dir_all(&path) {
@@ -567,6 +617,13 @@ impl Snapshotter {
             unpacked: unpacked.collect(),
         })
     }
+}
+
+fn names_in(directory: &Path) -> io::Result<Vec<String>> {
+    let names = fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name()));
+    let names = names.collect::<io::Result<Vec<_>>>()?;
+    let names = names.into_iter().filter_map(|name| name.into_string().ok());
+    Ok(names.collect())
 }
 
 /// The chain ID that a layer's labels name.

@@ -12,6 +12,7 @@
 //! serves when it ends.
 
 pub mod exports;
+pub mod idmapped;
 pub mod lock;
 mod loop_device;
 pub mod mountinfo;

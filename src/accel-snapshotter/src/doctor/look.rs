@@ -82,7 +82,7 @@ pub async fn look(options: &Options) -> Report {
                         socket: &options.socket,
                         root: &root.unwrap_or_else(|| options.root.clone()),
                         local_pull: false,
-                        maps_ids: false,
+                        maps_ids: idmap::supported(&release),
                     },
                 )
             }
