@@ -277,6 +277,24 @@ falls_back() {
     wait_until nothing_lazy
 }
 
+# The server does not move: one layer waits for the pull's whole time, the others for
+# nothing; everything is unpacked and runs. What was half done is undone when it moves.
+waits_for_a_server_once() {
+    kill_now "$snapshotter_pid"
+    start_snapshotter --budget 2
+    wait_until k8s snapshots --snapshotter accel ls
+    kill -STOP "$server_pid"
+    # containerd's connection may be the old one still.
+    wait_until cri pull "$tiny"
+    kill -CONT "$server_pid"
+    status >"$work/stopped.json"
+    same "$(/usr/bin/python3 -c 'import json, sys; r = json.load(open(sys.argv[1]))["fallback_reasons"]; print(r["time"], r["breaker"])' "$work/stopped.json")" \
+        "1 $(($(image_has layers "$tiny") - 1))"
+    same "$(container stopped "$tiny" -- /bin/sh -c "$program")" "$(cat "$images/output")"
+    cri remove "$tiny"
+    wait_until nothing_lazy
+}
+
 # One image's layer under another's chain ID.
 refuses_a_hostile_manifest() {
     local raw=$work/raw.json bad=$registry/test/bad:1
@@ -407,7 +425,8 @@ PY
     (
         export PATH=$programs:$PATH LD_LIBRARY_PATH=$ACCEL_PEERS/libseccomp2/usr/lib/x86_64-linux-gnu
         # Each line is typed when the one before is done: daemons answer by then.
-        sed -e 's/^\(.*serve.*\) &$/\1 >>"$work\/readme\/daemons" 2>\&1 \& sleep 5/' "$work/readme/steps" >"$work/readme/typed"
+        sed -e 's/^\([a-z-]*\) serve\(.*\) &$/\1 serve\2 >>"$work\/readme\/daemons" 2>\&1 \& until \1 status >\/dev\/null 2>\&1; do sleep 0.2; done/' \
+            "$work/readme/steps" >"$work/readme/typed"
         work=$work sh -ex "$work/readme/typed"
     ) >"$work/readme/output" || { cat "$work/readme/output"; return 1; }
     grep -qxF "$(cat "$images/output")" "$work/readme/output"
@@ -458,4 +477,4 @@ checks_of_images=(runs_with_overlayfs is_the_same_image writes_a_layout tries_th
 # Those for which one version is enough.
 checks_here=(pulls_lazily writes_stay_in_the_container survives_its_own_death survives_the_servers_death
     leaves_nothing goes_on_without_the_server falls_back refuses_a_hostile_manifest
-    exports_what_was_downloaded runs_a_hundred_layers)
+    exports_what_was_downloaded runs_a_hundred_layers waits_for_a_server_once)

@@ -26,6 +26,8 @@ start_server() { # [UFS]
     wait_until "$bin/ublk-server" status --socket "$run/ublk.sock"
 }
 start_snapshotter() { # [OPTION…]
+    # Guests are slow, and so is a busy machine: a hundred layers take their time.
+    [ $# -gt 0 ] || set -- --budget 120
     "$bin/accel-snapshotter" serve --root "$work/accel" --socket "$run/accel.sock" --server "$run/ublk.sock" "$@" \
         >>"$work/snapshotter.log" 2>&1 &
     snapshotter_pid=$!

@@ -22,6 +22,9 @@ use tokio_stream::wrappers::UnixListenerStream;
 
 /// How often mounts are compared with what the daemon serves.
 const MENDING: Duration = Duration::from_secs(5);
+/// After how many times of that it is looked for layers that nobody needs: those of
+/// pulls that did not wait for them.
+const SWEEPING: u32 = 6;
 /// containerd sends labels of up to 4 KiB each.
 const MAX_MESSAGE: usize = 16 << 20;
 
@@ -119,7 +122,13 @@ fn keep(snapshotter: &Snapshotter) {
     }
     let mut forgotten = false;
     let mut trouble = String::new();
-    loop {
+    for round in 1u32.. {
+        if round.is_multiple_of(SWEEPING)
+            && snapshotter.has_unneeded_layers()
+            && let Err(error) = snapshotter.clean_up()
+        {
+            tracing::warn!(%error, "cannot clean up");
+        }
         if !forgotten {
             forgotten = snapshotter.forget_others().is_ok();
         }

@@ -537,6 +537,11 @@ impl Snapshotter {
         Ok(())
     }
 
+    /// Whether there are layers that [`Snapshotter::clean_up`] would unmount.
+    pub fn has_unneeded_layers(&self) -> bool {
+        self.store.layers().iter().any(|(_, needed)| !needed)
+    }
+
     /// Gives back what the daemon holds for layers that the database does not know.
     pub fn forget_others(&self) -> anyhow::Result<()> {
         let known: Vec<_> = self
