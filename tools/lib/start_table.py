@@ -18,7 +18,11 @@ IMAGES = {
     "large": "PyTorch, 7 GB",
     "huge": "25 GB, made up",
 }
-WAYS = {"overlayfs": "overlayfs, ordinary pull", "accel": "accel"}
+WAYS = {
+    "overlayfs": "containerd, overlayfs, ordinary pull",
+    "accel": "containerd, accel",
+    "mount": "`ublk-server mount`, without containerd",
+}
 KINDS = {
     "plain": "as it is",
     "5ms": "5 ms per operation",
@@ -50,23 +54,23 @@ def main(path):
     def median(key, field):
         return statistics.median(run[field] for run in runs[key])
 
-    print("| image | | pull | to the first output | second container | from the registry | from UFS | runs |")
+    print("| image | | until it can be started | until the first output | the second time | from the registry | from UFS | runs |")
     print("|---|---|---|---|---|---|---|---|")
     for image, name in IMAGES.items():
-        for way, ufs in (("overlayfs", "-"), ("accel", "plain")):
+        for way, ufs in (("overlayfs", "-"), ("accel", "plain"), ("mount", "plain")):
             key = (image, way, ufs)
             if key not in runs:
                 continue
             print(
                 f"| {name} | {WAYS[way]} | {seconds(median(key, 'pull'))} | **{seconds(median(key, 'first'))}** "
                 f"| {seconds(median(key, 'second'))} | {mib(median(key, 'registry'))} "
-                f"| {mib(median(key, 'from_ufs')) if way == 'accel' else ''} | {len(runs[key])} |"
+                f"| {mib(median(key, 'from_ufs')) if way != 'overlayfs' else ''} | {len(runs[key])} |"
             )
     if all(key[2] in ("-", "plain") for key in runs):
         return
     print()
-    kinds = [kind for kind in KINDS if any(key[2] == kind for key in runs)]
-    print("| accel, to the first output | " + " | ".join(KINDS[kind] for kind in kinds) + " |")
+    kinds = [kind for kind in KINDS if any(key[1:] == ("accel", kind) for key in runs)]
+    print("| containerd, accel: until the first output | " + " | ".join(KINDS[kind] for kind in kinds) + " |")
     print("|---" * (len(kinds) + 1) + "|")
     for image, name in IMAGES.items():
         cells = []
