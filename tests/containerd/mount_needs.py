@@ -1,11 +1,11 @@
 #!/usr/bin/python3
 """How many bytes of UFS it takes at most to mount an image and to read some files of it.
 
-usage: mount_needs.py MKFS-ACCEL UFS IMAGE FILE...
+usage: mount_needs.py [--probed] MKFS-ACCEL UFS IMAGE FILE...
 
-For each layer: its index, the chunk with the superblock, the chunks with its metadata,
-and the last chunk, which whoever looks for a file system's type reads. For each file
-its chunks.
+For each layer: its index, the chunk with the superblock and the chunks with its metadata.
+For each file its chunks. --probed: udev looks what is on a new block device, and reads
+the first half MiB and the last quarter for that.
 """
 
 import json
@@ -18,7 +18,9 @@ CHUNK = 1 << 17
 
 
 def main():
-    program, ufs, image, *files = sys.argv[1:]
+    arguments = sys.argv[1:]
+    probed = arguments[0] == "--probed"
+    program, ufs, image, *files = arguments[probed:]
 
     def inspect(*more):
         command = [program, "inspect", image, "--ufs", ufs, "--json", *more]
@@ -33,7 +35,10 @@ def main():
         indexes[path] = layer["erofs"]["index_size"]
         with open(os.path.join(ufs, path.replace(".erofs", ".idx")), "rb") as index:
             offset, size = struct.unpack("<QQ", index.read(72)[56:])
-        chunks |= {(path, 0), (path, (sizes[path] - 1) // CHUNK)}
+        chunks.add((path, 0))
+        if probed:
+            last = (sizes[path] - 1) // CHUNK
+            chunks |= {(path, n) for n in (*range(4), last - 1, last) if 0 <= n <= last}
         chunks |= {(path, n) for n in range(offset // CHUNK, (offset + size - 1) // CHUNK + 1)}
     for file in files:
         data = inspect("--path", file)["data"]
