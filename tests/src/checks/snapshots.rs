@@ -74,7 +74,10 @@ pub fn mixed_chains_are_the_model(setting: &Setting) -> Result<()> {
         })
         .with_context(|| format!("{}\n{}", world.snapshotter.log(), daemon.log()));
     world.unmount_all();
-    unmount_below(scratch.path());
+    if done.is_err() {
+        unmount_below(scratch.path());
+        unmount_below(daemon.socket().parent().unwrap_or(Path::new("/nowhere")));
+    }
     done?;
     drop(world);
     daemon.stop()
@@ -99,7 +102,10 @@ pub fn a_stopped_server_is_not_waited_for(setting: &Setting) -> Result<()> {
         .with_context(|| format!("{}\n{}", world.snapshotter.log(), daemon.log()));
     daemon.resume()?;
     let done = done.and_then(|()| world.end());
-    unmount_below(scratch.path());
+    if done.is_err() {
+        unmount_below(scratch.path());
+        unmount_below(daemon.socket().parent().unwrap_or(Path::new("/nowhere")));
+    }
     done?;
     drop(world);
     daemon.stop()
