@@ -116,6 +116,23 @@ fn platform(image: &Image) -> Value {
     json
 }
 
+impl Image {
+    /// The annotations of the layers in the manifest, lowest first.
+    pub fn layer_annotations(&self) -> Vec<BTreeMap<String, String>> {
+        let manifest: Value = serde_json::from_slice(&self.manifest_json).unwrap_or_default();
+        let layers = manifest["layers"].as_array().into_iter().flatten();
+        let read = |layer: &Value| {
+            let annotations = layer["annotations"].as_object().into_iter().flatten();
+            let texts = annotations.filter_map(|(key, value)| {
+                let text = value.as_str()?;
+                Some((key.clone(), text.to_owned()))
+            });
+            texts.collect()
+        };
+        layers.map(read).collect()
+    }
+}
+
 fn annotate(json: &[u8], own: &Annotations, layers: &[Annotations]) -> Option<Vec<u8>> {
     let mut manifest: Value = serde_json::from_slice(json).ok()?;
     let fields = manifest.as_object_mut()?;

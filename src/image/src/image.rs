@@ -46,6 +46,9 @@ impl fmt::Debug for Credentials {
 pub struct OpenOptions {
     /// Who to be to the registry; without, whoever the user's logins say.
     pub credentials: Option<Credentials>,
+    /// Where the logins are, in the form of docker's `config.json`; without, where the
+    /// user's tools keep them.
+    pub login_file: Option<PathBuf>,
     /// Talk HTTP instead of HTTPS to the registry.
     pub plain_http: bool,
     /// Where `hosts.toml` files lie; without, where containerd and docker have theirs.
@@ -58,6 +61,7 @@ impl Default for OpenOptions {
     fn default() -> Self {
         Self {
             credentials: None,
+            login_file: None,
             plain_http: false,
             hosts: None,
             platform: Platform::host(),

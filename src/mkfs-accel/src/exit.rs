@@ -1,5 +1,6 @@
 //! Exit codes: what kind of thing went wrong, for scripts.
 
+use crate::commands::WrongResult;
 use crate::published::PublishedError;
 use crate::sink::SinkError;
 use accel_image::ImageError;
@@ -55,6 +56,9 @@ fn known(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
             UfsError::Interrupted => INTERRUPTED,
             _ => STORAGE,
         });
+    }
+    if error.is::<WrongResult>() {
+        return Some(DAMAGED);
     }
     if let Some(error) = error.downcast_ref::<PublishedError>() {
         return Some(match error {

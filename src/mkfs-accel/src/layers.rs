@@ -256,46 +256,16 @@ impl Work<'_> {
         number: usize,
         bar: Bar,
     ) -> anyhow::Result<(LayerName, Fate, Root, ImageSize, bool)> {
-        let layer = &self.image.layers[number];
-        let publication = self.ufs.create("erofs")?;
-        let blob = self.image.open_layer(layer)?;
-        let options = LayerOptions {
-            compression: compression(&layer.media_type)?,
-            expected: Expected {
-                digest: Some(layer.digest),
-                size: Some(layer.size),
-                diff_id: Some(layer.diff_id),
-            },
-            parent: number
-                .checked_sub(1)
-                .map(|below| self.image.layers[below].chain_id),
-            ..LayerOptions::new(layer.digest.to_string())
-        };
-        let (file, path) = (publication.file(), publication.path());
-        let mut below = Below::new(self.ufs, self, number);
-        let Converted {
-            summary,
+        let Made {
+            publication,
+            name,
             root,
+            size,
             index,
-        } = sink::convert_layer(
-            bar.watch(blob, &self.stop),
-            &options,
-            &mut below,
-            file,
-            path,
-        )?;
-        let name = match summary.needs_lower {
-            true => LayerName::Chain(layer.chain_id),
-            false => LayerName::Layer(layer.diff_id),
-        };
-        let size = ImageSize::new(summary.image.size)?;
-        ensure!(
-            summary.uuid.0 == name.uuid().0,
-            "layer {}: the image's UUID does not follow from its name {name}",
-            layer.digest,
-        );
+            whiteouts,
+        } = make(self.ufs, self.image, number, self, bar, &self.stop)?;
         let fate = self.publish(&publication, &name, root, &index)?;
-        Ok((name, fate, root, size, summary.whiteouts))
+        Ok((name, fate, root, size, whiteouts))
     }
 
     /// Whether the layer is known to have whiteouts.
@@ -358,6 +328,74 @@ impl Names for Work<'_> {
     fn wait_for(&self, number: usize) -> Result<LayerName, LowerError> {
         Ok(self.wait(number)?)
     }
+}
+
+/// A layer that was made and has no name on UFS yet.
+#[derive(Debug)]
+pub struct Made {
+    /// Its image.
+    pub publication: Publication,
+    /// What it is to be called.
+    pub name: LayerName,
+    /// The image's root.
+    pub root: Root,
+    /// The image's size.
+    pub size: ImageSize,
+    /// The bytes of its index.
+    pub index: Vec<u8>,
+    /// Whether it hides anything below it.
+    pub whiteouts: bool,
+}
+
+/// Reads layer `number` of `image` and makes its EROFS image. `names` are those of the
+/// layers below, on the same UFS.
+pub fn make(
+    ufs: &Ufs,
+    image: &Image,
+    number: usize,
+    names: &dyn Names,
+    bar: Bar,
+    stop: &AtomicBool,
+) -> anyhow::Result<Made> {
+    let layer = &image.layers[number];
+    let publication = ufs.create("erofs")?;
+    let blob = image.open_layer(layer)?;
+    let options = LayerOptions {
+        compression: compression(&layer.media_type)?,
+        expected: Expected {
+            digest: Some(layer.digest),
+            size: Some(layer.size),
+            diff_id: Some(layer.diff_id),
+        },
+        parent: number
+            .checked_sub(1)
+            .map(|below| image.layers[below].chain_id),
+        ..LayerOptions::new(layer.digest.to_string())
+    };
+    let (file, path) = (publication.file(), publication.path());
+    let mut below = Below::new(ufs, names, number);
+    let Converted {
+        summary,
+        root,
+        index,
+    } = sink::convert_layer(bar.watch(blob, stop), &options, &mut below, file, path)?;
+    let name = match summary.needs_lower {
+        true => LayerName::Chain(layer.chain_id),
+        false => LayerName::Layer(layer.diff_id),
+    };
+    ensure!(
+        summary.uuid.0 == name.uuid().0,
+        "layer {}: the image's UUID does not follow from its name {name}",
+        layer.digest,
+    );
+    Ok(Made {
+        publication,
+        name,
+        root,
+        size: ImageSize::new(summary.image.size)?,
+        index,
+        whiteouts: summary.whiteouts,
+    })
 }
 
 /// Lets the other threads go when one panics: the panic goes on when they have

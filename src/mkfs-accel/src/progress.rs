@@ -3,12 +3,20 @@
 use crate::output::Bytes;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{self, IsTerminal, Read, Write};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Redrawn so often per second at most.
 const RATE: u8 = 5;
+
+/// Bytes that were counted by any bar.
+static READ: AtomicU64 = AtomicU64::new(0);
+
+/// How many bytes were read of whatever is being read.
+pub fn read_so_far() -> u64 {
+    READ.load(Ordering::Relaxed)
+}
 
 /// The bars that are on the screen, for those who write there beside them.
 static SCREEN: Mutex<Option<MultiProgress>> = Mutex::new(None);
@@ -125,6 +133,7 @@ pub struct Bar {
 impl Bar {
     /// Counts bytes.
     pub fn add(&self, bytes: u64) {
+        READ.fetch_add(bytes, Ordering::Relaxed);
         self.bar.inc(bytes);
         if let Some(total) = &self.total {
             total.inc(bytes);

@@ -28,6 +28,9 @@ pub struct RegistryArguments {
     /// Read the password from a file
     #[arg(long, group = "password", requires = "username", value_name = "FILE")]
     password_file: Option<PathBuf>,
+    /// Where the logins are: a file like docker's config.json, instead of the user's own
+    #[arg(long, value_name = "FILE", conflicts_with = "username")]
+    registry_config: Option<PathBuf>,
 }
 
 /// Longer than any token that serves as a password, in bytes.
@@ -38,6 +41,7 @@ impl RegistryArguments {
     pub fn options(&self) -> anyhow::Result<OpenOptions> {
         Ok(OpenOptions {
             credentials: self.credentials()?,
+            login_file: self.registry_config.clone(),
             plain_http: self.plain_http,
             hosts: self.hosts_dir.clone(),
             ..OpenOptions::default()

@@ -14,6 +14,8 @@ use std::str::FromStr;
 pub const TMP: &str = "tmp";
 /// Where processes say that they are at work.
 pub const LEASES: &str = "leases";
+/// Where files go that were damaged and replaced; nothing refers to them.
+pub const QUARANTINE: &str = "quarantine";
 /// Where image records live.
 pub const IMAGES: &str = "images";
 /// Where sources are remembered.

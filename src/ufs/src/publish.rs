@@ -9,23 +9,35 @@
 //! Converters do not wait for each other. If the final name is taken when a
 //! converter gets there, another was faster, and its bytes are the same.
 //!
+//! The exception is what is damaged: [`Publication::replace`] first *renames* it into
+//! `quarantine/`, then links the good file. Who has the bad one open keeps it, finds
+//! that its bytes are wrong, and opens the name again; who looks just between the two
+//! finds nothing, and looks again.
+//!
 //! Temporaries are called `<lease>.<number>.<what>`, after the [`lease`](crate::lease)
 //! of the process that makes them, so that [`Ufs::temporaries`] can say whose each is.
 
 use crate::error::UfsError;
 use crate::index::{Header, Page};
 use crate::lease::{FoundLease, Lease, Owner};
-use crate::names::{self, LEASES, LayerName, Nanoseconds, RelPath, TMP};
+use crate::names::{self, LEASES, LayerName, Nanoseconds, QUARANTINE, RelPath, TMP};
 use crate::record::{MAX_RECORD, RecordError};
 use accel_oci::{ChainId, DiffId};
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
 use std::collections::HashSet;
+use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
+
+/// How often a damaged file is replaced that others put there meanwhile.
+const REPLACEMENTS: usize = 16;
 
 /// The UFS directory, for reading and publishing.
 ///
@@ -284,6 +296,99 @@ impl Ufs {
         Ok(names)
     }
 
+    /// A directory of UFS, opened beneath its root and through no symlink.
+    fn open_beneath(&self, directory: &Path) -> Result<OwnedFd, UfsError> {
+        let error = |error: Errno| UfsError::io("open", directory)(error.into());
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = rustix::fs::open(&self.root, flags, Mode::empty()).map_err(error)?;
+        let relative = directory.strip_prefix(&self.root).unwrap_or(directory);
+        if relative.as_os_str().is_empty() {
+            return Ok(root);
+        }
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        rustix::fs::openat2(&root, relative, flags, Mode::empty(), resolve).map_err(error)
+    }
+
+    /// As [`list`](Self::list), but through no symlink: for who removes what is listed.
+    pub fn list_beneath(&self, directory: &RelPath) -> Result<Vec<String>, UfsError> {
+        let path = self.path(directory);
+        let error = |error: Errno| UfsError::io("list", &path)(error.into());
+        let found = match self.open_beneath(&path) {
+            Err(UfsError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Vec::new());
+            }
+            found => found?,
+        };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let opened = rustix::fs::openat(&found, ".", flags, Mode::empty()).map_err(error)?;
+        let mut names = Vec::new();
+        for entry in rustix::fs::Dir::new(opened).map_err(error)? {
+            let entry = entry.map_err(error)?;
+            let name = entry.file_name().to_str().unwrap_or(".");
+            if name != "." && name != ".." {
+                names.push(name.to_owned());
+            }
+        }
+        Ok(names)
+    }
+
+    /// Renames `path`, in `directory`, into the quarantine; its new path.
+    fn quarantine(&self, directory: &OwnedFd, path: &Path) -> Result<PathBuf, UfsError> {
+        let room = self.root.join(QUARANTINE);
+        make_directory(&room)?;
+        let target = self.open_beneath(&room)?;
+        let name = path.file_name().unwrap_or_default();
+        let mut open = self.lock();
+        open.made += 1;
+        let mut aside = OsString::from(format!("{}.{}.", self.shared.owner, open.made));
+        drop(open);
+        aside.push(name);
+        match rustix::fs::renameat(directory, name, &target, &aside) {
+            // Another has done it.
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => return Err(UfsError::io("set aside", path)(error.into())),
+        }
+        sync_directory(&room)?;
+        Ok(room.join(aside))
+    }
+
+    /// Whether `name` is a file, and not something that leads elsewhere. Its size.
+    pub fn regular_file(&self, name: &RelPath) -> Result<Option<u64>, UfsError> {
+        let path = self.path(name);
+        let directory = match self.open_beneath(path.parent().unwrap_or(&self.root)) {
+            Ok(directory) => directory,
+            Err(UfsError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        let file = path.file_name().unwrap_or_default();
+        let found = rustix::fs::statat(&directory, file, AtFlags::SYMLINK_NOFOLLOW);
+        match found {
+            Ok(found) if rustix::fs::FileType::from_raw_mode(found.st_mode).is_file() => {
+                Ok(u64::try_from(found.st_size).ok())
+            }
+            Ok(_) => Err(UfsError::io("use", &path)(io::Error::other(
+                "it is no regular file",
+            ))),
+            Err(Errno::NOENT) => Ok(None),
+            Err(error) => Err(UfsError::io("look at", &path)(error.into())),
+        }
+    }
+
+    /// The files that were damaged and replaced, with their sizes.
+    pub fn quarantined(&self) -> Result<Vec<(PathBuf, u64)>, UfsError> {
+        let room = self.root.join(QUARANTINE);
+        let mut found = Vec::new();
+        for name in self.list_path(&room)? {
+            let path = room.join(name);
+            let size = fs::symlink_metadata(&path).map_or(0, |metadata| metadata.len());
+            found.push((path, size));
+        }
+        found.sort();
+        Ok(found)
+    }
+
     /// Every unfinished file on UFS with what is known of its maker.
     pub fn temporaries(&self) -> Result<Vec<Temporary>, UfsError> {
         let directory = self.root.join(TMP);
@@ -363,6 +468,11 @@ impl Publication {
         &self.file
     }
 
+    /// Starts another file on the same UFS.
+    pub fn sibling(&self, what: &str) -> Result<Self, UfsError> {
+        self.ufs.create(what)
+    }
+
     /// Its temporary name.
     pub fn path(&self) -> &Path {
         &self.path
@@ -404,6 +514,92 @@ impl Publication {
         sync_directory(directory)?;
         tracing::debug!(%name, ?outcome, "published");
         Ok(outcome)
+    }
+
+    /// As [`commit`](Self::commit), but what has the name already and differs in its
+    /// bytes, or is no file, goes aside first: its new path is given. May be repeated
+    /// after an interruption. No symlink is followed: a name leads nowhere else.
+    pub fn replace(&self, name: &RelPath) -> Result<(Outcome, Vec<PathBuf>), UfsError> {
+        self.file.sync_all().map_err(self.error("sync"))?;
+        self.ufs.check_there()?;
+        let path = self.ufs.path(name);
+        let parent = path.parent().unwrap_or(&self.ufs.root);
+        let file = path.file_name().unwrap_or_default();
+        let directory = match self.ufs.open_beneath(parent) {
+            Err(UfsError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {
+                make_directories(&self.ufs.root, parent)?;
+                self.ufs.open_beneath(parent)?
+            }
+            opened => opened?,
+        };
+        let mut aside = Vec::new();
+        // Others may be repairing the same layer.
+        for _ in 0..REPLACEMENTS {
+            let open = self.ufs.lock();
+            if open.closed {
+                return Err(UfsError::Interrupted);
+            }
+            let cwd = rustix::fs::CWD;
+            let linked = rustix::fs::linkat(cwd, &self.path, &directory, file, AtFlags::empty());
+            drop(open);
+            let outcome = match linked {
+                Ok(()) => Some(Outcome::Published),
+                Err(Errno::EXIST) => self.is_same(&directory, file)?,
+                Err(Errno::NOENT) if !self.path.exists() => {
+                    return Err(UfsError::TakenForDead {
+                        path: self.path.clone(),
+                    });
+                }
+                Err(error) => return Err(UfsError::io("publish", &path)(error.into())),
+            };
+            if let Some(outcome) = outcome {
+                sync_directory(parent)?;
+                return Ok((outcome, aside));
+            }
+            aside.push(self.ufs.quarantine(&directory, &path)?);
+            // Whatever happens next: it is known as missing, not as damaged.
+            sync_directory(parent)?;
+        }
+        Err(UfsError::io("replace", &path)(io::Error::other(
+            "others put damaged files there again and again",
+        )))
+    }
+
+    /// Whether what has the name has our bytes; `None` if not.
+    fn is_same(&self, directory: &OwnedFd, name: &OsStr) -> Result<Option<Outcome>, UfsError> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let Ok(there) = rustix::fs::openat(directory, name, flags, Mode::empty()) else {
+            return Ok(None);
+        };
+        let there = File::from(there);
+        let here = self.file.metadata().map_err(self.error("look at"))?;
+        let Ok(found) = there.metadata() else {
+            return Ok(None);
+        };
+        if (found.dev(), found.ino()) == (here.dev(), here.ino()) {
+            return Ok(Some(Outcome::Published));
+        }
+        if !found.is_file() || found.len() != here.len() {
+            return Ok(None);
+        }
+        // What this machine has cached of it may be better, or worse, than what is there.
+        let _ = rustix::fs::fadvise(&there, 0, None, rustix::fs::Advice::DontNeed);
+        let (mut ours, mut theirs) = (vec![0; 1 << 20], vec![0; 1 << 20]);
+        let mut at = 0;
+        while at < here.len() {
+            let len = (here.len() - at).min(1 << 20);
+            // At most a MiB.
+            let len = usize::try_from(len).unwrap_or(0);
+            let (ours, theirs) = (&mut ours[..len], &mut theirs[..len]);
+            self.file
+                .read_exact_at(ours, at)
+                .map_err(self.error("read"))?;
+            if there.read_exact_at(theirs, at).is_err() || ours != theirs {
+                return Ok(None);
+            }
+            at += len as u64;
+        }
+        Ok(Some(Outcome::AlreadyThere))
     }
 
     /// What it means that `path` exists.

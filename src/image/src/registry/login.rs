@@ -3,6 +3,9 @@
 
 use crate::OpenOptions;
 use docker_credential::{CredentialRetrievalError, DockerCredential};
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
 
 /// What a registry is told.
 pub(super) enum Login {
@@ -24,6 +27,11 @@ pub(super) enum Login {
     IdentityToken(String),
 }
 
+fn read_file(path: &Path, key: &str) -> Result<DockerCredential, CredentialRetrievalError> {
+    let file = File::open(path).map_err(|_| CredentialRetrievalError::ConfigReadError)?;
+    docker_credential::get_credential_from_reader(BufReader::new(file), key)
+}
+
 impl Login {
     /// Who to be to `registry`. What the user gives on the command line counts if the
     /// host is one that they mean (`meant`), not for mirrors.
@@ -41,10 +49,15 @@ impl Login {
             other => other,
         };
         let mut trouble = None;
-        for (tool, found) in [
-            ("docker", docker_credential::get_credential(key)),
-            ("podman", docker_credential::get_podman_credential(registry)),
-        ] {
+        let found = match &options.login_file {
+            // Only what is there: this user's own logins are another's business.
+            Some(path) => vec![("the login file", read_file(path, key))],
+            None => vec![
+                ("docker", docker_credential::get_credential(key)),
+                ("podman", docker_credential::get_podman_credential(registry)),
+            ],
+        };
+        for (tool, found) in found {
             match found {
                 Ok(DockerCredential::UsernamePassword(user, password)) => {
                     return Self::Password {
@@ -59,7 +72,11 @@ impl Login {
                     | CredentialRetrievalError::NoCredentialConfigured,
                 ) => {}
                 // Also said when there is no such file.
-                Err(CredentialRetrievalError::ConfigReadError) => {}
+                Err(CredentialRetrievalError::ConfigReadError) => {
+                    if let Some(path) = &options.login_file {
+                        trouble = Some(format!("{} cannot be read", path.display()));
+                    }
+                }
                 Err(CredentialRetrievalError::HelperFailure {
                     helper,
                     stdout,

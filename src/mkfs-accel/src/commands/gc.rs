@@ -70,6 +70,7 @@ const GONE: Remove = Remove("the process that made it is gone");
 const SILENT: Remove = Remove("the process that made it, on another machine, was silent for long");
 const OWNERLESS: Remove = Remove("nobody's, and unchanged for long");
 const INDEXLESS: Remove = Remove("an image without its index, which nobody works on");
+const DAMAGED: Remove = Remove("was damaged, and replaced by mkfs-accel repair");
 const ALIVE: Keep = Keep("the process that makes it is at work");
 const YOUNG: Keep = Keep("nobody's that is known, but changed not long ago");
 
@@ -107,6 +108,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             Err(_) if arguments.dry_run => {}
             Err(_) => remove(path)?,
         }
+    }
+    for (path, size) in ufs.quarantined()? {
+        sweep.file(&path, size, Err(DAMAGED))?;
     }
     let is_dead = |lease: &FoundLease| {
         let owner = lease.owner.as_ref();

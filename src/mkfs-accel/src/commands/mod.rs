@@ -5,7 +5,11 @@ mod gc;
 mod images;
 mod inspect;
 mod layer;
+mod remake;
+mod repair;
 mod verify;
+
+pub use repair::WrongResult;
 
 use crate::exit;
 use anyhow::Context;
@@ -34,6 +38,12 @@ enum Command {
     Inspect(inspect::Arguments),
     /// Check every byte of an image on UFS against its roots, and its trees
     Verify(verify::Arguments),
+    /// Make layers again whose files on UFS are missing or damaged, from the original
+    /// image
+    Repair(Box<repair::Arguments>),
+    /// Makes one layer for a daemon, which starts this.
+    #[command(hide = true)]
+    Remake(remake::Arguments),
     /// Remove unfinished files that no converter works on any more
     Gc(gc::Arguments),
     /// Print a shell's completions for this program
@@ -72,6 +82,8 @@ impl Cli {
             Command::List(arguments) => images::run(arguments),
             Command::Inspect(arguments) => inspect::run(arguments),
             Command::Verify(arguments) => return verify::run(arguments),
+            Command::Repair(arguments) => return repair::run(arguments),
+            Command::Remake(arguments) => remake::run(arguments),
             Command::Gc(arguments) => gc::run(arguments),
             Command::Completions { shell } => {
                 let mut script = Vec::new();

@@ -6,7 +6,8 @@ use crate::progress::{Bar, Bars};
 use crate::published::{Published, PublishedError};
 use crate::tree::Tree;
 use accel_oci::Digest;
-use accel_ufs::index::{CHUNK_SIZE, ChunkNo, PAGE_SIZE, Page, PageValue, Root};
+use accel_ufs::index::{CHUNK_SIZE, ChunkNo, ImageSize, Layout, PAGE_SIZE, Page, PageValue, Root};
+use accel_ufs::names::LayerName;
 use accel_ufs::publish::Ufs;
 use accel_ufs::record::LayerRecord;
 use accel_ufs::resolve::ImageName;
@@ -95,7 +96,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<Verdict> {
             report.manifest,
             match report.good {
                 true => "good",
-                false => "DAMAGED; remove the damaged layers' files and convert again",
+                false => "DAMAGED; mkfs-accel repair makes the damaged layers again",
             },
             Bytes(bytes),
             Seconds(started.elapsed()),
@@ -126,16 +127,16 @@ impl LayerReport {
 
 /// What was found to be wrong.
 #[derive(Debug, Default, Serialize)]
-struct Damage {
+pub(super) struct Damage {
     #[serde(rename = "findings")]
-    count: u64,
+    pub(super) count: u64,
     /// The first of them.
     #[serde(rename = "damage")]
-    listed: Vec<String>,
+    pub(super) listed: Vec<String>,
 }
 
 impl Damage {
-    fn add(&mut self, finding: String) {
+    pub(super) fn add(&mut self, finding: String) {
         self.count += 1;
         if self.listed.len() < LISTED {
             self.listed.push(finding);
@@ -152,40 +153,56 @@ fn check_layer(
     damage: &mut Damage,
 ) -> anyhow::Result<u64> {
     let name = layer.name().context("the record names no path of ours")?;
-    let published = Published::open(ufs, &name)?;
-    let (header, erofs) = (published.header(), &layer.erofs);
-    if header.root() != erofs.root || header.image_size() != erofs.size {
+    let (root, size) = (layer.erofs.root, layer.erofs.size);
+    let published = check_bytes(ufs, &name, (root, size), Some(bar), damage)?;
+    match published.filter(|_| damage.count == 0) {
+        // The bytes are right, so whatever is wrong now was written so.
+        Some(published) => check_files(&published).context("the tree is not what EROFS should be"),
+        None => Ok(0),
+    }
+}
+
+/// Compares a layer's two files with what its root and size promise; without `bar`
+/// only whether they are there, as long as they should be, and of that layer.
+pub(super) fn check_bytes(
+    ufs: &Ufs,
+    name: &LayerName,
+    (root, size): (Root, ImageSize),
+    bar: Option<&Bar>,
+    damage: &mut Damage,
+) -> anyhow::Result<Option<Published>> {
+    let published = Published::open(ufs, name)?;
+    let header = published.header();
+    if header.root() != root || header.image_size() != size {
         damage.add(format!(
             "{:?} is the index of another image (root {}, {} bytes)",
             published.index_path(),
             header.root(),
             header.image_size(),
         ));
-        return Ok(0);
+        return Ok(None);
     }
     for (path, size, wanted) in [
         (
             published.image_path(),
             published.image_size()?,
-            erofs.size.bytes(),
+            size.bytes(),
         ),
         (
             published.index_path(),
             published.index_size()?,
-            erofs.index_size,
+            Layout::new(size).index_size(),
         ),
     ] {
         if size != wanted {
             damage.add(format!("{path:?} has {size} bytes instead of {wanted}"));
         }
     }
-    let values = check_tree(&published, erofs.root, damage)?;
-    check_chunks(&published, &values, bar, damage)?;
-    if damage.count > 0 {
-        return Ok(0);
+    if let Some(bar) = bar {
+        let values = check_tree(&published, root, damage)?;
+        check_chunks(&published, &values, bar, damage)?;
     }
-    // The bytes are right, so whatever is wrong now was written so.
-    check_files(&published).context("the tree is not what EROFS should be")
+    Ok(Some(published))
 }
 
 /// Reads the whole tree, and sees that each file's data lies among the data. Gives the
