@@ -7,7 +7,8 @@
 //! not for ever.
 
 use crate::mounts::Places;
-use crate::snapshot::Layer;
+use crate::remote;
+use crate::snapshot::{Labels, Layer};
 use accel_client::exports::{device, release_within};
 use accel_client::lock::Lock;
 use accel_client::paths::Paths;
@@ -60,6 +61,8 @@ pub struct Layers {
     places: Places,
     server: Paths,
     one: Mutex<()>,
+    /// Images that have a layer, for the daemon to make it again from.
+    origins: Mutex<HashMap<Root, String>>,
 }
 
 impl Layers {
@@ -69,6 +72,18 @@ impl Layers {
             places,
             server,
             one: Mutex::default(),
+            origins: Mutex::default(),
+        }
+    }
+
+    fn origins(&self) -> MutexGuard<'_, HashMap<Root, String>> {
+        self.origins.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes which image a layer is of, if containerd's labels of its snapshot say so.
+    pub fn note_origin(&self, root: Root, labels: &Labels) {
+        if let Some(origin) = remote::origin(labels) {
+            self.origins().insert(root, origin);
         }
     }
 
@@ -126,6 +141,7 @@ impl Layers {
             chain_id: layer.chain_id,
             root: layer.root,
             size: layer.size,
+            origin: self.origins().get(&layer.root).cloned(),
             holder: holder.clone(),
         };
         let attached = match wire::ask_within(&self.server.socket, &command, EXPORT)? {

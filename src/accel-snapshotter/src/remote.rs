@@ -13,7 +13,7 @@
 //! tried for a while.
 
 use crate::snapshot::{Labels, Lazy, SNAPSHOT_REF};
-use accel_oci::ChainId;
+use accel_oci::{ChainId, ImageSource, Version};
 use accel_ufs::annotations::LayerAnnotations;
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -69,6 +69,21 @@ pub struct Fallback {
     pub reason: Reason,
     /// For people.
     pub detail: String,
+}
+
+/// The image that a layer is of, as `mkfs-accel convert` takes it, if CRI has said so
+/// in the snapshot's labels. By its manifest's digest where that is known: a tag may
+/// move.
+pub fn origin(labels: &Labels) -> Option<String> {
+    let image = labels.get("containerd.io/snapshot/cri.image-ref")?;
+    let mut source: ImageSource = format!("docker://{image}").parse().ok()?;
+    let digest = labels.get("containerd.io/snapshot/cri.manifest-digest");
+    if let (ImageSource::Registry(reference), Some(digest)) =
+        (&mut source, digest.and_then(|digest| digest.parse().ok()))
+    {
+        reference.version = Version::Digest(digest);
+    }
+    Some(source.to_string())
 }
 
 impl Fallback {
@@ -216,6 +231,22 @@ mod tests {
             root: Root([3; 32]),
             size: ImageSize::new(4096).unwrap(),
         }
+    }
+
+    #[test]
+    fn the_image_is_told_by_digest_if_it_is_known() {
+        let mut labels = Labels::new();
+        assert_eq!(origin(&labels), None);
+        let key = |name: &str| format!("containerd.io/snapshot/cri.{name}");
+        labels.insert(key("image-ref"), "h.example:5000/a/b:v1".to_owned());
+        let told = origin(&labels);
+        assert_eq!(told.as_deref(), Some("docker://h.example:5000/a/b:v1"));
+        let digest = Digest::of(b"manifest").to_string();
+        labels.insert(key("manifest-digest"), digest.clone());
+        let told = origin(&labels);
+        assert_eq!(told, Some(format!("docker://h.example:5000/a/b@{digest}")));
+        labels.insert(key("image-ref"), "no image".to_owned());
+        assert_eq!(origin(&labels), None);
     }
 
     #[test]

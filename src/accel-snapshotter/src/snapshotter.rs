@@ -105,8 +105,14 @@ impl Snapshotter {
             let made = builder.recursive(true).mode(0o700).create(&directory);
             made.map_err(Failure::io("make", &directory))?;
         }
+        let store = Store::open(&places.database())?;
+        for snapshot in store.all().values() {
+            if let Some(lazy) = snapshot.lazy {
+                layers.note_origin(lazy.root, &snapshot.labels);
+            }
+        }
         Ok(Self {
-            store: Store::open(&places.database())?,
+            store,
             places,
             layers,
             budget,
@@ -241,6 +247,7 @@ impl Snapshotter {
         let lazy = remote::check(labels, parent_chain, &wanted)?;
         if self.store.find_lazy(parent, lazy).is_none() {
             let left = self.budget.left(parent_chain, Instant::now())?;
+            self.layers.note_origin(lazy.root, labels);
             let pin = self.mount(&wanted, lazy.chain_id, left).await?;
             self.store
                 .commit_lazy(parent, labels.clone(), lazy)

@@ -120,6 +120,12 @@ impl<S> Guard<S> {
     }
 }
 
+impl<S> Clone for Guard<S> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
 impl<S> Deref for Guard<S> {
     type Target = S;
 

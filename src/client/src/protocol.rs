@@ -41,6 +41,10 @@ pub enum Command {
         root: Root,
         /// How many there are.
         size: ImageSize,
+        /// An image that has the layer, as `mkfs-accel convert` takes it, to make it
+        /// again from if it is lost.
+        #[serde(default)]
+        origin: Option<String>,
         /// Who needs it; a text that does not begin with `/`.
         holder: String,
     },
@@ -181,6 +185,12 @@ pub struct Status {
     pub fetched_bytes: u64,
     /// The memory cache.
     pub cache: CacheStatus,
+    /// The tier on local disk, if there is one.
+    #[serde(default)]
+    pub disk_cache: Option<DiskCacheStatus>,
+    /// Layers that are made again, if that is done.
+    #[serde(default)]
+    pub remake: Option<RemakeStatus>,
     /// The sources, best first.
     pub sources: Vec<SourceStatus>,
     /// Reads that failed at every source.
@@ -206,6 +216,61 @@ pub struct CacheStatus {
     pub joined: u64,
     /// Chunks evicted.
     pub evicted: u64,
+}
+
+/// The disk cache, in bytes and pieces: chunks and pages of indexes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DiskCacheStatus {
+    /// Its name.
+    pub name: String,
+    /// Whether it is in use, or why not; for people.
+    pub state: String,
+    /// Whether it is read and written.
+    pub in_use: bool,
+    /// Bytes that its files may have.
+    pub size: u64,
+    /// Bytes of slots that hold something.
+    pub used: u64,
+    /// Whether all of that would be known after a restart.
+    pub saved: bool,
+    /// Requests answered from it.
+    pub hits: u64,
+    /// Requests for what it does not hold.
+    pub misses: u64,
+    /// Pieces written to it.
+    pub written: u64,
+    /// Pieces that were not written, because the disk was too slow or left alone.
+    pub skipped: u64,
+    /// Pieces evicted.
+    pub evicted: u64,
+    /// Pieces that had changed on disk, and were fetched again.
+    pub damaged: u64,
+    /// Reads and writes that failed or took too long.
+    pub failed: u64,
+}
+
+/// Layers that are made again from the original image.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RemakeStatus {
+    /// Where they lie.
+    pub directory: PathBuf,
+    /// Exported layers of which it is known where they came from.
+    pub known: usize,
+    /// Those that something was done about.
+    pub layers: Vec<RemadeLayer>,
+    /// Layers that were made since the daemon started.
+    pub made: u64,
+    /// Attempts that failed.
+    pub failed: u64,
+}
+
+/// A layer that is, was or cannot be made again.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RemadeLayer {
+    /// What it is called on UFS.
+    pub name: String,
+    /// How it stands; for people.
+    pub state: String,
 }
 
 /// One source.

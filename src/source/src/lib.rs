@@ -31,6 +31,7 @@
 
 mod arena;
 mod blocking;
+mod disk;
 mod faulty;
 mod handle;
 mod health;
@@ -42,12 +43,16 @@ pub mod worker;
 
 pub use arena::{Arena, ArenaError, Pool, Slot};
 pub use blocking::{list, read_checked, read_file};
+pub use disk::{
+    DiskCache, DiskCounters, DiskError, DiskOptions, DiskStanding, disk_slots,
+    worker as disk_worker,
+};
 pub use faulty::{Fault, Faulty};
 pub use handle::{Counters, StartError, WorkerCommand, WorkerSource};
 pub use health::{Condition, Fault as SourceFault, Standing};
 pub use request::{
-    Done, FileName, Filled, Late, Operation, Origin, Patience, Rejected, Request, Source,
-    SourceError,
+    Content, Done, FileName, Filled, Late, Operation, Origin, Patience, Readiness, Rejected,
+    Request, Source, SourceError,
 };
 pub use sources::Sources;
 

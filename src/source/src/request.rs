@@ -44,6 +44,15 @@ pub enum Operation {
         /// what it gave before was wrong.
         fresh: bool,
     },
+    /// Write the slot's first `len` bytes, a multiple of
+    /// [`ALIGNMENT`](crate::ALIGNMENT), at `offset`, which is one too. Only the worker
+    /// of a [`DiskCache`](crate::DiskCache) does that.
+    Write {
+        /// Where to, in bytes.
+        offset: u64,
+        /// How many bytes.
+        len: usize,
+    },
     /// Write the names in a directory into the slot, greatest first, each
     /// followed by a newline, as many as fit.
     List,
@@ -103,6 +112,18 @@ pub struct Request {
     /// Called when the source has not answered within an attempt's time. It may
     /// still answer, and `done` is called in any case.
     pub late: Option<Late>,
+    /// What the bytes are, if they have a name by themselves.
+    pub content: Option<Content>,
+}
+
+/// Bytes by what they are: content that has the same name is the same, wherever it
+/// lies. The value is what they are verified against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Content {
+    /// A chunk of an image.
+    Chunk([u8; 32]),
+    /// A page of an index.
+    Page([u8; 32]),
 }
 
 impl Request {
@@ -115,6 +136,7 @@ impl Request {
             patience,
             rejected: Rejected::default(),
             late: None,
+            content: None,
         }
     }
 }
@@ -218,6 +240,28 @@ pub enum SourceError {
         /// Time spent.
         seconds: u64,
     },
+    /// The source is making what was asked for: it is to be asked again.
+    #[error("{file} in {origin}: {reason}")]
+    Making {
+        /// Which file.
+        file: FileName,
+        /// Name of the source.
+        origin: Arc<str>,
+        /// How far it is.
+        reason: String,
+    },
+    /// The source cannot make what was asked for.
+    #[error("{file} in {origin}: {reason}")]
+    NotMade {
+        /// Which file.
+        file: FileName,
+        /// Name of the source.
+        origin: Arc<str>,
+        /// Why.
+        reason: String,
+        /// Whether trying again would not help.
+        lasting: bool,
+    },
     /// The source was shut down.
     #[error("{origin} was shut down")]
     Closed {
@@ -250,6 +294,17 @@ pub type Done = Box<dyn FnOnce(Result<Filled, SourceError>) + Send>;
 /// block.
 pub type Late = Box<dyn FnOnce() + Send>;
 
+/// How gladly a source gives a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readiness {
+    /// As any source.
+    Ready,
+    /// Only if no other can, and the request has been waiting for so long.
+    After(Duration),
+    /// Not at all: it need not be asked.
+    Never,
+}
+
 /// Where bytes come from.
 pub trait Source: Send + Sync + 'static {
     /// Starts `request`; never blocks. `done` is called exactly once.
@@ -257,6 +312,25 @@ pub trait Source: Send + Sync + 'static {
 
     /// What to call this source in messages.
     fn name(&self) -> &str;
+
+    /// How gladly it gives a file. Costs little, never blocks, calls nobody.
+    fn readiness(&self, file: &FileName) -> Readiness {
+        let _ = file;
+        Readiness::Ready
+    }
+
+    /// Whether it is making a file and gets on with it: who waits for that waits longer.
+    /// Costs little, never blocks, calls nobody.
+    fn is_at_work(&self, file: &FileName) -> bool {
+        let _ = file;
+        false
+    }
+
+    /// Bytes that came from `origin` were verified to be `content`. Costs little and
+    /// never blocks.
+    fn verified(&self, content: Content, bytes: &[u8], origin: &Origin) {
+        let _ = (content, bytes, origin);
+    }
 }
 
 impl<S: Source + ?Sized> Source for Arc<S> {
@@ -266,5 +340,17 @@ impl<S: Source + ?Sized> Source for Arc<S> {
 
     fn name(&self) -> &str {
         (**self).name()
+    }
+
+    fn readiness(&self, file: &FileName) -> Readiness {
+        (**self).readiness(file)
+    }
+
+    fn is_at_work(&self, file: &FileName) -> bool {
+        (**self).is_at_work(file)
+    }
+
+    fn verified(&self, content: Content, bytes: &[u8], origin: &Origin) {
+        (**self).verified(content, bytes, origin);
     }
 }

@@ -15,16 +15,21 @@
 //! * Bytes that the caller rejects are asked for once more from the same source,
 //!   afresh (what this machine had cached may have been the fault), and then from
 //!   the others.
+//! * A source may be a last resort for a file ([`Readiness::After`]): it is asked when
+//!   no other can be, and the request has waited for a while. As long as it is at work
+//!   on the file, the request's deadline moves.
 //! * A request ends with an error when every source has given a final answer, or
 //!   at its deadline.
 //!
-//! Locking: one mutex, never held while a source is called. Sources call back from
-//! threads of their own, or at once.
+//! Locking: one mutex, never held while a source is called, but for
+//! [`Source::readiness`] and [`Source::is_at_work`], which only look. Sources call back
+//! from threads of their own, or at once.
 
 use crate::health::{Due, Fault, Health, Probe};
 use crate::request::Errno as SourceErrno;
 use crate::{
-    Done, FileName, Filled, Operation, Patience, Pool, Request, Slot, Source, SourceError, Standing,
+    Done, FileName, Filled, Operation, Patience, Pool, Readiness, Request, Slot, Source,
+    SourceError, Standing,
 };
 use rustix::io::Errno;
 use std::collections::BTreeMap;
@@ -43,6 +48,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// Pause of a request that finds no memory for its next attempt.
 const MEMORY_PAUSE: Duration = Duration::from_millis(20);
+/// How far the deadline of a request moves at a time.
+const EXTENSION: Duration = Duration::from_secs(1);
 /// Bytes that a probe reads.
 const PROBE: usize = 4096;
 
@@ -86,6 +93,8 @@ struct Pending {
     pause: Duration,
     /// Nothing is to be asked before.
     until: Option<Instant>,
+    /// The deadline, if it has moved.
+    extended: Option<Instant>,
 }
 
 /// What one source has said to a request.
@@ -236,6 +245,7 @@ impl Shared {
             tries: self.members.iter().map(|_| Try::default()).collect(),
             pause: FIRST_PAUSE,
             until: None,
+            extended: None,
         };
         let mut lied = None;
         for (origin, problem) in request.rejected.answers {
@@ -312,18 +322,34 @@ impl Shared {
             return;
         }
         pending.until = None;
-        let find = |usable: fn(&Health) -> bool| {
-            let all = pending.tries.iter().zip(health.iter());
-            all.enumerate().find_map(|(member, (attempt, health))| {
-                let open = match attempt.verdict {
-                    Verdict::Open => true,
-                    Verdict::Late => health.is_good() && attempt.out < UNANSWERED,
-                    Verdict::Failed | Verdict::Final => false,
-                };
-                (open && usable(health)).then_some(member)
-            })
+        // From when each may be asked; `None`: never.
+        let (started, patient) = (pending.started, pending.patience.await_file);
+        let whens = self.members.iter().map(|member| {
+            match member.readiness(&pending.file) {
+                Readiness::Ready => Some((false, started)),
+                Readiness::After(time) if patient => Some((true, started + time)),
+                // What is only looked up is not worth it.
+                Readiness::After(_) | Readiness::Never => None,
+            }
+        });
+        let whens: Vec<_> = whens.collect();
+        let find = |last: bool, usable: fn(&Health) -> bool| {
+            let all = pending.tries.iter().zip(health.iter()).zip(&whens);
+            all.enumerate()
+                .find_map(|(member, ((attempt, health), when))| {
+                    let due = when.is_some_and(|(late, when)| late == last && now >= when);
+                    let open = match attempt.verdict {
+                        Verdict::Open => true,
+                        Verdict::Late => health.is_good() && attempt.out < UNANSWERED,
+                        Verdict::Failed | Verdict::Final => false,
+                    };
+                    (due && open && usable(health)).then_some(member)
+                })
         };
-        if let Some(member) = find(Health::is_good).or_else(|| find(Health::answers)) {
+        let found = find(false, Health::is_good)
+            .or_else(|| find(false, Health::answers))
+            .or_else(|| find(true, Health::answers));
+        if let Some(member) = found {
             let slot = pending.slot.take();
             let Some(slot) = slot.or_else(|| pending.pool.take_reserved()) else {
                 pending.until = Some(now + MEMORY_PAUSE);
@@ -335,11 +361,8 @@ impl Shared {
             actions.push(self.attempt(pending, id, member, attempt, slot));
             return;
         }
-        if pending
-            .tries
-            .iter()
-            .all(|attempt| attempt.verdict == Verdict::Final)
-        {
+        let mut tries = pending.tries.iter().zip(&whens);
+        if tries.all(|(attempt, when)| attempt.verdict == Verdict::Final || when.is_none()) {
             if let Some(pending) = operations.remove(&id) {
                 actions.push(pending.give_up(&self.members, health));
             }
@@ -352,12 +375,16 @@ impl Shared {
             (attempt.verdict, again) = (Verdict::Open, true);
         }
         // Otherwise it waits for a source to come back, or for its deadline.
+        let until = again.then(|| now + pending.pause);
         if again {
-            let until = Some(now + pending.pause);
-            pending.until = until;
             pending.pause = (pending.pause * 2).min(LONGEST_PAUSE);
-            self.wake_by(state, until);
         }
+        let last = pending.tries.iter().zip(&whens);
+        let last = last.filter(|(attempt, _)| attempt.verdict == Verdict::Open);
+        let last = last.filter_map(|(_, when)| Some(when.as_ref()?.1).filter(|when| *when > now));
+        pending.until = last.chain(until).min();
+        let until = pending.until;
+        self.wake_by(state, until);
     }
 
     /// One attempt of a request at one source.
@@ -379,7 +406,7 @@ impl Shared {
                 len,
                 fresh: this.fresh,
             },
-            Operation::List => Operation::List,
+            other => other,
         };
         let (me, shared) = (Weak::clone(&self.me), Weak::clone(&self.me));
         let request = Request {
@@ -549,8 +576,24 @@ impl Shared {
         });
         let due: Vec<_> = due.map(|(id, _)| *id).collect();
         for id in due {
-            let over = state.operations.get(&id).and_then(Pending::deadline);
-            if over.is_some_and(|over| now >= over) {
+            if let Some(pending) = state.operations.get_mut(&id)
+                && pending.is_over(now)
+            {
+                // What one makes that has given wrong bytes is not worth it.
+                let mut makers = self.members.iter().zip(&pending.tries);
+                if pending.patience.await_file
+                    && makers.any(|(member, attempt)| {
+                        attempt.verdict != Verdict::Final && member.is_at_work(&pending.file)
+                    })
+                {
+                    pending.extended = Some(now + EXTENSION);
+                }
+            }
+            let over = state
+                .operations
+                .get(&id)
+                .map(|pending| pending.is_over(now));
+            if over == Some(true) {
                 if let Some(pending) = state.operations.remove(&id) {
                     actions.push(pending.give_up(&self.members, &state.health));
                 }
@@ -568,7 +611,7 @@ impl Shared {
                 len: len.min(PROBE),
                 fresh: false,
             },
-            Operation::List => Operation::List,
+            other => other,
         };
         let me = Weak::clone(&self.me);
         // Nobody waits for it: it ends with an answer, or with its worker.
@@ -601,7 +644,12 @@ impl Shared {
 
 impl Pending {
     fn deadline(&self) -> Option<Instant> {
-        Some(self.started + self.patience.whole?)
+        let deadline = self.started + self.patience.whole?;
+        Some(self.extended.map_or(deadline, |later| later.max(deadline)))
+    }
+
+    fn is_over(&self, now: Instant) -> bool {
+        self.deadline().is_some_and(|over| now >= over)
     }
 
     /// When it is to be looked at.
@@ -620,7 +668,15 @@ impl Pending {
 
     fn give_up(self, members: &[Arc<dyn Source>], health: &[Health]) -> Action {
         let now = Instant::now();
-        let error = if self.tries.iter().all(|attempt| attempt.not_found) {
+        // Those that cannot have it say nothing.
+        let asked = |member: &Arc<dyn Source>| match member.readiness(&self.file) {
+            Readiness::Ready => true,
+            Readiness::After(_) => self.patience.await_file,
+            Readiness::Never => false,
+        };
+        let asked: Vec<_> = members.iter().map(asked).collect();
+        let mut tries = self.tries.iter().zip(&asked);
+        let error = if tries.all(|(attempt, asked)| attempt.not_found || !asked) {
             SourceError::Failed {
                 file: self.file,
                 origin: members.first().map_or("", |member| member.name()).into(),
@@ -628,7 +684,8 @@ impl Pending {
             }
         } else {
             let answers = self.tries.into_iter().zip(members.iter().zip(health));
-            let answers = answers.map(|(attempt, (member, health))| {
+            let answers = answers.zip(asked).filter(|(_, asked)| *asked);
+            let answers = answers.map(|((attempt, (member, health)), _)| {
                 let said = attempt.last.unwrap_or_else(|| {
                     if attempt.out > 0 {
                         return "asked, no answer yet".to_owned();
@@ -665,6 +722,7 @@ fn is_final(error: &SourceError, patience: Patience) -> bool {
             | Errno::NAMETOOLONG => true,
             _ => false,
         },
+        SourceError::NotMade { lasting, .. } => *lasting,
         SourceError::Closed { .. } => true,
         _ => false,
     }
@@ -684,6 +742,9 @@ fn fault(error: &SourceError) -> Option<Fault> {
             _ => Some(Fault::Failing),
         },
         SourceError::Unavailable { .. } => Some(Fault::Failing),
-        SourceError::Exhausted { .. } | SourceError::Closed { .. } => None,
+        SourceError::Exhausted { .. }
+        | SourceError::Closed { .. }
+        | SourceError::Making { .. }
+        | SourceError::NotMade { .. } => None,
     }
 }

@@ -3,7 +3,7 @@
 //! One message per packet of a `SOCK_SEQPACKET` pair, little-endian. Both ends
 //! are the same binary, so there is no version.
 //!
-//! Request: id u64, operation u8 (0 read, 1 list), fresh u8, zero u16,
+//! Request: id u64, operation u8 (0 read, 1 list, 2 write), fresh u8, zero u16,
 //! len u32, file offset u64, place in the arena u64, path (the rest).
 //!
 //! Reply: id u64, errno u32 (0: none), len u32, text (the rest, with an errno
@@ -52,6 +52,7 @@ impl WireRequest {
         let (operation, fresh, len, offset) = match self.operation {
             Operation::Read { offset, len, fresh } => (0, fresh, len, offset),
             Operation::List => (1, false, self.room, 0),
+            Operation::Write { offset, len } => (2, false, len, offset),
         };
         let mut bytes = Vec::with_capacity(REQUEST_HEAD + self.path.len());
         bytes.extend(self.id.to_le_bytes());
@@ -74,6 +75,10 @@ impl WireRequest {
                 fresh: *bytes.get(9)? != 0,
             },
             1 => Operation::List,
+            2 => Operation::Write {
+                offset: u64_at(bytes, 16)?,
+                len,
+            },
             _ => return None,
         };
         Some(Self {
@@ -128,6 +133,10 @@ mod tests {
                 offset: 1 << 40,
                 len: 131_072,
                 fresh: true,
+            },
+            Operation::Write {
+                offset: 4096,
+                len: 131_072,
             },
         ] {
             let request = WireRequest {

@@ -46,8 +46,7 @@ const REOPEN: Duration = Duration::from_secs(1);
 
 const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
-const FLAGS: OFlags = OFlags::RDONLY
-    .union(OFlags::CLOEXEC)
+const FLAGS: OFlags = OFlags::CLOEXEC
     .union(OFlags::NOFOLLOW)
     .union(OFlags::NONBLOCK);
 const RESOLVE: ResolveFlags = ResolveFlags::BENEATH
@@ -62,7 +61,7 @@ pub struct WorkerError {
     source: io::Error,
 }
 
-fn failed<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> WorkerError {
+pub(crate) fn failed<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> WorkerError {
     move |error| WorkerError {
         what: what.into(),
         source: error.into(),
@@ -73,13 +72,24 @@ fn failed<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Work
 /// `namespace` (a file such as `/proc/PID/ns/mnt`), the directory is that of this
 /// mount namespace, whatever is mounted there later.
 pub fn run(directory: &Path, namespace: Option<&Path>) -> Result<(), WorkerError> {
-    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
-        .map_err(failed("cannot tie the worker's life to the daemon's"))?;
-    close_inherited().map_err(failed("cannot close inherited files"))?;
+    run_with(directory, namespace, OFlags::RDONLY, |_| Ok(()))
+}
+
+/// The same for a directory that is made ready first, and whose files are opened as
+/// `access` says.
+pub(crate) fn run_with(
+    directory: &Path,
+    namespace: Option<&Path>,
+    access: OFlags,
+    prepare: impl FnOnce(&Path) -> Result<(), WorkerError>,
+) -> Result<(), WorkerError> {
+    part()?;
     let socket = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)
         .map_err(failed("standard input is not the daemon's socket"))?;
     let socket = Arc::new(socket);
-    let started = enter(namespace).and_then(|()| Worker::start(directory, Arc::clone(&socket)));
+    let started = enter(namespace)
+        .and_then(|()| prepare(directory))
+        .and_then(|()| Worker::start(directory, access, Arc::clone(&socket)));
     let hello = match &started {
         Ok(_) => Ok(0),
         Err(error) => {
@@ -106,6 +116,23 @@ pub fn run(directory: &Path, namespace: Option<&Path>) -> Result<(), WorkerError
     // their memory stays until the process is gone.
     std::mem::forget(worker);
     result
+}
+
+/// Ties this process's life to the daemon's, which started it, closes everything that it
+/// inherited but the three standard files, and joins a mount namespace. The process has
+/// one thread yet.
+///
+/// # Errors
+/// One of that failed.
+pub fn part_from_daemon(namespace: Option<&Path>) -> Result<(), WorkerError> {
+    part()?;
+    enter(namespace)
+}
+
+fn part() -> Result<(), WorkerError> {
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+        .map_err(failed("cannot tie the worker's life to the daemon's"))?;
+    close_inherited().map_err(failed("cannot close inherited files"))
 }
 
 /// Joins a mount namespace. The process has one thread yet.
@@ -169,6 +196,8 @@ struct Job {
     offset: u64,
     want: usize,
     filled: usize,
+    /// Bytes go from the slot into the file.
+    write: bool,
     /// It failed, and is repeated with the directory opened anew.
     again: bool,
     /// A read ended here, which is no whole block: the file's end, if another says
@@ -183,7 +212,7 @@ impl Job {
     }
 
     /// Sets how the file is to be opened.
-    fn open_with(&mut self, direct: bool) {
+    fn open_with(&mut self, access: OFlags, direct: bool) {
         let extra = if direct {
             OFlags::DIRECT
         } else {
@@ -191,7 +220,7 @@ impl Job {
         };
         self.direct = direct;
         self.how = types::OpenHow::new()
-            .flags(u64::from((FLAGS | extra).bits()))
+            .flags(u64::from((FLAGS | access | extra).bits()))
             .resolve(RESOLVE.bits());
     }
 }
@@ -200,6 +229,8 @@ struct Worker {
     ring: IoUring,
     socket: Arc<OwnedFd>,
     root: Arc<OwnedFd>,
+    /// For reading, or for writing too.
+    access: OFlags,
     /// Where that is, as the kernel wants it, and how to open it: the kernel may
     /// look at both whenever it is opened anew.
     directory: Arc<CString>,
@@ -223,7 +254,7 @@ impl fmt::Debug for Worker {
 }
 
 impl Worker {
-    fn start(directory: &Path, socket: Arc<OwnedFd>) -> Result<Self, WorkerError> {
+    fn start(directory: &Path, access: OFlags, socket: Arc<OwnedFd>) -> Result<Self, WorkerError> {
         let root = open_directory(directory)
             .map_err(failed(format!("cannot open {}", directory.display())))?;
         let path = std::path::absolute(directory)
@@ -247,6 +278,7 @@ impl Worker {
             .map_err(failed("cannot ask what io_uring supports"))?;
         for (name, code) in [
             ("READ", opcode::Read::CODE),
+            ("WRITE", opcode::Write::CODE),
             ("OPENAT2", opcode::OpenAt2::CODE),
             ("POLL_ADD", opcode::PollAdd::CODE),
         ] {
@@ -265,6 +297,7 @@ impl Worker {
             ring,
             socket,
             root: Arc::new(root),
+            access,
             directory: Arc::new(path),
             how: Box::new(types::OpenHow::new().flags(u64::from(DIRECTORY.bits()))),
             opened: Instant::now(),
@@ -355,8 +388,12 @@ impl Worker {
         ) else {
             return self.answer(id, Err(Errno::INVAL));
         };
-        let (offset, want, fresh) = match request.operation {
-            Operation::Read { offset, len, fresh } => (offset, len, fresh),
+        let (offset, want, fresh, write) = match request.operation {
+            Operation::Read { offset, len, fresh } => (offset, len, fresh, false),
+            Operation::Write { .. } if self.access != OFlags::RDWR => {
+                return self.answer(id, Err(Errno::ROFS));
+            }
+            Operation::Write { offset, len } => (offset, len, false, true),
             Operation::List => {
                 self.list(request);
                 return Ok(());
@@ -378,10 +415,11 @@ impl Worker {
             offset,
             want,
             filled: 0,
+            write,
             again: false,
             ended: None,
         });
-        job.open_with(true);
+        job.open_with(self.access, true);
         let index = self.place();
         self.issue(index, job)
     }
@@ -402,9 +440,19 @@ impl Worker {
                 };
                 // A slot is far smaller than 4 GiB.
                 let len = u32::try_from(len).unwrap_or(u32::MAX);
-                opcode::Read::new(types::Fd(file.fd.as_raw_fd()), address.as_ptr(), len)
-                    .offset(job.offset + job.filled as u64)
-                    .build()
+                let (fd, offset) = (
+                    types::Fd(file.fd.as_raw_fd()),
+                    job.offset + job.filled as u64,
+                );
+                if job.write {
+                    opcode::Write::new(fd, address.as_ptr(), len)
+                        .offset(offset)
+                        .build()
+                } else {
+                    opcode::Read::new(fd, address.as_ptr(), len)
+                        .offset(offset)
+                        .build()
+                }
             }
         };
         self.jobs[index] = Some(job);
@@ -434,7 +482,7 @@ impl Worker {
                 }
             }
             (None, Err(Errno::INVAL)) if job.direct => {
-                job.open_with(false);
+                job.open_with(self.access, false);
                 self.issue(index, job)
             }
             (None, Err(error)) => self.fail(index, job, error),
@@ -475,7 +523,7 @@ impl Worker {
         }
         self.free.push(index);
         (job.again, job.file, job.filled, job.ended) = (true, None, 0, None);
-        job.open_with(true);
+        job.open_with(self.access, true);
         if let Some(parked) = &mut self.parked {
             parked.push(*job);
             return Ok(());

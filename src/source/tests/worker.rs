@@ -1,9 +1,9 @@
 //! The worker process as the daemon uses it: this test binary is its own worker.
 
 use accel_source::{
-    Arena, Condition, Fault, Faulty, FileName, Filled, Operation, Patience, Rejected, Request,
-    Source, SourceError, SourceFault, Sources, WorkerCommand, WorkerSource, list, read_checked,
-    read_file, worker,
+    Arena, Condition, Fault, Faulty, FileName, Filled, Operation, Patience, Readiness, Rejected,
+    Request, Source, SourceError, SourceFault, Sources, WorkerCommand, WorkerSource, list,
+    read_checked, read_file, worker,
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::fs;
@@ -27,7 +27,7 @@ fn main() -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         };
     }
-    let tests: [(&str, fn()); 18] = [
+    let tests: [(&str, fn()); 19] = [
         ("reads_every_range", reads_every_range),
         ("small_files_and_listings", small_files_and_listings),
         (
@@ -49,6 +49,7 @@ fn main() -> ExitCode {
         ("a_stalled_source_stops_nobody", stalled_source),
         ("late_answers_count", late_answers),
         ("all_stalled_ends_at_the_deadline", all_stalled),
+        ("the_last_resort_is_asked_last_and_awaited", last_resort),
     ];
     let trials = tests.map(|(name, test)| {
         Trial::test(name, move || {
@@ -470,10 +471,100 @@ fn next_source() {
     }
 }
 
+/// A source that has to make a file first.
+struct Maker {
+    made: Arc<WorkerSource>,
+    after: Duration,
+    /// Answers until it is there, and how many there were.
+    answers: usize,
+    asked: AtomicUsize,
+    fails: bool,
+}
+
+impl Source for Maker {
+    fn submit(&self, request: Request, done: accel_source::Done) {
+        if self.asked.fetch_add(1, Ordering::Relaxed) >= self.answers {
+            return self.made.submit(request, done);
+        }
+        let (file, origin, reason) = (request.file, "maker".into(), "not yet".to_owned());
+        drop(request.slot);
+        done(Err(match self.fails {
+            true => SourceError::NotMade {
+                file,
+                origin,
+                reason,
+                lasting: true,
+            },
+            false => SourceError::Making {
+                file,
+                origin,
+                reason,
+            },
+        }));
+    }
+
+    fn name(&self) -> &str {
+        "maker"
+    }
+
+    fn readiness(&self, _: &FileName) -> Readiness {
+        Readiness::After(self.after)
+    }
+
+    fn is_at_work(&self, _: &FileName) -> bool {
+        !self.fails && self.asked.load(Ordering::Relaxed) > 0
+    }
+}
+
+fn last_resort() {
+    let directories = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    fs::write(directories[1].path().join("file"), noise(CHUNK)).unwrap();
+    fs::write(directories[0].path().join("other"), noise(CHUNK)).unwrap();
+    let start = |answers, fails| {
+        let arena = Arc::new(Arena::new(4, 4).unwrap());
+        let maker = Arc::new(Maker {
+            made: source("made", directories[1].path(), &arena),
+            after: Duration::from_millis(300),
+            answers,
+            asked: AtomicUsize::new(0),
+            fails,
+        });
+        let first = source("first", directories[0].path(), &arena);
+        let members: Vec<Arc<dyn Source>> = vec![first, Arc::<Maker>::clone(&maker)];
+        (arena, maker, Sources::new(members).unwrap())
+    };
+    let short = Patience {
+        whole: Some(Duration::from_millis(800)),
+        ..HASTY
+    };
+    // It takes longer than a request may: it gets on with it.
+    let (arena, maker, sources) = start(5, false);
+    let before = std::time::Instant::now();
+    let read = submit(&arena, &sources, "file", at(0, CHUNK), short).recv();
+    assert!(read.unwrap().unwrap().bytes() == noise(CHUNK));
+    assert!(before.elapsed() > Duration::from_millis(800), "too soon");
+    // Nobody asks it for what another has, or only looks up.
+    let asked = maker.asked.load(Ordering::Relaxed);
+    assert_eq!(asked, 6);
+    let read = submit(&arena, &sources, "other", at(0, CHUNK), Patience::DATA).recv();
+    assert_eq!(&*read.unwrap().unwrap().origin.name, "first");
+    let lookup = submit(&arena, &sources, "nowhere", at(0, CHUNK), Patience::LOOKUP).recv();
+    assert!(lookup.unwrap().unwrap_err().is_not_found());
+    assert_eq!(maker.asked.load(Ordering::Relaxed), asked);
+    // It cannot: the request ends at its time, and says why.
+    let (arena, _, sources) = start(usize::MAX, true);
+    let read = submit(&arena, &sources, "file", at(0, CHUNK), short).recv();
+    let error = read.unwrap().unwrap_err().to_string();
+    assert!(
+        error.contains("not yet") && error.contains("first"),
+        "{error}"
+    );
+}
+
 fn wrong_bytes() {
     let two = two(|_, operation| match operation {
         Operation::Read { .. } => Fault::Flip(7),
-        Operation::List => Fault::None,
+        Operation::List | Operation::Write { .. } => Fault::None,
     });
     let mut rejected = Rejected::default();
     let mut read = |filled: Option<Filled>| {

@@ -1,7 +1,9 @@
 //! The daemon's side of the admin socket.
 
+use crate::disk_cache;
 use crate::engine::SKIPS_VERIFICATION;
 use crate::protocol::{CacheStatus, Command, Reply, SourceStatus, Status};
+use crate::remake::Remake;
 use crate::serve::Daemon;
 use crate::wire;
 use accel_source::{Condition, Standing, WorkerSource};
@@ -49,9 +51,10 @@ fn answer(daemon: &Daemon, stream: &UnixStream) -> Result<()> {
             chain_id,
             root,
             size,
+            origin,
             holder,
         } => {
-            let answer = registry.attach_layer(diff_id, chain_id, (root, size), &holder);
+            let answer = registry.attach_layer(diff_id, chain_id, (root, size), origin, &holder);
             reply(stream, answer)
         }
         Command::Detach { holder } => reply(stream, registry.detach(&holder)),
@@ -113,6 +116,8 @@ fn status(daemon: &Daemon) -> Status {
             joined: chunks.joined.load(Relaxed),
             evicted: chunks.evicted.load(Relaxed),
         },
+        remake: daemon.remake.as_deref().map(Remake::status),
+        disk_cache: daemon.disk_cache.as_deref().map(disk_cache::status),
         sources,
         failed_reads: daemon.sources.failed(),
         exports,

@@ -1,12 +1,14 @@
 //! From what an operator calls an image to its layers, read through the source.
 
-use accel_oci::{ChainId, DiffId, Digest};
+use crate::remake::Origin;
+use accel_oci::{ChainId, DiffId, Digest, ImageSource, Version};
 use accel_source::{FileName, Patience, Pool, Source, SourceError, list, read_file};
 use accel_ufs::UfsError;
 use accel_ufs::index::{Header, HeaderError, ImageSize, PAGE_SIZE, Page, Root};
 use accel_ufs::names::{self, LayerName, Nanoseconds};
-use accel_ufs::record::{ImageRecord, MAX_RECORD, NameRecord, RecordError};
+use accel_ufs::record::{ImageRecord, LayerRecord, MAX_RECORD, NameRecord, RecordError};
 use accel_ufs::resolve::ImageName;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -42,6 +44,8 @@ pub struct Image {
     pub digest: Digest,
     /// Lowest first.
     pub layers: Vec<Layer>,
+    /// Where they came from, as far as that is known.
+    pub origins: HashMap<Root, Origin>,
 }
 
 /// A layer to serve.
@@ -64,6 +68,27 @@ pub enum RootedLayer {
     Other(Root),
     /// Nothing.
     Absent,
+}
+
+/// Where an image's layers came from. Of a registry's image the manifest's digest counts:
+/// a tag may have moved since.
+fn origins(record: &ImageRecord) -> HashMap<Root, Origin> {
+    let Ok(mut source) = record.source.parse::<ImageSource>() else {
+        return HashMap::new();
+    };
+    if let ImageSource::Registry(reference) = &mut source {
+        reference.version = Version::Digest(record.manifest);
+    }
+    let origin = |layer: &LayerRecord| Origin {
+        source: source.to_string(),
+        platform: record.platform.clone(),
+        diff_id: layer.diff_id,
+        chain_id: layer.chain_id,
+    };
+    let layers = record.layers.iter();
+    layers
+        .map(|layer| (layer.erofs.root, origin(layer)))
+        .collect()
 }
 
 /// Looks images up on one UFS.
@@ -89,6 +114,7 @@ impl Catalog<'_, dyn Source> {
                 return Ok(Image {
                     digest: *digest,
                     layers: vec![layer],
+                    origins: HashMap::new(),
                 });
             }
             record => record?,
@@ -101,6 +127,7 @@ impl Catalog<'_, dyn Source> {
         });
         Ok(Image {
             digest: manifest,
+            origins: origins(&record),
             layers: layers.collect::<Result<_, CatalogError>>()?,
         })
     }

@@ -9,6 +9,7 @@
 //! Of an export over FUSE the device is not in the kernel but with the
 //! [keeper](crate::keeper), under the same name.
 
+use crate::remake::Origin;
 use accel_oci::{ChainId, DiffId, Digest};
 use accel_ufs::index::{ImageSize, Root};
 use accel_ufs::names::LayerName;
@@ -91,6 +92,9 @@ pub struct Entry {
     pub size: ImageSize,
     /// Who needs it.
     pub holders: Vec<HolderEntry>,
+    /// Where it came from, if that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
 }
 
 impl Entry {
@@ -114,6 +118,7 @@ impl Entry {
             root,
             size,
             holders: Vec::new(),
+            origin: None,
         }
     }
 

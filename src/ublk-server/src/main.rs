@@ -1,6 +1,6 @@
 //! The node daemon and its client commands.
 
-use accel_source::worker;
+use accel_source::{disk_worker, worker};
 use accel_transport::Wanted;
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
@@ -9,7 +9,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 use tracing_subscriber::EnvFilter;
+use ublk_server::disk_cache::DiskCacheOptions;
 use ublk_server::paths::{Paths, SOCKET};
+use ublk_server::remake::{self, RemakeOptions};
 use ublk_server::{client, keeper, serve, size, time};
 
 /// Serves converted images on this node: on demand, verified, as block devices.
@@ -53,6 +55,10 @@ enum Command {
         /// Memory for verified chunks, such as 256M or 2G; at least 16M.
         #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size::parse)]
         cache_size: u64,
+        #[command(flatten)]
+        disk_cache: DiskCacheOptions,
+        #[command(flatten)]
+        remake: RemakeOptions,
         /// How layers reach the kernel.
         #[arg(long, value_name = "auto|ublk|fuse", default_value = "auto")]
         transport: Wanted,
@@ -115,6 +121,28 @@ enum Command {
         /// Where its socket lies; it comes as standard input.
         socket: PathBuf,
     },
+    /// Writes the disk cache of the daemon, which starts it.
+    #[command(hide = true)]
+    DiskCacheWorker {
+        /// The cache's directory.
+        directory: PathBuf,
+        /// The mount namespace that it is in.
+        #[arg(long)]
+        namespace: Option<PathBuf>,
+        /// How many slots it has.
+        #[arg(long)]
+        slots: usize,
+    },
+    /// Makes a layer for the daemon, which starts it: becomes this program.
+    #[command(hide = true)]
+    RemakeJob {
+        /// The mount namespace to work in.
+        #[arg(long)]
+        namespace: PathBuf,
+        /// The program and its arguments.
+        #[arg(last = true, required = true)]
+        program: Vec<std::ffi::OsString>,
+    },
     /// Reads files for the daemon, which starts it.
     #[command(hide = true)]
     SourceWorker {
@@ -140,6 +168,8 @@ fn run(command: Command) -> Result<()> {
             attempt_timeout,
             request_timeout,
             cache_size,
+            disk_cache,
+            remake,
             transport,
             place,
         } => serve::run(&serve::Options {
@@ -148,6 +178,8 @@ fn run(command: Command) -> Result<()> {
             attempt_timeout,
             request_timeout,
             cache_size,
+            disk_cache,
+            remake,
             transport,
             paths: place.into(),
         })?,
@@ -167,6 +199,16 @@ fn run(command: Command) -> Result<()> {
         } => client::mount(&place.into(), &image, &directory, rw.as_deref())?,
         Command::Unmount { directory, place } => client::unmount(&place.into(), &directory)?,
         Command::KeepConnections { socket } => keeper::process::run(&socket)?,
+        Command::DiskCacheWorker {
+            directory,
+            namespace,
+            slots,
+        } => disk_worker::run(&directory, slots, namespace.as_deref())?,
+        Command::RemakeJob { namespace, program } => {
+            if let [program, arguments @ ..] = &program[..] {
+                remake::run_job(&namespace, program.as_ref(), arguments)?;
+            }
+        }
         Command::SourceWorker {
             directory,
             namespace,

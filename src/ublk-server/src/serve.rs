@@ -2,13 +2,17 @@
 
 use crate::admin;
 use crate::devices::Devices;
+use crate::disk_cache::{self, DiskCacheOptions};
 use crate::engine::{Engine, SKIPS_VERIFICATION};
 use crate::journal::Journal;
 use crate::lock::Lock;
 use crate::namespace;
 use crate::paths::Paths;
 use crate::registry::Registry;
-use accel_source::{Arena, Patience, Source, Sources, StartError, WorkerCommand, WorkerSource};
+use crate::remake::{Remake, RemakeOptions};
+use accel_source::{
+    Arena, DiskCache, Patience, Source, Sources, StartError, WorkerCommand, WorkerSource,
+};
 use accel_transport::Wanted;
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags};
@@ -43,6 +47,10 @@ pub struct Options {
     pub request_timeout: Duration,
     /// Bytes of memory for chunks and index pages.
     pub cache_size: u64,
+    /// A tier on local disk.
+    pub disk_cache: DiskCacheOptions,
+    /// The last source.
+    pub remake: RemakeOptions,
     /// Which transport.
     pub transport: Wanted,
     /// Where everything lies.
@@ -60,6 +68,10 @@ pub struct Daemon {
     pub sources: Arc<Sources>,
     /// The workers behind that, in the same order.
     pub workers: Vec<Arc<WorkerSource>>,
+    /// The tier before them.
+    pub disk_cache: Option<Arc<DiskCache>>,
+    /// The last of them, which makes layers again.
+    pub remake: Option<Arc<Remake>>,
     /// The UFS directory.
     pub ufs: PathBuf,
     /// The mount namespace that the daemon was started in, for its workers.
@@ -115,6 +127,9 @@ fn serve(options: &Options, ufs: &Path) -> Result<usize> {
         .is_empty();
     let daemon = start(options, ufs, host, journal, leftovers)?;
     daemon.registry.recover(paths)?;
+    if let Some(remake) = &daemon.remake {
+        remake.begin();
+    }
     recover_later(&daemon)?;
     let listener = listen(&paths.socket)?;
     let (signals, from_signals) = UnixStream::pair().context("cannot make a pipe")?;
@@ -133,6 +148,9 @@ fn serve(options: &Options, ufs: &Path) -> Result<usize> {
     let _ = fs::remove_file(&paths.socket);
     drop(listener);
     let left = daemon.registry.shut_down();
+    if let Some(cache) = &daemon.disk_cache {
+        cache.save();
+    }
     if left > 0 {
         tracing::warn!(
             exports = left,
@@ -225,9 +243,20 @@ fn start(
         let worker: Arc<dyn Source> = Arc::<WorkerSource>::clone(worker);
         worker
     });
-    let sources = Sources::new(members.collect()).context("cannot start a thread")?;
+    let mut members: Vec<_> = members.collect();
+    let remake = Remake::start(&options.remake, &arena, &namespace_of(&host))?;
+    if let Some(remake) = &remake {
+        members.push(Arc::<Remake>::clone(remake));
+        workers.push(Arc::clone(remake.worker()));
+    }
+    let sources = Sources::new(members).context("cannot start a thread")?;
     let sources = Arc::new(sources);
-    let shared: Arc<dyn Source> = Arc::<Sources>::clone(&sources);
+    let mut shared: Arc<dyn Source> = Arc::<Sources>::clone(&sources);
+    let (tier, namespace) = (&options.disk_cache, namespace_of(&host));
+    let disk_cache = disk_cache::start(tier, &shared, &arena, &namespace, !leftovers)?;
+    if let Some(cache) = &disk_cache {
+        shared = Arc::<DiskCache>::clone(cache);
+    }
     let limit = options.request_timeout;
     let patience = Patience {
         attempt: options.attempt_timeout,
@@ -236,15 +265,23 @@ fn start(
     };
     let engine = Engine::start(shared, arena, patience).context("cannot start the verifiers")?;
     let devices = Devices::start(options.transport, &options.paths)?;
-    let registry = Registry::new(Arc::clone(&engine), devices, journal, ufs.to_owned())?;
+    let mut registry = Registry::new(Arc::clone(&engine), devices, journal, ufs.to_owned())?;
+    registry.make_again_with(remake.clone());
     Ok(Arc::new(Daemon {
         registry,
         engine,
         sources,
         workers,
+        disk_cache,
+        remake,
         ufs: ufs.to_owned(),
         _host: host,
     }))
+}
+
+/// A name for the mount namespace, by which other processes of ours can enter it.
+fn namespace_of(host: &File) -> String {
+    format!("/proc/{}/fd/{}", std::process::id(), host.as_raw_fd())
 }
 
 fn worker(
@@ -253,7 +290,7 @@ fn worker(
     host: &File,
     arena: &Arc<Arena>,
 ) -> Result<Arc<WorkerSource>> {
-    let namespace = format!("/proc/{}/fd/{}", std::process::id(), host.as_raw_fd());
+    let namespace = namespace_of(host);
     let command = WorkerCommand {
         program: "/proc/self/exe".into(),
         arguments: vec![

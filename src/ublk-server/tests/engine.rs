@@ -281,7 +281,9 @@ fn one_lie_of_the_source_is_forgiven() {
     let image = noise(4 * CHUNK, 5);
     let layer = publish(ufs.path(), "a", &image);
     let lies = |file: &str, operation| match operation {
-        Operation::Read { fresh: true, .. } | Operation::List => Fault::None,
+        Operation::Read { fresh: true, .. } | Operation::List | Operation::Write { .. } => {
+            Fault::None
+        }
         Operation::Read { len, .. } if len == CHUNK => Fault::Flip(77),
         Operation::Read { .. } if file.ends_with(".idx") => Fault::Truncate(4096),
         Operation::Read { .. } => Fault::None,

@@ -65,6 +65,38 @@ pub fn status(paths: &Paths, json: bool) -> Result<String> {
     ] {
         writeln!(text, "{name:<10} {value}")?;
     }
+    if let Some(disk) = &status.disk_cache {
+        writeln!(text, "{:<10} {}: {}", "disk", disk.name, disk.state)?;
+        writeln!(
+            text,
+            "{:<10} {} of {}; {} hits, {} misses, {} written, {} skipped, {} evicted, {} damaged, \
+             {} failed",
+            "",
+            size(disk.used),
+            size(disk.size),
+            disk.hits,
+            disk.misses,
+            disk.written,
+            disk.skipped,
+            disk.evicted,
+            disk.damaged,
+            disk.failed
+        )?;
+    }
+    if let Some(remake) = &status.remake {
+        writeln!(
+            text,
+            "{:<10} {}: of {} exported layers it is known where they came from; {} made, {} failed",
+            "remake",
+            remake.directory.display(),
+            remake.known,
+            remake.made,
+            remake.failed
+        )?;
+        for layer in &remake.layers {
+            writeln!(text, "{:<10} {}: {}", "", layer.name, layer.state)?;
+        }
+    }
     for source in &status.sources {
         writeln!(text, "{:<10} {}: {}", "source", source.name, source.state)?;
         write!(

@@ -3,7 +3,7 @@
 use super::pending::Piece;
 use super::{Engine, Export, verify};
 use accel_cache::{Cache, Guard};
-use accel_source::{FileName, Slot};
+use accel_source::{Content as Identity, FileName, Slot};
 use accel_ufs::index::{ByteRange, ChunkNo, ChunkValue, PageValue, TreePage};
 use std::fmt;
 use std::hash::Hash;
@@ -26,6 +26,9 @@ pub(crate) trait Content: fmt::Display + Sized + Send + 'static {
 
     /// And where in it.
     fn range(&self) -> ByteRange;
+
+    /// What it is, wherever it lies.
+    fn identity(key: Self::Key) -> Identity;
 
     /// When it was first asked for.
     fn since(&self) -> Instant;
@@ -78,6 +81,10 @@ impl Content for ChunkLoad {
     fn range(&self) -> ByteRange {
         let range = self.export.layout.chunk_range(self.chunk);
         range.unwrap_or_default()
+    }
+
+    fn identity(key: ChunkValue) -> Identity {
+        Identity::Chunk(key.0)
     }
 
     fn since(&self) -> Instant {
@@ -140,6 +147,10 @@ impl Content for PageLoad {
 
     fn range(&self) -> ByteRange {
         self.range
+    }
+
+    fn identity(key: PageValue) -> Identity {
+        Identity::Page(key.0)
     }
 
     fn since(&self) -> Instant {

@@ -238,6 +238,7 @@ impl Engine {
         let file = what.file().clone();
         let request = Request {
             rejected: rejected.clone(),
+            content: Some(C::identity(key)),
             ..Request::new(file, operation, slot, self.patience)
         };
         let engine = Arc::clone(self);
@@ -304,8 +305,14 @@ impl Engine {
                 export.counters.source_bytes.fetch_add(len as u64, Relaxed);
                 match what.check(filled.bytes(), key) {
                     Ok(()) => {
+                        let origin = filled.origin;
                         let (guard, waiters) = C::cache(self).complete(key, filled.slot, len);
+                        let kept = guard.clone();
                         C::give(self, guard, waiters);
+                        // Nobody waits for this.
+                        let bytes = &kept.bytes()[..len];
+                        self.source.verified(C::identity(key), bytes, &origin);
+                        drop(kept);
                         return self.start_waiting::<C>();
                     }
                     Err(problem) => {

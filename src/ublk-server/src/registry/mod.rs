@@ -17,7 +17,8 @@ use crate::protocol::{
     Attached, AttachedLayer, Detached, DeviceView, Ended, ExportStatus, Holder, HolderStatus,
     LayerAnswer,
 };
-use accel_oci::{ChainId, DiffId, Digest};
+use crate::remake::{Origin, Recipe, Remake};
+use accel_oci::{ChainId, DiffId, Digest, Platform};
 use accel_source::Source;
 use accel_ufs::index::{ImageSize, Root};
 use accel_ufs::resolve::ImageName;
@@ -43,6 +44,8 @@ pub struct Registry {
     state: Mutex<State>,
     /// Images that were looked up and are about to be attached.
     prepared: Mutex<Vec<Prepared>>,
+    /// What makes layers again.
+    remake: Option<Arc<Remake>>,
     /// Devices of an earlier daemon that could not be recovered yet.
     unrecovered: Mutex<Vec<Entry>>,
 }
@@ -115,7 +118,26 @@ impl Registry {
             state: Mutex::default(),
             prepared: Mutex::default(),
             unrecovered: Mutex::default(),
+            remake: None,
         })
+    }
+
+    /// Has layers made again by `remake` when no source has them any more.
+    pub fn make_again_with(&mut self, remake: Option<Arc<Remake>>) {
+        self.remake = remake;
+    }
+
+    /// Tells who makes layers again about an export.
+    fn note_origin(&self, served: &Served) {
+        let origin = served.entry.as_ref().and_then(|entry| entry.origin.clone());
+        if let (Some(remake), Some(origin)) = (&self.remake, origin) {
+            remake.know(Recipe {
+                name: served.export.name,
+                root: served.export.root,
+                size: served.export.image_size(),
+                origin,
+            });
+        }
     }
 
     /// The transport.
@@ -202,6 +224,7 @@ impl Registry {
         diff_id: DiffId,
         chain_id: ChainId,
         (root, size): (Root, ImageSize),
+        origin: Option<String>,
         holder: &str,
     ) -> Result<LayerAnswer> {
         self.check_open()?;
@@ -217,9 +240,18 @@ impl Registry {
             }
             Err(error) => return Err(error.into()),
         };
+        // What the client knows; else nothing.
+        let origins = origin.map(|source| Origin {
+            source,
+            platform: Platform::host(),
+            diff_id,
+            chain_id,
+        });
+        let origins = origins.map(|origin| (root, origin)).into_iter().collect();
         let image = Image {
             digest: diff_id.0,
             layers: vec![layer],
+            origins,
         };
         let name = layer.name.to_string();
         let opened = self.open(&image)?;
@@ -309,8 +341,10 @@ impl Registry {
                         // Its last holder has let it go since it was looked up.
                         None => self.open_layer(*layer)?,
                     };
-                    let served = self.export(export)?;
+                    let origin = found.image.origins.get(&layer.root).cloned();
+                    let served = self.export(export, origin)?;
                     added.push(layer.root);
+                    self.note_origin(&served);
                     self.state().exports.insert(layer.root, served.clone());
                     served
                 }
@@ -327,10 +361,11 @@ impl Registry {
     }
 
     /// Makes a device for a layer.
-    fn export(&self, export: Arc<Export>) -> Result<Served> {
+    fn export(&self, export: Arc<Export>, origin: Option<Origin>) -> Result<Served> {
         let (name, root, size) = (export.name, export.root, export.image_size());
         let reader = Arc::new(ExportReader::new(&self.engine, &export));
         let mut entry = Entry::new(&self.journal, name, root, size);
+        entry.origin = origin;
         let mut noted = false;
         let device = self.devices.add(&reader, |device| {
             entry.device = device.id;
@@ -529,6 +564,9 @@ impl Registry {
             .remove(root)
             .context("cannot remove a journal entry")?;
         self.state().exports.remove(&root);
+        if let Some(remake) = &self.remake {
+            remake.forget(&served.export.name);
+        }
         Ok(())
     }
 

@@ -196,6 +196,7 @@ impl Registry {
             device,
             entry: Some(entry),
         };
+        self.note_origin(&served);
         state.exports.insert(served.export.root, served);
     }
 }
