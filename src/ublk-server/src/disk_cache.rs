@@ -1,7 +1,7 @@
 //! `--disk-cache`: what was read and verified stays on a local disk.
 
 use crate::protocol::DiskCacheStatus;
-use accel_source::{Arena, DiskCache, DiskError, DiskOptions, Source, WorkerCommand};
+use accel_source::{Arena, DiskCache, DiskOptions, Source, WorkerCommand};
 use anyhow::Result;
 use clap::Args;
 use std::ffi::OsString;
@@ -22,7 +22,8 @@ pub struct DiskCacheOptions {
 }
 
 /// Puts a disk cache, if there is to be one, before `inner`. `namespace` is the mount
-/// namespace that its directory is in. With `exclusive`, another daemon's is refused.
+/// namespace that its directory is in. With `exclusive`, another daemon's is an error; without, nothing is waited for:
+/// those who read devices of an earlier daemon come first.
 pub fn start(
     options: &DiskCacheOptions,
     inner: &Arc<dyn Source>,
@@ -52,13 +53,8 @@ pub fn start(
         writer: command("disk-cache-worker", &more),
     };
     let cache = DiskCache::start(Arc::clone(inner), Arc::clone(arena), &options)?;
-    match cache.claim() {
-        Ok(()) => {}
-        Err(error @ DiskError::Taken(_)) if !exclusive => {
-            // Those who read devices of an earlier daemon come first.
-            tracing::error!(%error, "going on without the disk cache");
-        }
-        Err(error) => return Err(error.into()),
+    if exclusive {
+        cache.claim()?;
     }
     Ok(Some(Arc::new(cache)))
 }
