@@ -129,7 +129,8 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Bytes(job.limit),
         Bytes(needed),
     );
-    let made = make(&ufs, &wanted, arguments, &bars)?;
+    let room = job.limit - needed;
+    let made = make(&ufs, &wanted, room, arguments, &bars)?;
     check(&made, Some(name), wanted.root, wanted.size)?;
     made.publication.replace(&name.image())?;
     let index = made.publication.sibling("idx")?;
@@ -150,7 +151,13 @@ impl Wanted {
     }
 }
 
-fn make(ufs: &Ufs, wanted: &Wanted, arguments: &Arguments, bars: &Bars) -> anyhow::Result<Made> {
+fn make(
+    ufs: &Ufs,
+    wanted: &Wanted,
+    room: u64,
+    arguments: &Arguments,
+    bars: &Bars,
+) -> anyhow::Result<Made> {
     let mut options = arguments.registry.options()?;
     options.platform = wanted.platform.clone();
     let source = &wanted.source.0;
@@ -167,7 +174,15 @@ fn make(ufs: &Ufs, wanted: &Wanted, arguments: &Arguments, bars: &Bars) -> anyho
         true => {
             let mut below: Image = accel_image::open(source, &options)?;
             below.layers.truncate(number);
-            layers::convert_all(ufs, &below, 1, false)?
+            let below = layers::convert_all(ufs, &below, 1, false)?;
+            let size = |done: &Done| done.record.erofs.size.bytes();
+            let taken: u64 = below.iter().map(size).sum();
+            ensure!(
+                taken <= room,
+                "there is no room for it: it needs the layers below it, which have {}",
+                Bytes(taken),
+            );
+            below
         }
         false => Vec::new(),
     };
