@@ -367,6 +367,8 @@ fn the_scope_follows_from_the_configuration() {
 
 fn server() -> ServerStatus {
     ServerStatus {
+        disk_cache: None,
+        remake: None,
         pid: 1,
         version: "1.0".to_owned(),
         ufs: "/mnt/ufs".into(),
