@@ -324,7 +324,7 @@ impl Shared {
                 }
                 !state.is_unwanted()
             };
-            let result = job::make(&self.setup, recipe.as_ref(), &keep, &mut progress);
+            let result = job::make(&self.setup, recipe.as_deref(), &keep, &mut progress);
             let now = Instant::now();
             match (&recipe, &result) {
                 (Some(recipe), Ok(())) => {

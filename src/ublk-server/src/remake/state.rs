@@ -83,7 +83,7 @@ pub(super) enum Work {
         keep: Vec<String>,
     },
     Make {
-        recipe: Recipe,
+        recipe: Box<Recipe>,
         keep: Vec<String>,
     },
 }
@@ -231,7 +231,7 @@ impl State {
                 continue;
             };
             layer.phase = Phase::Running;
-            let recipe = layer.recipe.clone();
+            let recipe = Box::new(layer.recipe.clone());
             self.running = Some(Running {
                 layer: stem,
                 since: None,
