@@ -35,14 +35,15 @@
 //! therefore passes through the small queue and leaves the main queue alone.
 
 mod shard;
+mod sync;
 
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use shard::{Entry, Shard};
 use std::collections::VecDeque;
 use std::fmt;
 use std::hash::{BuildHasher, Hash, RandomState};
 use std::ops::Deref;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// Entries per shard below which another shard is not worth it.
 const SHARD_ENTRIES: usize = 64;

@@ -1,9 +1,9 @@
 //! One shard: its entries, and the three queues that decide which one leaves.
 
+use crate::sync::Arc;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::Hash;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Content in memory.
 pub(crate) struct Entry<S> {
