@@ -7,6 +7,7 @@
 //! | [`damage`] | bytes that changed on UFS are I/O errors, and nothing else is |
 //! | [`lifecycle`] | unmounting and stopping leave nothing behind; a killed daemon is not noticed |
 //! | [`snapshots`] | what the snapshotter answers is what a plain model says, whatever dies meanwhile |
+//! | [`mounting`] | an image is mounted with hardly a byte of UFS, however large it is |
 //! | [`usage`] | wrong usage is answered with what is wrong |
 
 use anyhow::Result;
@@ -16,6 +17,7 @@ use crate::{Setting, fixture};
 
 pub mod damage;
 pub mod lifecycle;
+pub mod mounting;
 pub mod reads;
 pub mod snapshots;
 pub mod trees;
@@ -31,7 +33,8 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
     let mut trials = Vec::new();
     for image in fixture::images(setting)? {
         type OfImage = fn(&Setting, &fixture::Image) -> Result<()>;
-        let of_image: [(&str, OfImage); 3] = [
+        let of_image: [(&str, OfImage); 4] = [
+            ("mounted_with_at_most_1_mib", mounting::takes_at_most_1_mib),
             (
                 "tree_is_the_ordinary_unpack",
                 trees::tree_is_the_ordinary_unpack,
@@ -53,7 +56,11 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             ));
         }
     }
-    let others: [(&str, Check); 17] = [
+    let others: [(&str, Check); 18] = [
+        (
+            "mount::large_layer_with_at_most_1_mib",
+            mounting::large_layer_takes_at_most_1_mib,
+        ),
         (
             "mount::by_manifest_digest",
             trees::mounts_by_manifest_digest,

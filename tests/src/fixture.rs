@@ -7,6 +7,7 @@
 //! images/NAME/tree         manifest of an ordinary unpack (see the module tree)
 //! images/NAME/program      a command for /bin/sh in the image
 //! images/NAME/output       what it printed in the ordinary unpack
+//! large/source, digest     an image with a layer of 7 GiB, which is only converted
 //! ```
 
 use std::fs;
@@ -99,6 +100,15 @@ pub fn image(setting: &Setting, name: &str) -> Result<Image> {
         .into_iter()
         .find(|image| image.name == name)
         .with_context(|| format!("no image {name} in {}", setting.fixtures.display()))
+}
+
+/// The digest of the image with a layer of 7 GiB.
+///
+/// # Errors
+/// When the fixture is missing.
+pub fn large(setting: &Setting) -> Result<String> {
+    let digest = text(&setting.fixtures.join("large/digest"))?;
+    Ok(digest.trim_end().to_owned())
 }
 
 /// A layer as published on UFS.
