@@ -42,7 +42,11 @@ fn release_for(paths: &Paths, holder: Holder, patience: Option<Duration>) -> Res
     let detached: Detached = wire::ask_for(&paths.socket, &command, None, patience)?;
     for Ended { root, device } in detached.ended {
         if matches!(device, DeviceView::Fuse { .. }) {
-            system::unmount_file(&paths.export(root))?;
+            let path = paths.export(root);
+            // Nobody serves it any more: who still has it open gets errors, and must
+            // not keep it there.
+            system::detach(&path)?;
+            system::unmount_file(&path)?;
         }
     }
     Ok(detached.known)

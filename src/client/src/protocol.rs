@@ -67,6 +67,8 @@ pub enum Command {
     },
     /// Everything there is to say.
     Status,
+    /// The metrics, in Prometheus' text format.
+    Metrics,
 }
 
 /// Who holds an image.
@@ -325,6 +327,21 @@ pub struct ExportStatus {
     pub errors: u64,
 }
 
+/// What it took until an image was ready: bytes that UFS gave for it, and time since it
+/// was asked for.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct ReadyStatus {
+    /// Bytes read before the image was mounted: look-ups, indexes, and what the kernel
+    /// asked for.
+    pub mounted_bytes: u64,
+    /// Milliseconds until it was mounted.
+    pub mounted_ms: u64,
+    /// Bytes of metadata read in the background since.
+    pub metadata_bytes: u64,
+    /// Milliseconds until all metadata had been read; none as long as some is missing.
+    pub metadata_ms: Option<u64>,
+}
+
 /// One holder.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct HolderStatus {
@@ -336,4 +353,7 @@ pub struct HolderStatus {
     pub manifest: Digest,
     /// Its layers, lowest first.
     pub layers: Vec<Root>,
+    /// None until it is mounted, and for what an earlier daemon exported.
+    #[serde(default)]
+    pub ready: Option<ReadyStatus>,
 }

@@ -15,7 +15,7 @@
 use crate::request::Errno as SourceErrno;
 use crate::supervise::{self, Worker};
 use crate::wire::{WireReply, WireRequest};
-use crate::{Arena, Done, FileName, Filled, Late, Operation, Origin, Request, Slot};
+use crate::{Arena, Done, FileName, Filled, Late, Operation, Origin, Request, RequestId, Slot};
 use crate::{Source, SourceError};
 use rustix::event::EventfdFlags;
 use rustix::io::Errno;
@@ -185,6 +185,7 @@ impl Source for WorkerSource {
         // The supervisor sleeps without a timeout while nothing is under way.
         let mut wake = state.is_idle();
         state.waiting.push_back(Pending {
+            id: request.id,
             file: request.file,
             operation: request.operation,
             attempt: request.patience.attempt,
@@ -246,6 +247,7 @@ impl Shared {
 
 /// An attempt that is not over.
 pub(crate) struct Pending {
+    id: RequestId,
     file: FileName,
     operation: Operation,
     attempt: Duration,
@@ -325,6 +327,7 @@ impl State {
                 operation: pending.operation,
                 room: pending.slot.size(),
                 position: pending.slot.position(),
+                request: pending.id,
                 path: pending.file.as_str().to_owned(),
             };
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;

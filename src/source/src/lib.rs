@@ -35,6 +35,7 @@ mod disk;
 mod faulty;
 mod handle;
 mod health;
+mod latency;
 mod request;
 mod sources;
 mod supervise;
@@ -50,11 +51,12 @@ pub use disk::{
 pub use faulty::{Fault, Faulty};
 pub use handle::{Counters, StartError, WorkerCommand, WorkerSource};
 pub use health::{Condition, Fault as SourceFault, Standing};
+pub use latency::{BOUNDS as LATENCY_BOUNDS, Latencies, Latency};
 pub use request::{
     Content, Done, FileName, Filled, Late, Operation, Origin, Patience, Readiness, Rejected,
-    Request, Source, SourceError,
+    Request, RequestId, Source, SourceError,
 };
-pub use sources::Sources;
+pub use sources::{Sources, Tally};
 
 /// Reads start and end on multiples of this in file and memory, so that
 /// O_DIRECT is possible.

@@ -97,8 +97,52 @@ impl Patience {
     }
 }
 
+/// Names one request in the log, from the kernel's queue to the source and back:
+/// which export of this daemon, and which of its requests.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct RequestId(u64);
+
+impl RequestId {
+    /// Bits for the number of the request.
+    const NUMBER: u32 = 40;
+
+    /// The request `number` of the export `export`; number 0 is for what the daemon
+    /// does for the export by itself.
+    pub fn new(export: u64, number: u64) -> Self {
+        Self(export << Self::NUMBER | number & ((1 << Self::NUMBER) - 1))
+    }
+
+    /// Whether the daemon does it by itself, in the background.
+    pub fn is_background(self) -> bool {
+        self.0.trailing_zeros() >= Self::NUMBER
+    }
+
+    pub(crate) fn to_bits(self) -> u64 {
+        self.0
+    }
+
+    pub(crate) fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+}
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let number = self.0 & ((1 << Self::NUMBER) - 1);
+        write!(f, "{}-{number}", self.0 >> Self::NUMBER)
+    }
+}
+
+impl fmt::Debug for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
 /// One request to a source.
 pub struct Request {
+    /// For the log.
+    pub id: RequestId,
     /// Which file, or directory.
     pub file: FileName,
     /// What to do.
@@ -130,6 +174,7 @@ impl Request {
     /// A first request.
     pub fn new(file: FileName, operation: Operation, slot: Slot, patience: Patience) -> Self {
         Self {
+            id: RequestId::default(),
             file,
             operation,
             slot,
@@ -168,6 +213,11 @@ pub struct Rejected {
 }
 
 impl Rejected {
+    /// The last answer: who gave it.
+    pub(crate) fn last(&self) -> Option<&Origin> {
+        self.answers.last().map(|(origin, _)| origin)
+    }
+
     /// Adds an answer: bytes that `problem` is wrong with.
     pub fn add(&mut self, filled: &Filled, problem: String) {
         self.add_origin(filled.origin.clone(), filled.asked, problem);

@@ -28,8 +28,8 @@
 use crate::health::{Due, Fault, Health, Probe};
 use crate::request::Errno as SourceErrno;
 use crate::{
-    Done, FileName, Filled, Operation, Patience, Pool, Readiness, Request, Slot, Source,
-    SourceError, Standing,
+    Done, FileName, Filled, Latency, Operation, Patience, Pool, Readiness, Request, RequestId,
+    Slot, Source, SourceError, Standing,
 };
 use rustix::io::Errno;
 use std::collections::BTreeMap;
@@ -62,11 +62,22 @@ pub struct Sources {
 struct Shared {
     name: String,
     members: Vec<Arc<dyn Source>>,
+    /// What each of them has done.
+    tallies: Vec<Tally>,
     state: Mutex<State>,
     /// Signalled when there is something to do earlier than was thought.
     changed: Condvar,
     failed: AtomicU64,
     me: Weak<Self>,
+}
+
+/// What one of several sources has done, probes included.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// From when it was asked until it gave bytes, or an error.
+    pub latency: Latency,
+    /// Answers that did not pass the check of whoever had asked.
+    pub wrong: AtomicU64,
 }
 
 struct State {
@@ -80,6 +91,7 @@ struct State {
 
 /// A request that is not answered yet.
 struct Pending {
+    id: RequestId,
     file: FileName,
     operation: Operation,
     pool: Arc<Pool>,
@@ -145,6 +157,7 @@ impl Sources {
                 wake: None,
                 closed: false,
             }),
+            tallies: members.iter().map(|_| Tally::default()).collect(),
             members,
             changed: Condvar::new(),
             failed: AtomicU64::new(0),
@@ -168,6 +181,11 @@ impl Sources {
         members
             .map(|(member, health)| health.standing(member.name(), now))
             .collect()
+    }
+
+    /// What each source has done, in the order of [`standings`](Self::standings).
+    pub fn tallies(&self) -> &[Tally] {
+        &self.shared.tallies
     }
 
     /// Requests that failed at every source.
@@ -234,7 +252,13 @@ impl Shared {
 
     fn submit(&self, request: Request, done: Done) {
         let now = Instant::now();
+        if let Some(origin) = request.rejected.last()
+            && let Some(tally) = self.tallies.get(origin.member)
+        {
+            tally.wrong.fetch_add(1, Relaxed);
+        }
         let mut pending = Pending {
+            id: request.id,
             pool: Arc::clone(request.slot.pool()),
             file: request.file,
             operation: request.operation,
@@ -408,8 +432,12 @@ impl Shared {
             },
             other => other,
         };
-        let (me, shared) = (Weak::clone(&self.me), Weak::clone(&self.me));
+        let (me, shared, asker) = (Weak::clone(&self.me), Weak::clone(&self.me), pending.id);
+        let name = self.members[member].name();
+        tracing::debug!(request = %pending.id, source = name, file = %pending.file, ?operation, "asked");
+        let asked = Instant::now();
         let request = Request {
+            id: pending.id,
             late: Some(Box::new(move || {
                 if let Some(shared) = shared.upgrade() {
                     shared.late(id, member, attempt);
@@ -417,8 +445,12 @@ impl Shared {
             })),
             ..Request::new(pending.file.clone(), operation, slot, pending.patience)
         };
-        let done = Box::new(move |outcome| {
+        let done = Box::new(move |outcome: Result<Filled, SourceError>| {
             if let Some(shared) = me.upgrade() {
+                let took = asked.elapsed();
+                shared.tallies[member].latency.record(took);
+                let (source, ok) = (shared.members[member].name(), outcome.is_ok());
+                tracing::debug!(request = %asker, source, ok, ?took, "answered");
                 shared.over(id, member, attempt, outcome);
             }
         });

@@ -4,13 +4,14 @@
 //! are the same binary, so there is no version.
 //!
 //! Request: id u64, operation u8 (0 read, 1 list, 2 write), fresh u8, zero u16,
-//! len u32, file offset u64, place in the arena u64, path (the rest).
+//! len u32, file offset u64, place in the arena u64, what it is called in the log
+//! u64, path (the rest).
 //!
 //! Reply: id u64, errno u32 (0: none), len u32, text (the rest, with an errno
 //! that needs one). The first reply has [`HELLO`] as its id: the worker is ready,
 //! or why not.
 
-use crate::Operation;
+use crate::{Operation, RequestId};
 use rustix::io::Errno;
 
 /// Longest request: the fixed part and a path.
@@ -20,7 +21,7 @@ pub(crate) const MAX_REPLY: usize = REPLY_HEAD + 1024;
 /// Id of the worker's first reply.
 pub(crate) const HELLO: u64 = u64::MAX;
 
-const REQUEST_HEAD: usize = 32;
+const REQUEST_HEAD: usize = 40;
 const REPLY_HEAD: usize = 16;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +31,8 @@ pub(crate) struct WireRequest {
     /// Bytes that the slot holds; a read's `len` is at most this.
     pub room: usize,
     pub position: usize,
+    /// For the log.
+    pub request: RequestId,
     pub path: String,
 }
 
@@ -61,6 +64,7 @@ impl WireRequest {
         bytes.extend(u32::try_from(len).unwrap_or(u32::MAX).to_le_bytes());
         bytes.extend(offset.to_le_bytes());
         bytes.extend((self.position as u64).to_le_bytes());
+        bytes.extend(self.request.to_bits().to_le_bytes());
         bytes.extend(self.path.as_bytes());
         bytes
     }
@@ -86,6 +90,7 @@ impl WireRequest {
             operation,
             room: len,
             position: usize::try_from(u64_at(bytes, 24)?).ok()?,
+            request: RequestId::from_bits(u64_at(bytes, 32)?),
             path: String::from_utf8(bytes.get(REQUEST_HEAD..)?.to_vec()).ok()?,
         })
     }
@@ -144,6 +149,7 @@ mod tests {
                 operation,
                 room: 131_072,
                 position: 1 << 33,
+                request: RequestId::new(3, 9),
                 path: "layers/ä".to_owned(),
             };
             assert_eq!(WireRequest::decode(&request.encode()), Some(request));
@@ -161,6 +167,7 @@ mod tests {
             operation: Operation::List,
             room: 4096,
             position: 0,
+            request: RequestId::default(),
             path: String::new(),
         };
         for len in 0..REQUEST_HEAD {

@@ -14,7 +14,7 @@
 
 use crate::arena::Mapping;
 use crate::wire::{HELLO, MAX_REQUEST, WireReply, WireRequest};
-use crate::{ALIGNMENT, Operation};
+use crate::{ALIGNMENT, Operation, RequestId};
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::fs::{Advice, Dir, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
@@ -184,6 +184,8 @@ struct OpenFile {
 /// One read on its way: open if need be, then read until full or at the end.
 struct Job {
     id: u64,
+    /// For the log.
+    request: RequestId,
     path: Rc<str>,
     /// `path` as the kernel wants it, and how to open it; both must stay where
     /// they are while an open is in flight, which is why jobs are boxed.
@@ -399,12 +401,14 @@ impl Worker {
                 return Ok(());
             }
         };
-        let path: Rc<str> = request.path.into();
+        let path: Rc<str> = request.path.as_str().into();
         if fresh {
             self.forget(&path);
         }
+        tracing::debug!(request = %request.request, file = %path, offset, len = want, fresh, "reads");
         let mut job = Box::new(Job {
             id,
+            request: request.request,
             file: self.files.get(&path).cloned(),
             path,
             c_path,
@@ -613,6 +617,12 @@ impl Worker {
         job: &Job,
         result: Result<usize, Errno>,
     ) -> Result<(), WorkerError> {
+        match &result {
+            Ok(len) => tracing::debug!(request = %job.request, file = %job.path, len, "has read"),
+            Err(error) => {
+                tracing::debug!(request = %job.request, file = %job.path, %error, "cannot read");
+            }
+        }
         self.free.push(index);
         self.answer(job.id, result)
     }

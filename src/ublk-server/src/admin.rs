@@ -2,6 +2,7 @@
 
 use crate::disk_cache;
 use crate::engine::SKIPS_VERIFICATION;
+use crate::metrics;
 use crate::protocol::{CacheStatus, Command, Reply, SourceStatus, Status};
 use crate::remake::Remake;
 use crate::serve::Daemon;
@@ -69,6 +70,7 @@ fn answer(daemon: &Daemon, stream: &UnixStream) -> Result<()> {
             reply(stream, Ok(()))
         }
         Command::Status => reply(stream, Ok(status(daemon))),
+        Command::Metrics => reply(stream, Ok(metrics::render(daemon))),
     }
 }
 
@@ -91,11 +93,7 @@ fn status(daemon: &Daemon) -> Status {
     let (exports, holders) = daemon.registry.status();
     let devices = daemon.registry.devices();
     let engine = &daemon.engine;
-    let standings = daemon.sources.standings();
-    let sources = daemon.workers.iter().zip(standings);
-    let sources: Vec<_> = sources
-        .map(|(worker, standing)| source(worker, &standing))
-        .collect();
+    let sources = sources(daemon);
     let chunks = engine.chunk_counters();
     let pool = engine.arena().chunks();
     let chunk = pool.slot_size() as u64;
@@ -123,6 +121,15 @@ fn status(daemon: &Daemon) -> Status {
         exports,
         holders,
     }
+}
+
+/// How every source stands, best first.
+pub(crate) fn sources(daemon: &Daemon) -> Vec<SourceStatus> {
+    let standings = daemon.sources.standings();
+    let sources = daemon.workers.iter().zip(standings);
+    sources
+        .map(|(worker, standing)| source(worker, &standing))
+        .collect()
 }
 
 fn source(worker: &WorkerSource, standing: &Standing) -> SourceStatus {

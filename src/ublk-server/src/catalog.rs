@@ -8,6 +8,7 @@ use accel_ufs::index::{Header, HeaderError, ImageSize, PAGE_SIZE, Page, Root};
 use accel_ufs::names::{self, LayerName, Nanoseconds};
 use accel_ufs::record::{ImageRecord, LayerRecord, MAX_RECORD, NameRecord, RecordError};
 use accel_ufs::resolve::ImageName;
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -100,6 +101,8 @@ pub struct Catalog<'a, S: Source + ?Sized> {
     pub pool: &'a Arc<Pool>,
     /// What the UFS directory is called, for messages.
     pub ufs: &'a Path,
+    /// Bytes read so far.
+    pub fetched: Cell<u64>,
 }
 
 impl Catalog<'_, dyn Source> {
@@ -193,19 +196,25 @@ impl Catalog<'_, dyn Source> {
             image: name.to_string(),
             ufs: self.ufs.to_owned(),
         };
-        let manifest = match name {
-            ImageName::Manifest(digest) => match self.has_record(digest)? {
-                true => Some(*digest),
-                // Then it may be an index.
-                false => self.latest(digest)?,
-            },
-            ImageName::Source(source) => self.latest(source)?,
+        let json = |manifest| self.read(names::image_record(manifest).as_str(), MAX_RECORD + 1);
+        let own = match name {
+            ImageName::Manifest(digest) => json(digest)?.map(|json| (*digest, json)),
+            ImageName::Source(_) => None,
         };
-        let manifest = manifest.ok_or_else(not_converted)?;
+        let (manifest, json) = match own {
+            Some(own) => own,
+            None => {
+                let manifest = match name {
+                    // It may be an index.
+                    ImageName::Manifest(digest) => self.latest(digest)?,
+                    ImageName::Source(source) => self.latest(source)?,
+                };
+                let manifest = manifest.ok_or_else(not_converted)?;
+                let json = json(&manifest)?.ok_or_else(not_converted)?;
+                (manifest, json)
+            }
+        };
         let file = names::image_record(&manifest);
-        let json = self
-            .read(file.as_str(), MAX_RECORD + 1)?
-            .ok_or_else(not_converted)?;
         let record = ImageRecord::parse(&json).map_err(|source| self.wrong(&file, source))?;
         if record.manifest != manifest {
             let source = RecordError::Misplaced {
@@ -217,11 +226,6 @@ impl Catalog<'_, dyn Source> {
         Ok(record)
     }
 
-    fn has_record(&self, manifest: &Digest) -> Result<bool, CatalogError> {
-        let file = names::image_record(manifest);
-        Ok(self.read(file.as_str(), MAX_RECORD + 1)?.is_some())
-    }
-
     /// What `source`, or an index, pointed to when it was last converted.
     fn latest(&self, source: &dyn std::fmt::Display) -> Result<Option<Digest>, CatalogError> {
         let directory = names::name_directory(source);
@@ -231,6 +235,8 @@ impl Catalog<'_, dyn Source> {
             Err(error) if error.is_not_found() => return Ok(None),
             Err(error) => return Err(error.into()),
         };
+        let listed: usize = files.iter().map(|name| name.len() + 1).sum();
+        self.count(listed);
         let newest = files
             .iter()
             .find_map(|file| Nanoseconds::from_file_name(file));
@@ -255,10 +261,17 @@ impl Catalog<'_, dyn Source> {
     fn read(&self, file: &str, limit: usize) -> Result<Option<Vec<u8>>, CatalogError> {
         let file = FileName::new(file);
         match read_file(self.source, self.pool, &file, limit, Patience::LOOKUP) {
-            Ok(bytes) => Ok(Some(bytes)),
+            Ok(bytes) => {
+                self.count(bytes.len());
+                Ok(Some(bytes))
+            }
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn count(&self, bytes: usize) {
+        self.fetched.set(self.fetched.get() + bytes as u64);
     }
 
     fn wrong(&self, file: &names::RelPath, source: RecordError) -> UfsError {

@@ -1,5 +1,6 @@
 //! `--disk-cache`: what was read and verified stays on a local disk.
 
+use crate::log;
 use crate::protocol::DiskCacheStatus;
 use accel_source::{Arena, DiskCache, DiskOptions, Source, WorkerCommand};
 use anyhow::Result;
@@ -38,6 +39,7 @@ pub fn start(
     let command = |name: &str, further: &[OsString]| {
         let mut arguments: Vec<OsString> = vec![name.into(), directory.clone().into()];
         arguments.extend(["--namespace".into(), namespace.into()]);
+        arguments.extend(["--log-format".into(), log::format().to_string().into()]);
         arguments.extend(further.iter().cloned());
         WorkerCommand {
             program: "/proc/self/exe".into(),

@@ -11,6 +11,7 @@
 //! * [`registry`] knows what is exported and who needs it; [`journal`] makes
 //!   that survive the daemon, and [`keeper`] the connections of FUSE files.
 //! * [`engine`] turns requests of the kernel into verified bytes.
+//! * [`metrics`] tells Prometheus what all of it does.
 //! * [`client`] asks and mounts.
 
 pub mod admin;
@@ -21,6 +22,8 @@ pub mod disk_cache;
 pub mod engine;
 pub mod journal;
 pub mod keeper;
+pub mod log;
+pub mod metrics;
 pub mod namespace;
 pub mod registry;
 pub mod remake;

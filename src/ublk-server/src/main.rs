@@ -4,20 +4,23 @@ use accel_source::{disk_worker, worker};
 use accel_transport::Wanted;
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
-use std::io::IsTerminal as _;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
-use tracing_subscriber::EnvFilter;
 use ublk_server::disk_cache::DiskCacheOptions;
+use ublk_server::log::LogFormat;
 use ublk_server::paths::{Paths, SOCKET};
 use ublk_server::remake::{self, RemakeOptions};
-use ublk_server::{client, keeper, serve, size, time};
+use ublk_server::{client, keeper, log, serve, size, time};
 
 /// Serves converted images on this node: on demand, verified, as block devices.
 #[derive(Debug, Parser)]
 #[command(version, about)]
 struct Cli {
+    /// How the log is written to standard error; RUST_LOG says how much of it.
+    #[arg(long, value_name = "text|json", default_value = "text", global = true)]
+    log_format: LogFormat,
     #[command(subcommand)]
     command: Command,
 }
@@ -34,6 +37,7 @@ struct Place {
 }
 
 #[derive(Debug, Subcommand)]
+#[allow(clippy::large_enum_variant)] // there is one of them
 enum Command {
     /// Run the daemon.
     Serve {
@@ -62,6 +66,10 @@ enum Command {
         /// How layers reach the kernel.
         #[arg(long, value_name = "auto|ublk|fuse", default_value = "auto")]
         transport: Wanted,
+        /// Where to answer Prometheus over HTTP (`/metrics`), such as
+        /// 127.0.0.1:9599; not at all unless given. Whoever reaches it may read it.
+        #[arg(long, value_name = "ADDR:PORT")]
+        metrics: Option<SocketAddr>,
         #[command(flatten)]
         place: Place,
     },
@@ -90,6 +98,11 @@ enum Command {
         /// For programs.
         #[arg(long)]
         json: bool,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Print the daemon's metrics, as Prometheus reads them.
+    Metrics {
         #[command(flatten)]
         place: Place,
     },
@@ -171,6 +184,7 @@ fn run(command: Command) -> Result<()> {
             disk_cache,
             remake,
             transport,
+            metrics,
             place,
         } => serve::run(&serve::Options {
             ufs,
@@ -181,6 +195,7 @@ fn run(command: Command) -> Result<()> {
             disk_cache,
             remake,
             transport,
+            metrics,
             paths: place.into(),
         })?,
         Command::Attach { image, place } => {
@@ -191,6 +206,7 @@ fn run(command: Command) -> Result<()> {
         Command::Detach { image, place } => client::detach(&place.into(), &image)?,
         Command::List { place } => print!("{}", client::list(&place.into())?),
         Command::Status { json, place } => print!("{}", client::status(&place.into(), json)?),
+        Command::Metrics { place } => print!("{}", client::metrics(&place.into())?),
         Command::Mount {
             image,
             directory,
@@ -218,13 +234,9 @@ fn run(command: Command) -> Result<()> {
 }
 
 fn main() -> ExitCode {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
-    match run(Cli::parse().command) {
+    let cli = Cli::parse();
+    log::start(cli.log_format);
+    match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("ublk-server: {error:#}");

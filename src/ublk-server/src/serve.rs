@@ -6,6 +6,8 @@ use crate::disk_cache::{self, DiskCacheOptions};
 use crate::engine::{Engine, SKIPS_VERIFICATION};
 use crate::journal::Journal;
 use crate::lock::Lock;
+use crate::log;
+use crate::metrics;
 use crate::namespace;
 use crate::paths::Paths;
 use crate::registry::Registry;
@@ -19,6 +21,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Resource, Rlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::fs::{self, File};
+use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -53,6 +56,8 @@ pub struct Options {
     pub remake: RemakeOptions,
     /// Which transport.
     pub transport: Wanted,
+    /// Where Prometheus is answered over HTTP, if it is.
+    pub metrics: Option<SocketAddr>,
     /// Where everything lies.
     pub paths: Paths,
 }
@@ -131,6 +136,7 @@ fn serve(options: &Options, ufs: &Path) -> Result<usize> {
         remake.begin();
     }
     recover_later(&daemon)?;
+    serve_metrics(&daemon, options.metrics)?;
     let listener = listen(&paths.socket)?;
     let (signals, from_signals) = UnixStream::pair().context("cannot make a pipe")?;
     for signal in [SIGTERM, SIGINT] {
@@ -161,6 +167,19 @@ fn serve(options: &Options, ufs: &Path) -> Result<usize> {
         std::mem::forget(daemon);
     }
     Ok(left)
+}
+
+/// Answers Prometheus, if an address was given.
+fn serve_metrics(daemon: &Arc<Daemon>, address: Option<SocketAddr>) -> Result<()> {
+    let Some(address) = address else {
+        return Ok(());
+    };
+    let daemon = Arc::downgrade(daemon);
+    let render = move || daemon.upgrade().map(|daemon| metrics::render(&daemon));
+    let address = metrics::start(address, render)
+        .with_context(|| format!("cannot serve metrics at {address}"))?;
+    tracing::info!(%address, "metrics are served at /metrics");
+    Ok(())
 }
 
 /// Has devices that could not be recovered tried again, as long as there are any.
@@ -294,6 +313,8 @@ fn worker(
     let command = WorkerCommand {
         program: "/proc/self/exe".into(),
         arguments: vec![
+            "--log-format".into(),
+            log::format().to_string().into(),
             "source-worker".into(),
             directory.into(),
             "--namespace".into(),

@@ -3,197 +3,17 @@
 
 mod common;
 
-use common::{Entry, Layer, Stalled, name_index, noise, publish_image, publish_tree};
+use common::node::{Node, PROGRAM, base, big, check_big, drop_caches, kill, serve, serve_with};
+use common::{Entry, Stalled, name_index, publish_image, publish_tree};
 use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use tempfile::TempDir;
-
-const PROGRAM: &str = env!("CARGO_BIN_EXE_ublk-server");
-
-/// A UFS directory, a daemon on it, and a place for mounts.
-struct Node {
-    child: Child,
-    directory: TempDir,
-}
-
-impl Node {
-    fn start(fill: impl FnOnce(&Path)) -> Self {
-        assert!(
-            rustix::process::geteuid().is_root(),
-            "these tests mount: run them as root"
-        );
-        let directory = tempfile::tempdir().unwrap();
-        let ufs = directory.path().join("ufs");
-        fs::create_dir(&ufs).unwrap();
-        fill(&ufs);
-        let child = serve(directory.path());
-        let node = Self { child, directory };
-        node.await_daemon();
-        node
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn directory(&self, name: &str) -> String {
-        let path = self.path(name);
-        fs::create_dir_all(&path).unwrap();
-        path.to_str().unwrap().to_owned()
-    }
-
-    fn client(&self, words: &[&str]) -> Output {
-        Command::new(PROGRAM)
-            .args(words)
-            .arg("--socket")
-            .arg(self.path("socket"))
-            .stdin(Stdio::null())
-            .output()
-            .unwrap()
-    }
-
-    fn ask(&self, words: &[&str]) -> String {
-        let output = self.client(words);
-        let log = fs::read_to_string(self.path("log")).unwrap();
-        assert!(output.status.success(), "{words:?}: {output:?}\n{log}");
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    fn refused(&self, words: &[&str]) -> String {
-        let output = self.client(words);
-        assert!(!output.status.success(), "{words:?} went well");
-        let message = String::from_utf8(output.stderr).unwrap();
-        assert!(!message.contains("panicked"), "{message}");
-        message
-    }
-
-    fn status(&self) -> serde_json::Value {
-        serde_json::from_str(&self.ask(&["status", "--json"])).unwrap()
-    }
-
-    /// Mounts beneath this node's directory.
-    fn mounts(&self) -> Vec<String> {
-        let here = self.directory.path().to_str().unwrap();
-        let all = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let ours = all.lines().filter(|line| line.contains(here));
-        ours.map(str::to_owned).collect()
-    }
-
-    /// Ends the daemon and starts another on the same UFS.
-    fn restart(mut self) -> Self {
-        kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
-        assert!(self.child.wait().unwrap().success());
-        self.child = serve(self.directory.path());
-        self.await_daemon();
-        self
-    }
-
-    /// Kills the daemon, whatever it is doing, and starts another.
-    fn kill_and_restart(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-        self.child = serve(self.directory.path());
-        self.await_daemon();
-    }
-
-    fn await_daemon(&self) {
-        while !self.client(&["list"]).status.success() {
-            std::thread::yield_now();
-        }
-    }
-
-    /// Ends the daemon; nothing but what the test made may be left.
-    fn stop(mut self) {
-        assert_eq!(self.mounts(), [""; 0]);
-        let before: Vec<_> = fs::read_dir(self.path("socket.d"))
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name())
-            .collect();
-        assert!(
-            before
-                .iter()
-                .all(|name| name == "daemon.lock" || name == "journal"),
-            "{before:?}"
-        );
-        kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
-        let status = self.child.wait().unwrap();
-        let log = fs::read_to_string(self.path("log")).unwrap();
-        assert!(status.success(), "{log}");
-        assert!(!log.contains("panicked"), "{log}");
-        assert!(!self.path("socket.d").exists() && !self.path("socket").exists());
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            println!(
-                "{}",
-                fs::read_to_string(self.path("log")).unwrap_or_default()
-            );
-        }
-        // After a failed test: the daemon first, so that nothing waits for it.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        let mut mounts = self.mounts();
-        mounts.reverse();
-        for line in mounts {
-            if let Some(point) = line.split(' ').nth(4) {
-                let _ = rustix::mount::unmount(point, rustix::mount::UnmountFlags::DETACH);
-            }
-        }
-    }
-}
-
-fn serve(directory: &Path) -> Child {
-    serve_with(directory, &[])
-}
-
-fn serve_with(directory: &Path, further: &[&OsStr]) -> Child {
-    let mut log = File::options();
-    let log = log.create(true).append(true).open(directory.join("log"));
-    let log = log.unwrap();
-    Command::new(PROGRAM)
-        .arg("serve")
-        .arg("--ufs")
-        .arg(directory.join("ufs"))
-        .arg("--socket")
-        .arg(directory.join("socket"))
-        .args(["--transport", "fuse", "--cache-size", "16M"])
-        .args(further)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().unwrap())
-        .stderr(log)
-        .spawn()
-        .unwrap()
-}
-
-fn drop_caches() {
-    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
-}
-
-/// The base layer: files of many sizes.
-fn base(ufs: &Path) -> (Layer, Vec<(String, Vec<u8>)>) {
-    let sizes = [0, 1, 4095, 4096, 100_000, 131_072, 3_000_001];
-    let files: Vec<_> = (1..)
-        .zip(sizes)
-        .map(|(seed, size)| (format!("data/{size}"), noise(size, seed)))
-        .collect();
-    let mut entries: Vec<Entry<'_>> = files
-        .iter()
-        .map(|(path, content)| (path.as_str(), Some(content.as_slice())))
-        .collect();
-    entries.push(("etc/name", Some(b"base\n")));
-    entries.push(("empty", None));
-    (publish_tree(ufs, "base", &entries), files)
-}
 
 #[test]
 fn an_image_is_mounted_read_and_unmounted() {
@@ -557,35 +377,6 @@ fn a_stalled_ufs_is_not_noticed_but_told() {
     }
     node.ask(&["unmount", &root]);
     node.stop();
-}
-
-/// An image of eight files, 4 MiB each: as much as the daemon's cache twice over.
-fn big(ufs: &Path) -> (String, Vec<Vec<u8>>) {
-    let files: Vec<_> = (1..=8).map(|seed| noise(4 << 20, seed)).collect();
-    let names: Vec<_> = (1..=8).map(|number| format!("f{number}")).collect();
-    let entries: Vec<Entry<'_>> = names
-        .iter()
-        .zip(&files)
-        .map(|(name, file)| (name.as_str(), Some(file.as_slice())))
-        .collect();
-    let layer = publish_tree(ufs, "big", &entries);
-    (publish_image(ufs, &[layer]).to_string(), files)
-}
-
-/// Reads the files in `root` past the page cache, and compares.
-fn check_big(root: &str, files: &[Vec<u8>]) {
-    for (number, content) in (1..).zip(files) {
-        drop_caches();
-        let file = File::open(Path::new(root).join(format!("f{number}"))).unwrap();
-        let mut bytes = vec![0; content.len()];
-        file.read_exact_at(&mut bytes, 0).unwrap();
-        assert!(bytes == *content, "f{number}");
-    }
-}
-
-fn kill(pid: &serde_json::Value, signal: Signal) {
-    let pid = Pid::from_raw(i32::try_from(pid.as_i64().unwrap()).unwrap()).unwrap();
-    kill_process(pid, signal).unwrap();
 }
 
 #[test]

@@ -34,7 +34,7 @@ pub mod worker;
 use crate::arena::CHUNK_SLOT;
 use crate::{
     Arena, Content, Done, FileName, Filled, Late, Operation, Origin, Patience, Pool, Rejected,
-    Request, Slot, Source, SourceError, StartError, WorkerCommand, WorkerSource,
+    Request, RequestId, Slot, Source, SourceError, StartError, WorkerCommand, WorkerSource,
 };
 use health::Health;
 use std::fmt;
@@ -185,6 +185,7 @@ struct State {
 /// A request and who asked it.
 struct Asked {
     file: FileName,
+    id: RequestId,
     operation: Operation,
     patience: Patience,
     rejected: Rejected,
@@ -198,6 +199,7 @@ impl Asked {
     fn new(request: Request, done: Done) -> (Self, Slot) {
         let asked = Self {
             file: request.file,
+            id: request.id,
             operation: request.operation,
             patience: request.patience,
             rejected: request.rejected,
@@ -211,6 +213,7 @@ impl Asked {
 
     fn ask(self, source: &dyn Source, slot: Slot) {
         let request = Request {
+            id: self.id,
             rejected: self.rejected,
             content: self.content,
             late: self.late,
@@ -474,12 +477,14 @@ impl Shared {
             attempt: ATTEMPT.min(asked.patience.attempt),
             ..asked.patience
         };
+        let id = asked.id;
         let asked = Arc::new(Mutex::new(Some(asked)));
         let take = |asked: &Mutex<Option<Asked>>| {
             asked.lock().unwrap_or_else(PoisonError::into_inner).take()
         };
         let (me, late) = (Weak::clone(&self.me), Arc::clone(&asked));
         let request = Request {
+            id,
             late: Some(Box::new(move || {
                 let Some(shared) = me.upgrade() else {
                     return;

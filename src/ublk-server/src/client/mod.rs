@@ -7,7 +7,7 @@ mod mount;
 mod show;
 
 pub use mount::{mount, unmount};
-pub use show::{list, status};
+pub use show::{list, metrics, status};
 
 use crate::lock::Lock;
 use crate::paths::Paths;

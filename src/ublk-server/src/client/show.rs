@@ -33,6 +33,11 @@ pub fn list(paths: &Paths) -> Result<String> {
     Ok(table(&rows))
 }
 
+/// `ublk-server metrics`.
+pub fn metrics(paths: &Paths) -> Result<String> {
+    wire::ask(&paths.socket, &Command::Metrics, None)
+}
+
 /// `ublk-server status`.
 pub fn status(paths: &Paths, json: bool) -> Result<String> {
     let status = ask(paths)?;
@@ -128,6 +133,23 @@ pub fn status(paths: &Paths, json: bool) -> Result<String> {
     }
     if !status.verifies {
         writeln!(text, "WARNING    this build does not verify what it serves")?;
+    }
+    for holder in &status.holders {
+        if let Some(ready) = &holder.ready {
+            write!(
+                text,
+                "{:<10} {}: mounted after {} ms and {}; ",
+                "ready",
+                holder.holder,
+                ready.mounted_ms,
+                size(ready.mounted_bytes)
+            )?;
+            match ready.metadata_ms {
+                Some(time) => write!(text, "metadata complete after {time} ms")?,
+                None => text.push_str("metadata not complete yet"),
+            }
+            writeln!(text, " and {} more", size(ready.metadata_bytes))?;
+        }
     }
     if status.exports.is_empty() {
         return Ok(text);

@@ -3,7 +3,7 @@
 use super::pending::Piece;
 use super::{Engine, Export, verify};
 use accel_cache::{Cache, Guard};
-use accel_source::{Content as Identity, FileName, Slot};
+use accel_source::{Content as Identity, FileName, RequestId, Slot};
 use accel_ufs::index::{ByteRange, ChunkNo, ChunkValue, PageValue, TreePage};
 use std::fmt;
 use std::hash::Hash;
@@ -30,8 +30,16 @@ pub(crate) trait Content: fmt::Display + Sized + Send + 'static {
     /// What it is, wherever it lies.
     fn identity(key: Self::Key) -> Identity;
 
+    /// Number of the chunk, if it is one.
+    fn chunk(&self) -> Option<u64> {
+        None
+    }
+
     /// When it was first asked for.
     fn since(&self) -> Instant;
+
+    /// Which request asked first.
+    fn request(&self) -> RequestId;
 
     /// Says what is wrong with its bytes, if anything is.
     fn check(&self, bytes: &[u8], key: Self::Key) -> Result<(), String>;
@@ -45,14 +53,16 @@ pub(crate) struct ChunkLoad {
     export: Arc<Export>,
     chunk: ChunkNo,
     since: Instant,
+    request: RequestId,
 }
 
 impl ChunkLoad {
-    pub(super) fn new(export: &Arc<Export>, chunk: ChunkNo) -> Self {
+    pub(super) fn new(export: &Arc<Export>, chunk: ChunkNo, request: RequestId) -> Self {
         Self {
             export: Arc::clone(export),
             chunk,
             since: Instant::now(),
+            request,
         }
     }
 }
@@ -87,8 +97,16 @@ impl Content for ChunkLoad {
         Identity::Chunk(key.0)
     }
 
+    fn chunk(&self) -> Option<u64> {
+        Some(self.chunk.0)
+    }
+
     fn since(&self) -> Instant {
         self.since
+    }
+
+    fn request(&self) -> RequestId {
+        self.request
     }
 
     fn check(&self, bytes: &[u8], key: ChunkValue) -> Result<(), String> {
@@ -111,15 +129,22 @@ pub(crate) struct PageLoad {
     page: TreePage,
     range: ByteRange,
     since: Instant,
+    request: RequestId,
 }
 
 impl PageLoad {
-    pub(super) fn new(export: &Arc<Export>, page: TreePage, range: ByteRange) -> Self {
+    pub(super) fn new(
+        export: &Arc<Export>,
+        page: TreePage,
+        range: ByteRange,
+        request: RequestId,
+    ) -> Self {
         Self {
             export: Arc::clone(export),
             page,
             range,
             since: Instant::now(),
+            request,
         }
     }
 }
@@ -155,6 +180,10 @@ impl Content for PageLoad {
 
     fn since(&self) -> Instant {
         self.since
+    }
+
+    fn request(&self) -> RequestId {
+        self.request
     }
 
     fn check(&self, bytes: &[u8], key: PageValue) -> Result<(), String> {

@@ -1,10 +1,11 @@
 //! A layer that is served: its geometry, its zero map, its counters.
 
+use super::counters::{ExportCounters, TIMED};
 use super::pending::{KernelRequest, Pending as _, Piece};
 use super::verify::ZEROS;
 use super::{ChunkLoad, Engine};
 use accel_cache::Guard;
-use accel_source::{FileName, Patience, Slot, SourceError, read_checked};
+use accel_source::{FileName, Patience, RequestId, Slot, SourceError, read_checked};
 use accel_transport::{ReadError, Reader, Request};
 use accel_ufs::index::{
     ByteRange, CHUNK_SIZE, ChunkNo, Header, HeaderError, ImageSize, Layout, PAGE_SIZE, Page, Root,
@@ -12,8 +13,9 @@ use accel_ufs::index::{
 use accel_ufs::names::LayerName;
 use std::fmt;
 use std::io::{self, IoSlice};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 /// Largest zero map that is kept: of an image of 128 GiB. Chunks beyond are read
 /// like any other.
@@ -58,21 +60,6 @@ pub enum OpenError {
     },
 }
 
-/// What an export has done so far.
-#[derive(Debug, Default)]
-pub struct ExportCounters {
-    /// Pieces of requests served from memory.
-    pub hits: AtomicU64,
-    /// Pieces that had to wait for a read.
-    pub misses: AtomicU64,
-    /// Bytes given to the kernel.
-    pub served_bytes: AtomicU64,
-    /// Bytes read from the source, index included.
-    pub source_bytes: AtomicU64,
-    /// Pieces that failed.
-    pub errors: AtomicU64,
-}
-
 /// A layer that is served.
 pub struct Export {
     /// Which layer.
@@ -90,7 +77,9 @@ pub struct Export {
     pub metadata: ByteRange,
     pub(super) zeros: Zeros,
     /// What it has done.
-    pub counters: ExportCounters,
+    pub counters: Arc<ExportCounters>,
+    /// When its metadata had been fetched.
+    complete: OnceLock<Instant>,
 }
 
 impl fmt::Debug for Export {
@@ -152,7 +141,8 @@ impl Export {
             root,
             metadata: header.metadata(),
             zeros: Zeros::new(&bytes[PAGE_SIZE..]),
-            counters,
+            counters: Arc::new(counters),
+            complete: OnceLock::new(),
         })
     }
 
@@ -168,8 +158,23 @@ impl Export {
             root,
             metadata: ByteRange::default(),
             zeros: Zeros::new(&[]),
-            counters: ExportCounters::default(),
+            counters: Arc::default(),
+            complete: OnceLock::new(),
         }
+    }
+
+    /// When all of its metadata, or as much as is fetched ahead, had been.
+    pub fn complete(&self) -> Option<Instant> {
+        self.complete.get().copied()
+    }
+
+    pub(super) fn is_complete(&self) {
+        let _ = self.complete.set(Instant::now());
+    }
+
+    /// Names what the daemon does for the export by itself.
+    pub(super) fn background(&self) -> RequestId {
+        RequestId::new(self.number, 0)
     }
 
     /// Size of the image.
@@ -243,6 +248,7 @@ pub struct ExportReader {
 impl ExportReader {
     /// Serves `export` with `engine`.
     pub fn new(engine: &Arc<Engine>, export: &Arc<Export>) -> Self {
+        engine.ledger.enter(&export.counters);
         Self {
             engine: Arc::clone(engine),
             export: Arc::clone(export),
@@ -341,16 +347,29 @@ impl Reader for ExportReader {
     }
 
     fn read<R: Request>(&self, offset: u64, len: usize, request: R) {
+        let counters = &self.export.counters;
+        let number = counters.requests.fetch_add(1, Relaxed) + 1;
+        let id = RequestId::new(self.export.number, number);
+        tracing::trace!(request = %id, layer = %self.export.name, offset, len, "read");
+        let came = number.is_multiple_of(TIMED).then(Instant::now);
         match self.read_known(offset, len, &request) {
-            Ok(true) => return request.finish(Ok(())),
+            Ok(true) => {
+                request.finish(Ok(()));
+                if let Some(came) = came {
+                    counters.from_memory.record(came.elapsed());
+                }
+                tracing::trace!(request = %id, ok = true, "answered to the kernel");
+                return;
+            }
             Ok(false) => {}
             Err(error) => {
-                self.export.counters.errors.fetch_add(1, Relaxed);
+                counters.errors.fetch_add(1, Relaxed);
                 let reason = format!("cannot hand bytes to the kernel: {error}");
                 return request.finish(Err(ReadError { reason }));
             }
         }
-        let pending = Arc::new(KernelRequest::new(request, len, &self.engine));
+        let pending = KernelRequest::new(request, len, id, came, &self.engine, &self.export);
+        let pending = Arc::new(pending);
         let mut at = 0;
         for (chunk, start, part) in parts(offset, len) {
             let walk = match self.export.layout.walk(self.export.root, chunk) {

@@ -25,6 +25,7 @@
 //! in a cache of their own, in page slots of the same shared memory.
 
 mod content;
+mod counters;
 mod export;
 mod gate;
 mod pending;
@@ -32,7 +33,8 @@ mod recent;
 mod verify;
 mod warm;
 
-pub use export::{Export, ExportCounters, ExportReader, OpenError};
+pub use counters::{ExportCounters, TIMED, Totals};
+pub use export::{Export, ExportReader, OpenError};
 pub use verify::SKIPS_VERIFICATION;
 pub use warm::Warmer;
 
@@ -42,6 +44,7 @@ use accel_source::{
 };
 use accel_ufs::index::{ChunkValue, PAGE_SIZE, PageValue, Step};
 use content::{ChunkLoad, Content, PageLoad};
+use counters::Ledger;
 use gate::Gate;
 use pending::Piece;
 use recent::Recent;
@@ -72,6 +75,7 @@ pub struct Engine {
     log: Gate,
     /// Requests of the kernel that are not answered yet.
     unanswered: AtomicUsize,
+    ledger: Ledger,
 }
 
 impl fmt::Debug for Engine {
@@ -103,6 +107,7 @@ impl Engine {
             patience,
             log: Gate::default(),
             unanswered: AtomicUsize::new(0),
+            ledger: Ledger::default(),
         });
         for _ in 0..VERIFIERS {
             verify::start(Arc::clone(&engine.jobs), Arc::downgrade(&engine))?;
@@ -144,6 +149,31 @@ impl Engine {
         &self.arena
     }
 
+    /// What all exports have done since the daemon started.
+    pub fn totals(&self) -> Totals {
+        self.ledger.sum()
+    }
+
+    /// Requests of the kernel that are not answered yet.
+    pub fn unanswered(&self) -> usize {
+        self.unanswered.load(Relaxed)
+    }
+
+    /// Loads that wait for memory.
+    pub fn waiting_for_memory(&self) -> usize {
+        self.chunks.queued() + self.pages.queued()
+    }
+
+    /// Hits, misses and evictions of pages of the index.
+    pub fn page_counters(&self) -> &accel_cache::Counters {
+        self.pages.counters()
+    }
+
+    /// Pages of the index in memory.
+    pub fn cached_pages(&self) -> usize {
+        self.pages.len()
+    }
+
     /// Hits, misses and evictions of chunks.
     pub fn chunk_counters(&self) -> &accel_cache::Counters {
         self.chunks.counters()
@@ -170,7 +200,7 @@ impl Engine {
             return;
         }
         let park = || {
-            let load = ChunkLoad::new(export, chunk);
+            let load = ChunkLoad::new(export, chunk, piece.pending.id());
             (piece.clone(), load)
         };
         match self.chunks.lookup(value, park) {
@@ -184,10 +214,21 @@ impl Engine {
             }
             Lookup::Lead(load) => {
                 export.counters.misses.fetch_add(1, Relaxed);
+                piece.pending.waits();
+                tracing::debug!(
+                    request = %piece.pending.id(), layer = %export.name, chunk = chunk.0,
+                    "not in memory"
+                );
                 self.load(load, Rejected::default());
             }
             Lookup::Joined => {
                 export.counters.misses.fetch_add(1, Relaxed);
+                export.counters.joined.fetch_add(1, Relaxed);
+                piece.pending.waits();
+                tracing::debug!(
+                    request = %piece.pending.id(), layer = %export.name, chunk = chunk.0,
+                    "waits for a read under way"
+                );
             }
         }
     }
@@ -206,7 +247,7 @@ impl Engine {
                 } => (page, range, expected),
             };
             let park = || {
-                let load = PageLoad::new(&piece.export, page, range);
+                let load = PageLoad::new(&piece.export, page, range, piece.pending.id());
                 (piece.clone(), load)
             };
             match self.pages.lookup(expected, park) {
@@ -217,10 +258,18 @@ impl Engine {
                     self.start_waiting::<PageLoad>();
                 }
                 Lookup::Lead(load) => {
+                    piece.pending.waits();
+                    tracing::debug!(
+                        request = %piece.pending.id(), layer = %piece.export.name, %page,
+                        "not in memory"
+                    );
                     self.load(load, Rejected::default());
                     return None;
                 }
-                Lookup::Joined => return None,
+                Lookup::Joined => {
+                    piece.pending.waits();
+                    return None;
+                }
             }
         }
     }
@@ -237,6 +286,7 @@ impl Engine {
         };
         let file = what.file().clone();
         let request = Request {
+            id: what.request(),
             rejected: rejected.clone(),
             content: Some(C::identity(key)),
             ..Request::new(file, operation, slot, self.patience)
@@ -303,6 +353,10 @@ impl Engine {
             Ok(filled) => {
                 let (export, len) = (what.export(), filled.len);
                 export.counters.source_bytes.fetch_add(len as u64, Relaxed);
+                if what.request().is_background() {
+                    let background = &export.counters.background_bytes;
+                    background.fetch_add(len as u64, Relaxed);
+                }
                 match what.check(filled.bytes(), key) {
                     Ok(()) => {
                         let origin = filled.origin;
@@ -316,6 +370,8 @@ impl Engine {
                         return self.start_waiting::<C>();
                     }
                     Err(problem) => {
+                        export.counters.digest_failures.fetch_add(1, Relaxed);
+                        self.report_digest(&what, &filled, &problem);
                         rejected.add(&filled, problem);
                         let slot = filled.slot;
                         return self.load(Load { key, slot, what }, rejected);
@@ -328,6 +384,17 @@ impl Engine {
         self.report(&reason);
         self.fail(C::cache(self).fail(&key), what.export(), &reason);
         self.start_waiting::<C>();
+    }
+
+    /// Logs that a source gave wrong bytes. They go no further.
+    fn report_digest<C: Content>(&self, what: &C, filled: &Filled, problem: &str) {
+        if let Some(silenced) = self.log.pass(Instant::now()) {
+            tracing::warn!(
+                layer = %what.export().name, chunk = what.chunk(), file = %what.file(),
+                offset = what.range().offset, source = %filled.origin.name,
+                request = %what.request(), silenced, "digest mismatch: {problem}"
+            );
+        }
     }
 
     /// Logs that something cannot be served.

@@ -1,10 +1,13 @@
 //! Requests on their way: split into pieces, answered when the last is gone.
 
+use super::counters::ExportCounters;
 use super::{Engine, Export};
+use accel_source::RequestId;
 use accel_transport::{ReadError, Request};
 use accel_ufs::index::{ChunkNo, Page, Walk};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 /// What the pieces of one request share.
 pub(super) trait Pending: Send + Sync {
@@ -12,6 +15,10 @@ pub(super) trait Pending: Send + Sync {
     fn fill(&self, at: usize, bytes: &[u8]);
     /// The request cannot succeed any more.
     fn fail(&self, reason: &str);
+    /// A piece of it waits for a read.
+    fn waits(&self);
+    /// What it is called in the log.
+    fn id(&self) -> RequestId;
 }
 
 /// A kernel request. It is answered when it is dropped, that is, when its last
@@ -22,10 +29,24 @@ pub(super) struct KernelRequest<R: Request> {
     filled: AtomicUsize,
     failure: OnceLock<ReadError>,
     engine: Arc<Engine>,
+    id: RequestId,
+    counters: Arc<ExportCounters>,
+    /// When it came, if it is timed however it is served.
+    came: Option<Instant>,
+    /// When it began to wait for a read.
+    since: OnceLock<Instant>,
 }
 
 impl<R: Request> KernelRequest<R> {
-    pub(super) fn new(request: R, len: usize, engine: &Arc<Engine>) -> Self {
+    /// A request of `export`, that came at this time, if that is wanted to be known.
+    pub(super) fn new(
+        request: R,
+        len: usize,
+        id: RequestId,
+        came: Option<Instant>,
+        engine: &Arc<Engine>,
+        export: &Export,
+    ) -> Self {
         engine.unanswered.fetch_add(1, Ordering::Relaxed);
         Self {
             request: Some(request),
@@ -33,6 +54,10 @@ impl<R: Request> KernelRequest<R> {
             filled: AtomicUsize::new(0),
             failure: OnceLock::new(),
             engine: Arc::clone(engine),
+            id,
+            counters: Arc::clone(&export.counters),
+            came,
+            since: OnceLock::new(),
         }
     }
 }
@@ -56,6 +81,14 @@ impl<R: Request> Pending for KernelRequest<R> {
             reason: reason.to_owned(),
         });
     }
+
+    fn waits(&self) {
+        self.since.get_or_init(Instant::now);
+    }
+
+    fn id(&self) -> RequestId {
+        self.id
+    }
 }
 
 impl<R: Request> Drop for KernelRequest<R> {
@@ -71,7 +104,14 @@ impl<R: Request> Drop for KernelRequest<R> {
                 reason: "the daemon gave the request up".to_owned(),
             }),
         };
+        let ok = result.is_ok();
         request.finish(result);
+        if let Some(since) = self.since.get() {
+            self.counters.waited.record(since.elapsed());
+        } else if let Some(came) = self.came {
+            self.counters.from_memory.record(came.elapsed());
+        }
+        tracing::trace!(request = %self.id, ok, "answered to the kernel");
         self.engine.unanswered.fetch_sub(1, Ordering::Relaxed);
     }
 }

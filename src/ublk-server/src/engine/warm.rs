@@ -1,17 +1,20 @@
 //! Metadata that follows a mount in the background.
 //!
-//! One thread reads the metadata ranges of exports, one chunk at a time, and
+//! One thread reads the metadata ranges of exports, up to 1 MiB at a time, and
 //! steps aside while the kernel waits for anything.
 
 use super::pending::{Pending, Piece};
 use super::{Engine, Export};
+use accel_source::RequestId;
 use accel_ufs::index::ChunkNo;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Weak, mpsc};
 use std::thread;
 use std::time::Duration;
 
-/// How long to step aside at a time, and how often at most for one chunk.
+/// Chunks that are asked for together.
+const BATCH: u64 = 8;
+/// How long to step aside at a time, and how often at most for one batch.
 const ASIDE: Duration = Duration::from_millis(2);
 const TURNS: usize = 250;
 
@@ -19,18 +22,28 @@ const TURNS: usize = 250;
 #[derive(Debug)]
 pub struct Warmer(mpsc::Sender<Weak<Export>>);
 
-/// Says when the piece is over.
-struct Ticket(mpsc::SyncSender<()>);
+/// Says when its pieces are over, and whether all went well.
+struct Ticket {
+    over: mpsc::SyncSender<bool>,
+    id: RequestId,
+    failed: AtomicBool,
+}
 
 impl Pending for Ticket {
     fn fill(&self, _at: usize, _bytes: &[u8]) {}
-    fn fail(&self, _reason: &str) {}
+    fn fail(&self, _reason: &str) {
+        self.failed.store(true, Relaxed);
+    }
+    fn waits(&self) {}
+    fn id(&self) -> RequestId {
+        self.id
+    }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
         // Nobody listens only when the daemon ends.
-        let _ = self.0.try_send(());
+        let _ = self.over.try_send(!*self.failed.get_mut());
     }
 }
 
@@ -61,47 +74,72 @@ impl Warmer {
     }
 }
 
+/// Fetches the metadata of `export`, if it is still there: at most a quarter of what the
+/// cache holds, lest images push each other's out.
 fn warm(engine: &Arc<Engine>, export: &Weak<Export>) {
-    let Some(range) = export.upgrade().map(|export| export.metadata) else {
+    let Some((range, done)) = export
+        .upgrade()
+        .map(|export| (export.metadata, export.complete().is_some()))
+    else {
         return;
     };
-    let Some(end) = range.end().filter(|_| range.length > 0) else {
-        return;
-    };
-    let (first, last) = (
-        ChunkNo::containing(range.offset),
-        ChunkNo::containing(end - 1),
-    );
-    for chunk in first.0..=last.0 {
-        for _ in 0..TURNS {
-            if engine.unanswered.load(Relaxed) == 0 {
-                break;
-            }
-            thread::sleep(ASIDE);
+    let most = (engine.arena().chunks().capacity() / 4).max(1) as u64;
+    let (first, end) = match range.end().filter(|_| range.length > 0 && !done) {
+        Some(end) => {
+            let first = ChunkNo::containing(range.offset).0;
+            let end = ChunkNo::containing(end - 1).0 + 1;
+            (first, end.min(first + most))
         }
+        None => (0, 0),
+    };
+    let mut chunk = first;
+    while chunk < end {
+        step_aside(engine);
         let Some(export) = export.upgrade() else {
             return;
         };
         let (sender, over) = mpsc::sync_channel(1);
-        let chunk = ChunkNo(chunk);
-        let Ok(walk) = export.layout.walk(export.root, chunk) else {
-            return;
-        };
-        let piece = Piece {
-            pending: Arc::new(Ticket(sender)),
-            export,
-            chunk,
-            walk,
-            start: 0,
-            len: 0,
-            at: 0,
-        };
-        engine.serve(piece);
+        let ticket = Arc::new(Ticket {
+            over: sender,
+            id: export.background(),
+            failed: AtomicBool::new(false),
+        });
+        // Reads end on whole multiples of their size.
+        let next = ((chunk / BATCH + 1) * BATCH).min(end);
+        for chunk in (chunk..next).map(ChunkNo) {
+            let Ok(walk) = export.layout.walk(export.root, chunk) else {
+                return;
+            };
+            engine.serve(Piece {
+                pending: Arc::<Ticket>::clone(&ticket),
+                export: Arc::clone(&export),
+                chunk,
+                walk,
+                start: 0,
+                len: 0,
+                at: 0,
+            });
+        }
+        chunk = next;
+        drop(ticket);
         // Ends in any case: the ticket is dropped with the last piece. A source
         // that stalls must not keep the metadata of others from being fetched.
         let limit = engine.patience.attempt * 2;
-        if over.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
+        if over.recv_timeout(limit) != Ok(true) {
             return;
         }
+    }
+    if let Some(export) = export.upgrade() {
+        export.is_complete();
+    }
+}
+
+/// Waits as long as the kernel waits for anything, within reason.
+fn step_aside(engine: &Engine) {
+    for _ in 0..TURNS {
+        if engine.unanswered() == 0 {
+            return;
+        }
+        thread::sleep(ASIDE);
     }
 }

@@ -23,14 +23,21 @@ use accel_source::Source;
 use accel_ufs::index::{ImageSize, Root};
 use accel_ufs::resolve::ImageName;
 use anyhow::{Context, Result, anyhow, bail};
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+mod observe;
+mod ready;
 mod recovery;
+
+pub use observe::Counted;
+
+use ready::Readiness;
 
 /// Every export of the daemon.
 #[derive(Debug)]
@@ -44,6 +51,8 @@ pub struct Registry {
     state: Mutex<State>,
     /// Images that were looked up and are about to be attached.
     prepared: Mutex<Vec<Prepared>>,
+    /// Exports that were taken over from an earlier daemon.
+    recovered: AtomicU64,
     /// What makes layers again.
     remake: Option<Arc<Remake>>,
     /// Devices of an earlier daemon that could not be recovered yet.
@@ -65,6 +74,9 @@ struct Found {
     image: Image,
     /// Layers that were not exported when it was looked up.
     opened: HashMap<Root, Arc<Export>>,
+    /// When the look-up began, and how many bytes it read, indexes not included.
+    began: Instant,
+    looked_up: u64,
 }
 
 /// How long a look-up counts.
@@ -92,6 +104,8 @@ struct Holding {
     layers: Vec<Root>,
     /// Whether the roots came with the request.
     signed: bool,
+    /// Unless an earlier daemon exported it.
+    ready: Option<Arc<Readiness>>,
 }
 
 /// Name of an operator's holder.
@@ -117,6 +131,7 @@ impl Registry {
             operations: Mutex::default(),
             state: Mutex::default(),
             prepared: Mutex::default(),
+            recovered: AtomicU64::new(0),
             unrecovered: Mutex::default(),
             remake: None,
         })
@@ -174,10 +189,16 @@ impl Registry {
     }
 
     fn look_up(&self, image: &str) -> Result<Found> {
+        let (began, catalog) = (Instant::now(), self.catalog());
         let name: ImageName = image.parse()?;
-        let image = self.catalog().find(&name)?;
+        let image = catalog.find(&name)?;
         let opened = self.open(&image)?;
-        Ok(Found { image, opened })
+        Ok(Found {
+            image,
+            opened,
+            began,
+            looked_up: catalog.fetched.get(),
+        })
     }
 
     /// Opens the layers of `image` that are not exported yet.
@@ -228,9 +249,8 @@ impl Registry {
         holder: &str,
     ) -> Result<LayerAnswer> {
         self.check_open()?;
-        let found = self
-            .catalog()
-            .layer_with_root(diff_id, chain_id, root, size);
+        let (began, catalog) = (Instant::now(), self.catalog());
+        let found = catalog.layer_with_root(diff_id, chain_id, root, size);
         let layer = match found {
             Ok(RootedLayer::Found(layer)) => layer,
             Ok(RootedLayer::Other(root)) => return Ok(LayerAnswer::OtherRoot(root)),
@@ -255,7 +275,12 @@ impl Registry {
         };
         let name = layer.name.to_string();
         let opened = self.open(&image)?;
-        let found = Found { image, opened };
+        let found = Found {
+            image,
+            opened,
+            began,
+            looked_up: catalog.fetched.get(),
+        };
         let layers = self.attach_found(found, &name, holder, true)?;
         let layer = layers.into_iter().next().context("no layer")?;
         Ok(LayerAnswer::Attached(layer))
@@ -273,6 +298,7 @@ impl Registry {
             source: &**self.engine.source(),
             pool: self.engine.arena().chunks(),
             ufs: &self.ufs,
+            fetched: Cell::new(0),
         }
     }
 
@@ -300,11 +326,20 @@ impl Registry {
         let layers = self
             .attach_layers(&mut found, &mut added)
             .and_then(|layers| {
+                let mut ready = Readiness::new(found.began, found.looked_up);
+                let state = self.state();
+                for layer in &layers {
+                    if let Some(served) = state.exports.get(&layer.root) {
+                        ready.add(&served.export, added.contains(&layer.root));
+                    }
+                }
+                drop(state);
                 let holding = Holding {
                     image: image.to_owned(),
                     manifest: digest,
                     layers: layers.iter().map(|layer| layer.root).collect(),
                     signed,
+                    ready: Some(Arc::new(ready)),
                 };
                 self.hold(holder, holding)?;
                 Ok(layers)
@@ -588,6 +623,9 @@ impl Registry {
         let Some(holding) = state.holders.get(holder) else {
             return;
         };
+        if let Some(ready) = &holding.ready {
+            ready.mounted();
+        }
         // The top layer is looked at first.
         for root in holding.layers.iter().rev() {
             if let Some(served) = state.exports.get(root) {
@@ -654,6 +692,7 @@ impl Registry {
             image: holding.image.clone(),
             manifest: holding.manifest,
             layers: holding.layers.clone(),
+            ready: holding.ready.as_ref().and_then(|ready| ready.status()),
         });
         (exports, holders.collect())
     }

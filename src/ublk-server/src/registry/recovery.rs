@@ -14,6 +14,7 @@ use accel_transport::ublk::{DeviceState, Removal};
 use anyhow::{Context, Result, bail};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 impl Registry {
@@ -137,7 +138,7 @@ impl Registry {
         Ok(())
     }
 
-    fn unrecovered(&self) -> MutexGuard<'_, Vec<Entry>> {
+    pub(super) fn unrecovered(&self) -> MutexGuard<'_, Vec<Entry>> {
         self.unrecovered
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -188,6 +189,7 @@ impl Registry {
                 manifest: holder.manifest,
                 layers: holder.layers.clone(),
                 signed: holder.signed,
+                ready: None,
             };
             state.holders.insert(holder.holder.clone(), holding);
         }
@@ -198,5 +200,6 @@ impl Registry {
         };
         self.note_origin(&served);
         state.exports.insert(served.export.root, served);
+        self.recovered.fetch_add(1, Relaxed);
     }
 }

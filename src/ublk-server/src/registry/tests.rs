@@ -52,6 +52,7 @@ fn holding() -> Holding {
         manifest: Digest::of(b"manifest"),
         layers: vec![ROOT],
         signed: false,
+        ready: None,
     }
 }
 

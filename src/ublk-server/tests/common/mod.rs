@@ -1,6 +1,8 @@
 //! A UFS directory with layers made for a test.
 #![allow(dead_code)] // each test uses its part
 
+pub mod node;
+
 use accel_oci::{DiffId, Digest};
 use accel_ufs::index::{ByteRange, CHUNK_SIZE, ChunkNo, ImageSize, IndexBuilder, Root};
 use accel_ufs::names::LayerName;

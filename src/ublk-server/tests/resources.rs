@@ -1,0 +1,287 @@
+//! What a daemon costs: memory, CPU time, descriptors, threads. Over FUSE on this
+//! machine; needs what `daemon.rs` needs.
+
+mod common;
+
+use accel_client::paths::Paths;
+use common::node::{Node, base, big, check_big, drop_caches, kill};
+use common::{Entry, noise, publish_image, publish_tree};
+use rustix::fs::OFlags;
+use rustix::process::Signal;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use ublk_server::client;
+
+const MIB: u64 = 1 << 20;
+/// What all processes may take beside the cache.
+const BESIDE: u64 = 64 * MIB;
+
+/// CPU time of these processes so far, in ticks of 10 ms.
+fn ticks(processes: &[u32]) -> u64 {
+    let of = |pid: &u32| -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let fields = stat.rsplit_once(") ").unwrap().1.split(' ');
+        // utime and stime are fields 14 and 15; after the name comes field 3.
+        let times = fields.skip(11).take(2);
+        times.map(|time| time.parse::<u64>().unwrap()).sum()
+    };
+    processes.iter().map(of).sum()
+}
+
+fn files(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+}
+
+fn threads(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/task")).unwrap().count()
+}
+
+#[test]
+fn memory_with_100_devices_is_bounded_and_a_cache_of_16_mib_serves_them() {
+    let contents: Vec<_> = (0..100).map(|seed| noise(1 << 20, seed + 1)).collect();
+    let mut image = None;
+    let node = Node::start(|ufs| {
+        let layers: Vec<_> = contents
+            .iter()
+            .enumerate()
+            .map(|(number, content)| {
+                let name = format!("f{number}");
+                publish_tree(ufs, &name, &[(&name, Some(content))])
+            })
+            .collect();
+        image = Some(publish_image(ufs, &layers).to_string());
+    });
+    let image = image.unwrap();
+    let devices = node.ask(&["attach", &image]);
+    let devices: Vec<_> = devices.lines().map(PathBuf::from).collect();
+    assert_eq!(devices.len(), 100);
+    let ufs = node.path("ufs");
+    rustix::fs::sync();
+    drop_caches();
+    // Six times as much as the cache holds, twice, and by several at once.
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (devices, contents) = (&devices, &contents);
+            scope.spawn(move || {
+                for round in 0..200 {
+                    let at = (round * 7 + thread * 25) % devices.len();
+                    let options = File::options()
+                        .read(true)
+                        .custom_flags(OFlags::DIRECT.bits().cast_signed())
+                        .open(&devices[at])
+                        .unwrap();
+                    let mut bytes =
+                        vec![0; usize::try_from(options.metadata().unwrap().len()).unwrap()];
+                    options.read_exact_at(&mut bytes, 0).unwrap();
+                    let found = bytes
+                        .windows(64)
+                        .position(|some| some == &contents[at][..64]);
+                    let from = found.unwrap();
+                    assert!(
+                        bytes[from..from + contents[at].len()] == contents[at],
+                        "{at}"
+                    );
+                }
+            });
+        }
+    });
+    let memory = node.memory();
+    println!(
+        "{} MiB with 100 devices and a cache of 16 MiB",
+        memory / MIB
+    );
+    assert!(memory <= 16 * MIB + BESIDE, "{memory} bytes");
+    let status = node.status();
+    assert_eq!(status["exports"].as_array().unwrap().len(), 100);
+    assert!(status["cache"]["evicted"].as_u64() > Some(500), "{status}");
+    // The worker reads past the page cache.
+    let worker = status["sources"][0]["worker"].as_u64().unwrap();
+    let mut open = 0;
+    for entry in fs::read_dir(format!("/proc/{worker}/fd")).unwrap() {
+        let entry = entry.unwrap();
+        let file = fs::read_link(entry.path()).unwrap();
+        if file.starts_with(&ufs) && file.extension() == Some(OsStr::new("erofs")) {
+            let info = format!("/proc/{worker}/fdinfo/{}", entry.file_name().display());
+            let info = fs::read_to_string(info).unwrap();
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+            let flags = u32::from_str_radix(flags.unwrap().trim(), 8).unwrap();
+            assert!(flags & OFlags::DIRECT.bits() != 0, "{}", file.display());
+            open += 1;
+        }
+    }
+    assert!(open > 50, "{open} files are open");
+    node.ask(&["detach", &image]);
+    node.stop();
+}
+
+#[test]
+fn an_idle_daemon_uses_no_cpu() {
+    let mut made = None;
+    let node = Node::start(|ufs| made = Some(big(ufs)));
+    let (image, contents) = made.unwrap();
+    let root = node.directory("root");
+    node.ask(&["mount", &image, &root]);
+    check_big(&root, &contents[..2]);
+    let ready = || node.status()["holders"][0]["ready"]["metadata_ms"].is_u64();
+    while !ready() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let processes = node.processes();
+    assert_eq!(processes.len(), 3);
+    let before = ticks(&processes);
+    std::thread::sleep(Duration::from_secs(4));
+    let used = ticks(&processes) - before;
+    assert!(used <= 1, "{used} ticks of 10 ms in 4 s");
+    node.ask(&["unmount", &root]);
+    node.stop();
+}
+
+#[test]
+fn nothing_is_left_of_1000_attaches() {
+    let mut made = None;
+    let node = Node::start(|ufs| {
+        let other: &[Entry<'_>] = &[("other", Some(b"other"))];
+        let layers = [base(ufs).0, publish_tree(ufs, "other", other)];
+        made = Some(layers.map(|layer| layer.name.digest().to_string()));
+    });
+    let layers = made.unwrap();
+    let paths = Paths::new(&node.path("socket"), None);
+    let pid = node.child.id();
+    let turn = |number: usize| {
+        let layer = &layers[number % 2];
+        let files = client::attach(&paths, layer).unwrap();
+        let mut superblock = [0; 4];
+        File::open(&files[0])
+            .unwrap()
+            .read_exact_at(&mut superblock, 1024)
+            .unwrap();
+        assert_eq!(superblock, 0xE0F5_E1E2_u32.to_le_bytes());
+        client::detach(&paths, layer).unwrap();
+    };
+    (0..50).for_each(turn);
+    let worker = node.processes()[1];
+    let measure = || [files(pid), threads(pid), files(worker), threads(worker)];
+    // Threads that answered clients end soon.
+    let settled = || {
+        let mut last = measure();
+        for _ in 0..100 {
+            std::thread::sleep(Duration::from_millis(20));
+            let now = measure();
+            if now == last && threads(pid) <= last[1] {
+                return now;
+            }
+            last = now;
+        }
+        last
+    };
+    let (before, memory) = (settled(), node.memory_of_its_own());
+    (0..1000).for_each(turn);
+    let (after, now) = (settled(), node.memory_of_its_own());
+    println!(
+        "{before:?} -> {after:?}, {} -> {} KiB",
+        memory >> 10,
+        now >> 10
+    );
+    for (before, after) in before.iter().zip(&after) {
+        assert!(after <= before, "{before} -> {after}");
+    }
+    assert!(now <= memory + 2 * MIB, "{memory} -> {now} bytes");
+    let journal = fs::read_dir(node.path("socket.d").join("journal")).unwrap();
+    assert_eq!(journal.count(), 0);
+    assert_eq!(node.processes().len(), 2);
+    node.stop();
+}
+
+#[test]
+fn a_slow_chunk_does_not_hold_up_what_is_in_memory() {
+    let mut made = None;
+    let node = Node::start(|ufs| made = Some(base(ufs).0));
+    let layer = made.unwrap();
+    let path = node.ask(&["attach", &layer.name.digest().to_string()]);
+    let read = |offset: u64| {
+        let file = File::open(path.trim()).unwrap();
+        file.read_exact_at(&mut [0; 512], offset).unwrap();
+    };
+    read(8 * (128 << 10));
+    let status = node.status();
+    let worker = status["sources"][0]["worker"].clone();
+    let served = || node.status()["exports"][0]["hits"].as_u64().unwrap();
+    kill(&worker, Signal::STOP);
+    drop_caches();
+    std::thread::scope(|scope| {
+        let misses = || node.status()["exports"][0]["misses"].as_u64().unwrap();
+        let before = misses();
+        let slow = scope.spawn(|| read(16 * (128 << 10)));
+        while misses() == before {
+            std::thread::yield_now();
+        }
+        // The same file, so the same connection and the same queue thread.
+        let before = served();
+        read(8 * (128 << 10) + 4096);
+        assert!(served() > before && !slow.is_finished());
+        kill(&worker, Signal::CONT);
+    });
+    node.ask(&["detach", &layer.name.digest().to_string()]);
+    node.stop();
+}
+
+#[test]
+fn a_layer_is_detached_while_it_is_read() {
+    let mut made = None;
+    let node = Node::start(|ufs| {
+        let (layer, files) = base(ufs);
+        made = Some((publish_image(ufs, &[layer]).to_string(), files, big(ufs).0));
+    });
+    let (image, files, digest) = made.unwrap();
+    let root = node.directory("root");
+    node.ask(&["mount", &image, &root]);
+    for round in 0..4 {
+        let path = node.ask(&["attach", &digest]);
+        let file = File::open(path.trim()).unwrap();
+        let worker = node.status()["sources"][0]["worker"].clone();
+        kill(&worker, Signal::STOP);
+        let flying = || {
+            let metrics = node.ask(&["metrics"]);
+            let line = metrics
+                .lines()
+                .find(|line| line.starts_with("image_accel_requests_in_flight "));
+            line.unwrap().ends_with(" 0")
+        };
+        std::thread::scope(|scope| {
+            let reads = (0..8_u64).map(|number| {
+                let file = &file;
+                scope.spawn(move || {
+                    file.read_exact_at(&mut [0; 512], (round * 32 + number * 3) * (256 << 10))
+                })
+            });
+            let reads: Vec<_> = reads.collect();
+            while flying() {
+                std::thread::yield_now();
+            }
+            node.client(&["detach", &digest]);
+            kill(&worker, Signal::CONT);
+            // They end, whichever way.
+            for read in reads {
+                let _ = read.join().unwrap();
+            }
+        });
+        drop(file);
+        // What could not end then ends now.
+        node.client(&["detach", &digest]);
+        assert!(!Path::new(path.trim()).exists());
+        drop_caches();
+        for (path, content) in &files {
+            assert!(fs::read(Path::new(&root).join(path)).unwrap() == *content);
+        }
+    }
+    node.ask(&["unmount", &root]);
+    let metrics = node.ask(&["metrics"]);
+    assert!(
+        metrics.contains("\nimage_accel_requests_in_flight 0\n"),
+        "{metrics}"
+    );
+    node.stop();
+}
