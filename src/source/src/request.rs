@@ -109,7 +109,7 @@ impl RequestId {
     /// The request `number` of the export `export`; number 0 is for what the daemon
     /// does for the export by itself.
     pub fn new(export: u64, number: u64) -> Self {
-        Self(export << Self::NUMBER | number & ((1 << Self::NUMBER) - 1))
+        Self((export << Self::NUMBER) | (number & ((1 << Self::NUMBER) - 1)))
     }
 
     /// Whether the daemon does it by itself, in the background.

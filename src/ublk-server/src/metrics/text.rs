@@ -24,7 +24,7 @@ impl Exposition {
         name: &'static str,
         help: &str,
         labels: Labels<'_>,
-        value: impl Display,
+        value: impl Display + Copy,
     ) {
         debug_assert!(name.ends_with("_total"), "{name}");
         self.sample(name, "counter", help, labels, value);
@@ -36,7 +36,7 @@ impl Exposition {
         name: &'static str,
         help: &str,
         labels: Labels<'_>,
-        value: impl Display,
+        value: impl Display + Copy,
     ) {
         self.sample(name, "gauge", help, labels, value);
     }
@@ -59,7 +59,7 @@ impl Exposition {
             line(text, &format!("{name}_bucket"), labels, Some(&bound), count);
         }
         let sum = seconds(value.nanoseconds);
-        line(text, &format!("{name}_sum"), labels, None, sum);
+        line(text, &format!("{name}_sum"), labels, None, &*sum);
         line(text, &format!("{name}_count"), labels, None, count);
     }
 
@@ -69,7 +69,7 @@ impl Exposition {
         kind: &str,
         help: &str,
         labels: Labels<'_>,
-        value: impl Display,
+        value: impl Display + Copy,
     ) {
         line(self.family(name, kind, help), name, labels, None, value);
     }
@@ -100,7 +100,13 @@ fn seconds(nanoseconds: u64) -> String {
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
-fn line(text: &mut String, name: &str, labels: Labels<'_>, le: Option<&str>, value: impl Display) {
+fn line(
+    text: &mut String,
+    name: &str,
+    labels: Labels<'_>,
+    le: Option<&str>,
+    value: impl Display + Copy,
+) {
     text.push_str(name);
     let le = le.map(|bound| ("le", bound));
     let mut open = '{';
