@@ -383,6 +383,37 @@ fn a_device_whose_preparation_fails_is_gone() {
     remove(&transport, 99);
 }
 
+/// A daemon that is killed inside a call which reads its own device could not die.
+#[test]
+fn starting_a_device_reads_nothing_of_it() {
+    let Some(_machine) = machine() else { return };
+    let transport: Transport = UblkTransport::start(UblkOptions {
+        control_timeout: Duration::from_secs(60),
+        drain_timeout: Duration::from_secs(60),
+        ..UblkOptions::default()
+    })
+    .unwrap();
+    // Whoever reads the start of the device waits, as long as this test likes: udev,
+    // which looks at every new device, and a scan for partitions.
+    let reader =
+        Arc::new(PatternReader::new(9, 4 * CHUNK, Answers::Inline).holding(0..CHUNK, || ()));
+    let device = transport.add(&UblkSpec::default(), Arc::clone(&reader), |_| Ok(()));
+    let device = device.expect("START_DEV waits for a read");
+    assert_eq!(
+        transport.state(device.id).unwrap().unwrap().state,
+        DeviceState::Live
+    );
+    let since = Instant::now();
+    loop {
+        reader.drop_held();
+        match transport.remove(device.id, Removal::IfUnused) {
+            Ok(()) => break,
+            Err(error) => assert!(since.elapsed() < Duration::from_secs(120), "{error}"),
+        }
+    }
+    assert_eq!(nodes(), Vec::<String>::new());
+}
+
 #[test]
 fn a_device_in_use_is_not_removed_unless_forced() {
     let Some(_machine) = machine() else { return };

@@ -31,6 +31,7 @@ use std::time::{Duration, Instant};
 use std::{io, io::IoSlice, mem, thread};
 
 use rustix::io::Errno;
+use rustix::thread::CapabilitySet;
 
 use super::abi::{self, Ask};
 use super::error::{UblkError, Unavailable};
@@ -303,6 +304,23 @@ enum Order<R> {
     Stop,
 }
 
+/// Takes `CAP_SYS_ADMIN` from this thread alone.
+///
+/// Without `NO_AUTO_PART_SCAN` (7.0) START_DEV looks for partitions, inside the call, if
+/// whoever serves the queues has that capability. A daemon that is killed just then
+/// cannot finish dying: its call waits for a read that only its successor could answer,
+/// and no successor can recover any device before it is dead. A thread without the
+/// capability has START_DEV read nothing. All files were opened before; the thread
+/// needs it for nothing else.
+fn give_up_admin() -> io::Result<()> {
+    let mut sets = rustix::thread::capabilities(None)?;
+    let admin = CapabilitySet::SYS_ADMIN;
+    sets.effective.remove(admin);
+    sets.permitted.remove(admin);
+    sets.inheritable.remove(admin);
+    Ok(rustix::thread::set_capabilities(None, sets)?)
+}
+
 /// A queue thread, seen from the others.
 #[derive(Debug)]
 pub(super) struct Queue<R> {
@@ -325,7 +343,7 @@ impl<R: Reader> Queue<R> {
         let (its_mailbox, its_devices) = (Arc::clone(&mailbox), Arc::clone(&devices));
         let thread = thread::Builder::new()
             .name(format!("ublk-queue-{index}"))
-            .spawn(move || match QueueRing::new(&its_mailbox.wake) {
+            .spawn(move || match give_up_admin().and_then(|()| QueueRing::new(&its_mailbox.wake)) {
                 Ok(ring) => {
                     let _ = ready.send(Ok(()));
                     let mut worker = Worker {
