@@ -17,8 +17,10 @@ pub mod checks;
 pub mod daemon;
 pub mod fixture;
 pub mod leftovers;
+pub mod nfs;
 pub mod random;
 pub mod snapshotter;
+pub mod torture;
 pub mod tree;
 
 use std::path::{Path, PathBuf};

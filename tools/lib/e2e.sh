@@ -17,7 +17,7 @@ build_programs() {
     "${build[@]}" --features ublk-server/insecure-skip-verification || return
     install -m 755 "$release/ublk-server" "$dir/ublk-server-unverified" || return
     "${build[@]}" || return
-    for program in mkfs-accel ublk-server accel-snapshotter accel-e2e tree-manifest cri; do
+    for program in mkfs-accel ublk-server accel-snapshotter accel-e2e torture tree-manifest cri; do
         install -m 755 "$release/$program" "$dir/$program" || return
     done
 }
@@ -51,6 +51,20 @@ containerd_in_guest() {
         --share "$work/bin=/accel/bin:ro" --share "$work/containerd=/accel/containerd:ro" -- \
         sh -c 'modprobe -a ublk_drv erofs overlay && exec "$@"' containerd \
         "$repo/tests/containerd-e2e" --bin /accel/bin --transport ublk --images /accel/containerd --containerd 2 --containerd 1.7
+}
+
+# torture_in_guest KERNEL OPTION…: the programs in $work/bin, with --seconds and more. After
+# the time is over everything that waits has to end, which a slow machine may take long for.
+torture_in_guest() {
+    local kernel=$1 seconds=600 word last=
+    shift
+    for word; do
+        [ "$last" != --seconds ] || seconds=$word
+        last=$word
+    done
+    "$repo/tools/guest/run" --kernel "$kernel" --timeout $((seconds + 1800)) --share "$work/bin=/accel/bin:ro" -- \
+        sh -c 'modprobe ublk_drv && exec /accel/bin/torture run "$@"' torture \
+        --bin /accel/bin --transport ublk --scratch /var/tmp "$@"
 }
 
 # The tests of single crates whose result depends on the kernel, PACKAGE:TEST.

@@ -53,11 +53,15 @@ impl fmt::Debug for Devices {
 }
 
 impl Devices {
-    /// Starts the transport that is wanted, or the best one that works here.
-    pub fn start(wanted: Wanted, paths: &Paths) -> Result<Self> {
+    /// Starts the transport that is wanted, or the best one that works here. Without
+    /// `recovery`, block devices end with the daemon: for a test.
+    pub fn start(wanted: Wanted, paths: &Paths, recovery: bool) -> Result<Self> {
         let Choice { transport, reason } = accel_transport::choose(wanted)?;
         let kind = match transport {
-            Transport::Ublk => Kind::Ublk(UblkTransport::start(UblkOptions::default())?),
+            Transport::Ublk => Kind::Ublk(UblkTransport::start(UblkOptions {
+                recovery,
+                ..UblkOptions::default()
+            })?),
             Transport::Fuse => Kind::Fuse {
                 transport: FuseTransport::start(&FuseOptions::default())?,
                 served: Mutex::default(),

@@ -70,6 +70,9 @@ enum Command {
         /// 127.0.0.1:9599; not at all unless given. Whoever reaches it may read it.
         #[arg(long, value_name = "ADDR:PORT")]
         metrics: Option<SocketAddr>,
+        /// Block devices end with the daemon: for the test that has to notice.
+        #[arg(long, hide = true)]
+        without_recovery: bool,
         #[command(flatten)]
         place: Place,
     },
@@ -185,6 +188,7 @@ fn run(command: Command) -> Result<()> {
             remake,
             transport,
             metrics,
+            without_recovery,
             place,
         } => serve::run(&serve::Options {
             ufs,
@@ -196,6 +200,7 @@ fn run(command: Command) -> Result<()> {
             remake,
             transport,
             metrics,
+            recovery: !without_recovery,
             paths: place.into(),
         })?,
         Command::Attach { image, place } => {

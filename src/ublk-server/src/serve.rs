@@ -58,6 +58,8 @@ pub struct Options {
     pub transport: Wanted,
     /// Where Prometheus is answered over HTTP, if it is.
     pub metrics: Option<SocketAddr>,
+    /// Whether block devices outlive the daemon; not only for a test.
+    pub recovery: bool,
     /// Where everything lies.
     pub paths: Paths,
 }
@@ -283,7 +285,7 @@ fn start(
         ..Patience::DATA
     };
     let engine = Engine::start(shared, arena, patience).context("cannot start the verifiers")?;
-    let devices = Devices::start(options.transport, &options.paths)?;
+    let devices = Devices::start(options.transport, &options.paths, options.recovery)?;
     let mut registry = Registry::new(Arc::clone(&engine), devices, journal, ufs.to_owned())?;
     registry.make_again_with(remake.clone());
     Ok(Arc::new(Daemon {

@@ -61,6 +61,9 @@ pub struct UblkOptions {
     /// How long [`recover`](UblkTransport::recover) waits for the driver to let
     /// go of the dead daemon.
     pub recovery_timeout: Duration,
+    /// Whether devices outlive their daemon. Without, its death is an I/O error for
+    /// all who read them: for the test that has to see that.
+    pub recovery: bool,
 }
 
 impl Default for UblkOptions {
@@ -70,6 +73,7 @@ impl Default for UblkOptions {
             control_timeout: Duration::from_secs(30),
             drain_timeout: Duration::from_secs(30),
             recovery_timeout: Duration::from_secs(60),
+            recovery: true,
         }
     }
 }
@@ -186,7 +190,12 @@ impl<R: Reader> UblkTransport<R> {
 
     /// Flags that a new device will be asked to have.
     pub fn device_features(&self) -> Features {
-        Features::REQUIRED.union(self.features.intersection(Features::NO_AUTO_PART_SCAN))
+        let wanted = match self.options.recovery {
+            true => Features::REQUIRED,
+            false => Features::REQUIRED
+                .without(Features::USER_RECOVERY.union(Features::USER_RECOVERY_REISSUE)),
+        };
+        wanted.union(self.features.intersection(Features::NO_AUTO_PART_SCAN))
     }
 
     /// Adds a device and waits until its file is there.

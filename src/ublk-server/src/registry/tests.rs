@@ -28,7 +28,7 @@ fn registry(paths: &Paths) -> Registry {
         Patience::DATA,
     );
     let engine = engine.unwrap();
-    let devices = Devices::start(Wanted::Fuse, paths).unwrap();
+    let devices = Devices::start(Wanted::Fuse, paths, true).unwrap();
     let journal = Journal::open(&paths.run, Path::new("/ufs")).unwrap();
     let name = LayerName::Layer(DiffId(Digest::of(b"layer")));
     let size = ImageSize::new(4096).unwrap();
