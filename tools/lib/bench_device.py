@@ -40,6 +40,12 @@ def run(*command, **more):
     return result.stdout
 
 
+def settle():
+    """udev looks at new devices, where there is one."""
+    if shutil.which("udevadm"):
+        run("udevadm", "settle")
+
+
 def drop_caches():
     os.sync()
     with open("/proc/sys/vm/drop_caches", "w") as file:
@@ -210,7 +216,7 @@ class CopyOnly(Target):
         self.path = self.process.stdout.readline().strip()
         if not self.path:
             raise SystemExit("copy-only did not start")
-        run("udevadm", "settle")
+        settle()
 
     def stop(self):
         self.process.stdin.close()
@@ -232,7 +238,7 @@ class Nbd(Target):
             if open("/sys/block/nbd0/size").read().strip() != "0":
                 break
             time.sleep(0.1)
-        run("udevadm", "settle")
+        settle()
 
     def pids(self):
         return [int(open(f"{self.scratch}/nbd.pid").read())]
@@ -274,7 +280,7 @@ class Ours(Target):
     def start(self):
         self.serve()
         self.path = self.client("attach", self.options.layer).split()[-1]
-        run("udevadm", "settle")
+        settle()
 
     def stop(self):
         self.client("detach", self.options.layer)

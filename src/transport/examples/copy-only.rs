@@ -89,6 +89,17 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+/// The mapping of the descriptors. As long as it is there the driver counts the device's
+/// file as open, and deleting the device waits.
+struct Mapping(*const sys::ublksrv_io_desc, usize);
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nobody reads it any more.
+        let _ = unsafe { rustix::mm::munmap(self.0.cast_mut().cast(), self.1) };
+    }
+}
+
 fn serve(queue: u16, dev: &UblkDev, image: &[u8], options: &Options) -> io::Result<()> {
     let fd = dev.tgt.fds[0];
     // SAFETY: libublk keeps the device's file open for as long as `dev` lives.
@@ -107,6 +118,7 @@ fn serve(queue: u16, dev: &UblkDev, image: &[u8], options: &Options) -> io::Resu
         )?
     }
     .cast();
+    let _mapping = Mapping(descriptors, room.next_multiple_of(4096));
     let mut builder = IoUring::builder();
     builder.setup_single_issuer();
     match options.ring.as_str() {
