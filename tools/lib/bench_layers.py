@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python3 -B
 """Writes a layer of the device benchmark to standard output, a tar.
 
 usage: bench_layers.py base|medium|large
@@ -15,46 +15,33 @@ import random
 import sys
 import tarfile
 
-KIB, MIB = 1 << 10, 1 << 20
-EPOCH = 1750000000
+from made_up import EPOCH, KIB, MIB, Pieces, some
 
 random.seed(4)
 # Slices of it at random offsets.
 NOISE = random.randbytes(16 * MIB)
-
-
 ZEROS = bytes(124 * KIB)
 
 
-class Pieces:
-    """A file without end; with `thin`, 4 KiB of each 128 are noise, the others zeros."""
+def noise():
+    return some(NOISE, MIB)
 
-    def __init__(self, thin):
-        self.thin, self.rest = thin, memoryview(b"")
 
-    def read(self, size):
-        parts = []
-        while size:
-            if not self.rest:
-                start = random.randrange(len(NOISE) - MIB)
-                self.rest = memoryview(NOISE)[start : start + MIB]
-                if self.thin:
-                    self.rest = memoryview(b"".join(NOISE[start + at : start + at + 4 * KIB] + ZEROS for at in range(0, 64 * KIB, 4 * KIB)))
-            parts.append(self.rest[:size])
-            self.rest = self.rest[size:]
-            size -= len(parts[-1])
-        return b"".join(parts)
+def thin():
+    """4 KiB of each 128 are noise, the others zeros."""
+    piece = some(NOISE, MIB)
+    return b"".join(bytes(piece[at : at + 4 * KIB]) + ZEROS for at in range(0, 64 * KIB, 4 * KIB))
 
 
 def main(what):
     out = open(sys.stdout.fileno(), "wb", buffering=4 * MIB, closefd=False)
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, bufsize=4 * MIB, copybufsize=4 * MIB) as tar:
 
-        def add(name, kind, size=0, thin=False):
+        def add(name, kind, size=0, piece=noise):
             info = tarfile.TarInfo(name)
             info.type, info.size, info.mtime = kind, size, EPOCH
             info.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
-            tar.addfile(info, Pieces(thin) if size else None)
+            tar.addfile(info, Pieces(piece) if size else None)
 
         def small(directories, files):
             for directory in range(directories):
@@ -73,8 +60,8 @@ def main(what):
             for number in range(9):
                 add(f"./{what}/large-{number}.bin", tarfile.REGTYPE, 14 * MIB)
             if what == "large":
-                add("./large/model-0.bin", tarfile.REGTYPE, 4608 * MIB, thin=True)
-                add("./large/model-1.bin", tarfile.REGTYPE, 2304 * MIB, thin=True)
+                add("./large/model-0.bin", tarfile.REGTYPE, 4608 * MIB, piece=thin)
+                add("./large/model-1.bin", tarfile.REGTYPE, 2304 * MIB, piece=thin)
     out.flush()
 
 

@@ -1,4 +1,4 @@
-#!/usr/bin/python3
+#!/usr/bin/python3 -B
 """Writes a layer of the huge sample image to standard output, a tar.
 
 usage: huge_layers.py models|data|packages
@@ -12,13 +12,11 @@ usage: huge_layers.py models|data|packages
 The same bytes at every time and on every machine.
 """
 
-
 import random
 import sys
 import tarfile
 
-MIB = 1 << 20
-EPOCH = 1750000000
+from made_up import EPOCH, MIB, Pieces, some
 
 random.seed(25)
 # Slices of it at random offsets: noise enough for every compressor's window, and no
@@ -26,27 +24,6 @@ random.seed(25)
 NOISE = random.randbytes(64 * MIB)
 LINES = [b"%0120x\n" % random.getrandbits(480) for _ in range(200)]
 TEXT = b"".join(random.choices(LINES, k=2 * MIB // 121))
-
-
-def some(source, size):
-    start = random.randrange(len(source) - size)
-    return memoryview(source)[start : start + size]
-
-
-class Pieces:
-    """A file without end, of what `piece` gives each time."""
-
-    def __init__(self, piece):
-        self.piece, self.rest = piece, memoryview(b"")
-
-    def read(self, size):
-        parts = []
-        while size:
-            self.rest = self.rest or memoryview(self.piece())
-            parts.append(self.rest[:size])
-            self.rest = self.rest[size:]
-            size -= len(parts[-1])
-        return b"".join(parts)
 
 
 def main(what):

@@ -15,21 +15,12 @@ const BEFORE: &str = ".before-accel";
 /// changed. What was there before is kept beside each, with `.before-accel` at the end.
 pub fn apply(steps: &[Step]) -> Result<Vec<PathBuf>> {
     let mut documents: BTreeMap<&Path, DocumentMut> = BTreeMap::new();
-    for step in steps {
-        let (path, names, key, value) = match step {
-            Step::Set {
-                file,
-                table,
-                key,
-                value,
-            } => (file, table, key, Some(value)),
-            Step::Remove { file, table, key } => (file, table, key, None),
-            Step::Run(_) | Step::Do(_) => continue,
-        };
-        if !documents.contains_key(path.as_path()) {
+    for edit in steps.iter().filter_map(Step::edit) {
+        let (path, names, key, value) = (edit.file, edit.table, edit.key, edit.value);
+        if !documents.contains_key(path) {
             documents.insert(path, read(path)?);
         }
-        let Some(document) = documents.get_mut(path.as_path()) else {
+        let Some(document) = documents.get_mut(path) else {
             continue;
         };
         let change = match value {

@@ -8,7 +8,7 @@ use common::services::{Access, Harm, Proxy, Registry, push, tool};
 use common::{Image, Ufs, good, mkfs_accel, sample_tar};
 use serde_json::{Value, json};
 use std::fs;
-use std::process::Command;
+use std::process::{Command, Output};
 use tempfile::TempDir;
 
 const ORIGINAL: &str = "io.image-accel.original";
@@ -189,18 +189,7 @@ fn every_platform_is_converted_and_pushed_as_an_index() {
     ];
     ufs.convert_with(&remote, &[&more[..], &["--push", &target]].concat());
     assert_eq!(raw(&target)["manifests"].as_array().unwrap().len(), 2);
-    let output = mkfs_accel()
-        .args([
-            "convert",
-            &remote,
-            "--plain-http",
-            "--push",
-            &target,
-            "--ufs",
-        ])
-        .arg(ufs.path())
-        .output()
-        .unwrap();
+    let output = convert_and_push(&remote, &target, &ufs);
     let said = String::from_utf8(output.stdout).unwrap();
     assert!(
         said.contains("left out: linux/s390x, linux/arm/v7, windows/amd64"),
@@ -209,6 +198,15 @@ fn every_platform_is_converted_and_pushed_as_an_index() {
     assert!(said.contains("left out: an attestation"), "{said}");
     assert_eq!(raw(&target)["annotations"][ORIGINAL], digest(&ours));
     assert!(raw(&target)["layers"].is_array());
+}
+
+/// Converts the image and pushes it.
+fn convert_and_push(image: &str, target: &str, ufs: &Ufs) -> Output {
+    mkfs_accel()
+        .args(["convert", image, "--plain-http", "--push", target, "--ufs"])
+        .arg(ufs.path())
+        .output()
+        .unwrap()
 }
 
 /// Tries to push, from a layout, and fails before anything is converted.
@@ -296,18 +294,7 @@ fn a_push_that_breaks_off_is_sent_again() {
     let line = BadLine::start(&registry.address, usize::MAX, 400_000);
     let target = format!("docker://{}/y:acc", line.address);
     let ufs = Ufs::new();
-    let output = mkfs_accel()
-        .args([
-            "convert",
-            &image.source(),
-            "--plain-http",
-            "--push",
-            &target,
-            "--ufs",
-        ])
-        .arg(ufs.path())
-        .output()
-        .unwrap();
+    let output = convert_and_push(&image.source(), &target, &ufs);
     let error = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(4), "{error}");
     let what = format!("cannot push the layer {}", image.layer(0));

@@ -4,7 +4,8 @@
 //! asked before it. After a pause it is looked at again; the pause doubles as long
 //! as nothing gets better.
 
-use crate::{FileName, Operation, Patience, Pool};
+use crate::{FileName, Operation, Patience, Pool, SourceError};
+use rustix::io::Errno;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,6 +24,29 @@ pub enum Fault {
     /// It does not answer. It comes back when it answers, and is not waited for
     /// until then.
     Stalled,
+}
+
+impl Fault {
+    /// What an error says of its source.
+    pub(crate) fn of(error: &SourceError) -> Option<Self> {
+        match error {
+            SourceError::Silent { .. } => Some(Self::Stalled),
+            SourceError::Failed { error, .. } => match error.0 {
+                Errno::NOENT
+                | Errno::STALE
+                | Errno::ISDIR
+                | Errno::NOTDIR
+                | Errno::LOOP
+                | Errno::XDEV => Some(Self::Wrong),
+                _ => Some(Self::Failing),
+            },
+            SourceError::Unavailable { .. } => Some(Self::Failing),
+            SourceError::Exhausted { .. }
+            | SourceError::Closed { .. }
+            | SourceError::Making { .. }
+            | SourceError::NotMade { .. } => None,
+        }
+    }
 }
 
 /// What to look at a source with: what it last failed to give.

@@ -25,12 +25,14 @@
 //! [`Source::readiness`] and [`Source::is_at_work`], which only look. Sources call back
 //! from threads of their own, or at once.
 
+mod pending;
+
 use crate::health::{Due, Fault, Health, Probe};
-use crate::request::Errno as SourceErrno;
 use crate::{
-    Done, FileName, Filled, Latency, Operation, Patience, Pool, Readiness, Request, RequestId,
-    Slot, Source, SourceError, Standing,
+    Done, Filled, Latency, Operation, Patience, Pool, Readiness, Request, Slot, Source,
+    SourceError, Standing,
 };
+use pending::{Pending, Try, Verdict};
 use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -87,54 +89,6 @@ struct State {
     /// When the timer wakes; `None`: not by itself.
     wake: Option<Instant>,
     closed: bool,
-}
-
-/// A request that is not answered yet.
-struct Pending {
-    id: RequestId,
-    file: FileName,
-    operation: Operation,
-    pool: Arc<Pool>,
-    /// None while an attempt that is out has it.
-    slot: Option<Slot>,
-    patience: Patience,
-    done: Done,
-    started: Instant,
-    /// By source.
-    tries: Vec<Try>,
-    pause: Duration,
-    /// Nothing is to be asked before.
-    until: Option<Instant>,
-    /// The deadline, if it has moved.
-    extended: Option<Instant>,
-}
-
-/// What one source has said to a request.
-#[derive(Default)]
-struct Try {
-    /// Attempts that are out.
-    out: usize,
-    /// The one that has time left.
-    live: Option<u64>,
-    verdict: Verdict,
-    /// It gave wrong bytes: it is to look again.
-    fresh: bool,
-    /// What it last said, for people.
-    last: Option<String>,
-    not_found: bool,
-}
-
-#[derive(Default, Clone, Copy, PartialEq, Eq)]
-enum Verdict {
-    /// To be asked.
-    #[default]
-    Open,
-    /// It has not answered in time.
-    Late,
-    /// It may do better after a pause.
-    Failed,
-    /// It will not do better.
-    Final,
 }
 
 /// Something to be done without the lock.
@@ -524,7 +478,7 @@ impl Shared {
                         this.not_found = error.is_not_found();
                         this.last = Some(error.to_string());
                     }
-                    let fault = fault(&error).filter(|_| {
+                    let fault = Fault::of(&error).filter(|_| {
                         // Names that are looked up need not exist.
                         pending.patience.await_file || !error.is_not_found()
                     });
@@ -655,7 +609,7 @@ impl Shared {
             let now = Instant::now();
             let good = match &outcome {
                 Ok(_) => true,
-                Err(error) => fault(error).is_none_or(|fault| fault == Fault::Wrong),
+                Err(error) => Fault::of(error).is_none_or(|fault| fault == Fault::Wrong),
             };
             let mut actions = Vec::new();
             let mut state = shared.lock();
@@ -671,71 +625,6 @@ impl Shared {
             shared.run(actions);
         });
         Action::Send(member, request, done)
-    }
-}
-
-impl Pending {
-    fn deadline(&self) -> Option<Instant> {
-        let deadline = self.started + self.patience.whole?;
-        Some(self.extended.map_or(deadline, |later| later.max(deadline)))
-    }
-
-    fn is_over(&self, now: Instant) -> bool {
-        self.deadline().is_some_and(|over| now >= over)
-    }
-
-    /// When it is to be looked at.
-    fn next(&self) -> Option<Instant> {
-        self.until.into_iter().chain(self.deadline()).min()
-    }
-
-    fn probe(&self) -> Probe {
-        Probe {
-            file: self.file.clone(),
-            operation: self.operation,
-            pool: Arc::clone(&self.pool),
-            patience: self.patience,
-        }
-    }
-
-    fn give_up(self, members: &[Arc<dyn Source>], health: &[Health]) -> Action {
-        let now = Instant::now();
-        // Those that cannot have it say nothing.
-        let asked = |member: &Arc<dyn Source>| match member.readiness(&self.file) {
-            Readiness::Ready => true,
-            Readiness::After(_) => self.patience.await_file,
-            Readiness::Never => false,
-        };
-        let asked: Vec<_> = members.iter().map(asked).collect();
-        let mut tries = self.tries.iter().zip(&asked);
-        let error = if tries.all(|(attempt, asked)| attempt.not_found || !asked) {
-            SourceError::Failed {
-                file: self.file,
-                origin: members.first().map_or("", |member| member.name()).into(),
-                error: SourceErrno(Errno::NOENT),
-            }
-        } else {
-            let answers = self.tries.into_iter().zip(members.iter().zip(health));
-            let answers = answers.zip(asked).filter(|(_, asked)| *asked);
-            let answers = answers.map(|((attempt, (member, health)), _)| {
-                let said = attempt.last.unwrap_or_else(|| {
-                    if attempt.out > 0 {
-                        return "asked, no answer yet".to_owned();
-                    }
-                    let condition = health.standing(member.name(), now).condition;
-                    format!("not asked, {condition}")
-                });
-                format!("{}: {said}", member.name())
-            });
-            SourceError::Exhausted {
-                answers: answers.collect::<Vec<_>>().join("; "),
-                file: self.file,
-                seconds: self.started.elapsed().as_secs(),
-            }
-        };
-        // The slot is free before the request is over: who fails may wait for it.
-        drop(self.slot);
-        Action::Finish(self.done, Err(error))
     }
 }
 
@@ -757,26 +646,5 @@ fn is_final(error: &SourceError, patience: Patience) -> bool {
         SourceError::NotMade { lasting, .. } => *lasting,
         SourceError::Closed { .. } => true,
         _ => false,
-    }
-}
-
-/// What an error says of its source.
-fn fault(error: &SourceError) -> Option<Fault> {
-    match error {
-        SourceError::Silent { .. } => Some(Fault::Stalled),
-        SourceError::Failed { error, .. } => match error.0 {
-            Errno::NOENT
-            | Errno::STALE
-            | Errno::ISDIR
-            | Errno::NOTDIR
-            | Errno::LOOP
-            | Errno::XDEV => Some(Fault::Wrong),
-            _ => Some(Fault::Failing),
-        },
-        SourceError::Unavailable { .. } => Some(Fault::Failing),
-        SourceError::Exhausted { .. }
-        | SourceError::Closed { .. }
-        | SourceError::Making { .. }
-        | SourceError::NotMade { .. } => None,
     }
 }

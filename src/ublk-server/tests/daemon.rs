@@ -348,19 +348,7 @@ fn a_stalled_ufs_is_not_noticed_but_told() {
         made = Some((publish_image(ufs, &[layer]).to_string(), files));
     });
     let (image, files) = made.unwrap();
-    node.child.kill().unwrap();
-    node.child.wait().unwrap();
-    fs::rename(node.path("ufs"), node.path("replica")).unwrap();
-    std::os::unix::fs::symlink(stalled.path(), node.path("ufs")).unwrap();
-    let replica = node.path("replica");
-    let further: [&OsStr; 4] = [
-        "--replica".as_ref(),
-        replica.as_os_str(),
-        "--attempt-timeout".as_ref(),
-        "300ms".as_ref(),
-    ];
-    node.child = serve_with(node.directory.path(), &further);
-    node.await_daemon();
+    node.stall_ufs(&stalled);
     let root = node.directory("root");
     node.ask(&["mount", &image, &root]);
     drop_caches();

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::node::{Node, base, big, check_big, check_one, drop_caches, kill, serve_with};
+use common::node::{Node, base, big, check_big, check_one, drop_caches, kill};
 use common::{Stalled, publish_image};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -254,19 +254,7 @@ fn metrics_and_status_answer_while_ufs_is_stuck() {
     let mut made = None;
     let mut node = Node::start(|ufs| made = Some(big(ufs)));
     let (image, contents) = made.unwrap();
-    node.child.kill().unwrap();
-    node.child.wait().unwrap();
-    fs::rename(node.path("ufs"), node.path("replica")).unwrap();
-    std::os::unix::fs::symlink(stalled.path(), node.path("ufs")).unwrap();
-    let replica = node.path("replica");
-    let further: [&OsStr; 4] = [
-        "--replica".as_ref(),
-        replica.as_os_str(),
-        "--attempt-timeout".as_ref(),
-        "300ms".as_ref(),
-    ];
-    node.child = serve_with(node.directory.path(), &further);
-    node.await_daemon();
+    node.stall_ufs(&stalled);
     let root = node.directory("root");
     node.ask(&["mount", &image, &root]);
     let name = |metric: &str| {

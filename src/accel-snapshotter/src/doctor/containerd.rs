@@ -169,27 +169,18 @@ fn named<'a>(at: At<'a>, version: Containerd, format: i64) -> Vec<&'a str> {
 /// last one that is read.
 pub fn apply(config: &mut Configuration, steps: &[Step]) {
     let pattern_added = |value: &Value| matches!(value, Value::Array(_));
-    for step in steps {
-        let (path, names, key, value) = match step {
-            Step::Set {
-                file,
-                table,
-                key,
-                value,
-            } => (file, table, key, Some(value)),
-            Step::Remove { file, table, key } => (file, table, key, None),
-            Step::Run(_) | Step::Do(_) => continue,
-        };
-        if !config.files.iter().any(|file| &file.path == path) {
+    for edit in steps.iter().filter_map(Step::edit) {
+        let (path, names, key, value) = (edit.file, edit.table, edit.key, edit.value);
+        if !config.files.iter().any(|file| file.path == path) {
             config.files.push(File {
-                path: path.clone(),
+                path: path.to_owned(),
                 table: Table::new(),
             });
         }
-        for file in config.files.iter_mut().filter(|file| &file.path == path) {
+        for file in config.files.iter_mut().filter(|file| file.path == path) {
             let table = descend(&mut file.table, names);
             match value {
-                Some(value) => drop(table.insert(key.clone(), value.clone())),
+                Some(value) => drop(table.insert(key.to_owned(), value.clone())),
                 None => drop(table.remove(key)),
             }
         }

@@ -10,7 +10,7 @@ pub mod node;
 
 use serde::Serialize;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// How bad something is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -52,6 +52,41 @@ pub enum Step {
     },
     /// What only a person can do.
     Do(String),
+}
+
+/// A change to a TOML file.
+#[derive(Debug, Clone, Copy)]
+pub struct Edit<'a> {
+    /// The file.
+    pub file: &'a Path,
+    /// Names of the tables down to the one that is changed.
+    pub table: &'a [String],
+    /// What is changed there.
+    pub key: &'a str,
+    /// Its new value; none: it goes.
+    pub value: Option<&'a toml::Value>,
+}
+
+impl Step {
+    /// The change to a file that this is, if it is one.
+    pub fn edit(&self) -> Option<Edit<'_>> {
+        let (file, table, key, value) = match self {
+            Self::Set {
+                file,
+                table,
+                key,
+                value,
+            } => (file, table, key, Some(value)),
+            Self::Remove { file, table, key } => (file, table, key, None),
+            Self::Run(_) | Self::Do(_) => return None,
+        };
+        Some(Edit {
+            file,
+            table,
+            key,
+            value,
+        })
+    }
 }
 
 /// What was found about one thing.

@@ -27,18 +27,22 @@
 //!
 //! Locking: one mutex, for bookkeeping only.
 
+mod asked;
 mod health;
+mod standing;
 mod table;
 pub mod worker;
 
 use crate::arena::CHUNK_SLOT;
 use crate::{
-    Arena, Content, Done, FileName, Filled, Late, Operation, Origin, Patience, Pool, Rejected,
-    Request, RequestId, Slot, Source, SourceError, StartError, WorkerCommand, WorkerSource,
+    Arena, Content, Done, FileName, Filled, Operation, Origin, Patience, Pool, Request, Slot,
+    Source, SourceError, StartError, WorkerCommand, WorkerSource,
 };
+use asked::Asked;
 use health::Health;
+pub use standing::{DiskCounters, DiskError, DiskStanding};
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -84,59 +88,6 @@ pub struct DiskOptions {
     pub writer: WorkerCommand,
 }
 
-/// A disk cache cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum DiskError {
-    /// It would be too small.
-    #[error("a disk cache has at least 16M, not {0} bytes")]
-    Small(u64),
-    /// Another daemon has it.
-    #[error("{0}: choose another --disk-cache directory, or stop that daemon")]
-    Taken(String),
-    /// Its processes cannot be supervised.
-    #[error(transparent)]
-    Start(#[from] StartError),
-    /// Something of this process is missing.
-    #[error("cannot set the disk cache up: {0}")]
-    Setup(String),
-}
-
-/// What a disk cache has done so far.
-#[derive(Debug, Default)]
-pub struct DiskCounters {
-    /// Requests answered from it.
-    pub hits: AtomicU64,
-    /// Requests for what it does not hold.
-    pub misses: AtomicU64,
-    /// Pieces written to it.
-    pub written: AtomicU64,
-    /// Pieces not written: too much was on its way, or the disk was left alone.
-    pub skipped: AtomicU64,
-    /// Pieces whose bytes had changed on disk: dropped, and fetched again.
-    pub damaged: AtomicU64,
-    /// Reads and writes that failed or took too long.
-    pub failed: AtomicU64,
-}
-
-/// How a disk cache stands.
-#[derive(Debug, Clone)]
-pub struct DiskStanding {
-    /// Its directory.
-    pub name: String,
-    /// In words.
-    pub state: String,
-    /// Whether it is read and written.
-    pub in_use: bool,
-    /// Bytes that its files may have.
-    pub size: u64,
-    /// Bytes of slots that hold something.
-    pub used: u64,
-    /// Pieces evicted so far.
-    pub evicted: u64,
-    /// Whether the index on disk knows of all that is there.
-    pub saved: bool,
-}
-
 /// How many slots a cache of `size` bytes has.
 pub fn disk_slots(size: u64) -> usize {
     let room = size.saturating_sub(2 * PAGE as u64);
@@ -180,47 +131,6 @@ struct State {
     /// Requests that are to be asked elsewhere and found no memory for it.
     homeless: Vec<Asked>,
     closed: bool,
-}
-
-/// A request and who asked it.
-struct Asked {
-    file: FileName,
-    id: RequestId,
-    operation: Operation,
-    patience: Patience,
-    rejected: Rejected,
-    content: Option<Content>,
-    late: Option<Late>,
-    pool: Arc<Pool>,
-    done: Done,
-}
-
-impl Asked {
-    fn new(request: Request, done: Done) -> (Self, Slot) {
-        let asked = Self {
-            file: request.file,
-            id: request.id,
-            operation: request.operation,
-            patience: request.patience,
-            rejected: request.rejected,
-            content: request.content,
-            late: request.late,
-            pool: Arc::clone(request.slot.pool()),
-            done,
-        };
-        (asked, request.slot)
-    }
-
-    fn ask(self, source: &dyn Source, slot: Slot) {
-        let request = Request {
-            id: self.id,
-            rejected: self.rejected,
-            content: self.content,
-            late: self.late,
-            ..Request::new(self.file, self.operation, slot, self.patience)
-        };
-        source.submit(request, self.done);
-    }
 }
 
 impl DiskCache {

@@ -1,7 +1,7 @@
 //! A daemon over FUSE on this machine, and images for it. Needs root, FUSE, overlayfs,
 //! EROFS and Debian's mkfs.erofs.
 
-use super::{Entry, Layer, noise, publish_image, publish_tree};
+use super::{Entry, Layer, Stalled, noise, publish_image, publish_tree};
 use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -37,6 +37,24 @@ impl Node {
         let node = Self { child, directory };
         node.await_daemon();
         node
+    }
+
+    /// Starts the daemon anew, with a UFS that takes requests and never answers; what
+    /// was there is a replica now.
+    pub fn stall_ufs(&mut self, stalled: &Stalled) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        let (ufs, replica) = (self.path("ufs"), self.path("replica"));
+        fs::rename(&ufs, &replica).unwrap();
+        std::os::unix::fs::symlink(stalled.path(), &ufs).unwrap();
+        let further: [&OsStr; 4] = [
+            "--replica".as_ref(),
+            replica.as_os_str(),
+            "--attempt-timeout".as_ref(),
+            "300ms".as_ref(),
+        ];
+        self.child = serve_with(self.directory.path(), &further);
+        self.await_daemon();
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
