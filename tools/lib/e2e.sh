@@ -55,18 +55,18 @@ containerd_in_guest() {
         pulls_lazily pulls_again runs trees_are_overlayfs writes_stay_in_the_container ends_containerd
 }
 
-# torture_in_guest KERNEL OPTION…: the programs in $work/bin, with --seconds and more. After
-# the time is over everything that waits has to end, which a slow machine may take long for.
+# torture_in_guest KERNEL WHAT OPTION…: the programs in $work/bin. After the time is over
+# everything that waits has to end, which a slow machine may take long for.
 torture_in_guest() {
-    local kernel=$1 seconds=600 word last=
-    shift
+    local kernel=$1 what=$2 seconds=600 word last=
+    shift 2
     for word; do
         [ "$last" != --seconds ] || seconds=$word
         last=$word
     done
     "$repo/tools/guest/run" --kernel "$kernel" --timeout $((seconds + 1800)) --share "$work/bin=/accel/bin:ro" -- \
-        sh -c 'modprobe ublk_drv && exec /accel/bin/torture run "$@"' torture \
-        --bin /accel/bin --transport ublk --scratch /var/tmp "$@"
+        sh -c 'modprobe ublk_drv && exec /accel/bin/torture "$@"' torture \
+        "$what" --bin /accel/bin --transport ublk --scratch /var/tmp "$@"
 }
 
 # The tests of single crates whose result depends on the kernel, PACKAGE:TEST.
