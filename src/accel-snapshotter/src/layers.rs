@@ -157,7 +157,7 @@ impl Layers {
             system::detach(&self.server.export(layer.root))?;
         }
         let device = device(&self.server, &attached)?;
-        system::mount_layer(&device, point, attached.uuid, MountFlags::empty())
+        let _mounted = system::mount_layer(&device, point, attached.uuid, MountFlags::empty())
             .with_context(|| format!("cannot mount {}", attached.name))?;
         if let Err(error) =
             wire::ask_within::<()>(&self.server.socket, &Command::Mounted { holder }, STATUS)

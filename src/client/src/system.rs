@@ -31,11 +31,26 @@ const UUID_OFFSET: u64 = 1024 + 48;
 /// The kernel takes option strings of less than a page.
 const OPTIONS: usize = 4000;
 
+/// A layer is mounted. Until this is dropped udev does not look into the loop device
+/// that it may have: it reads a dozen places of each new one, and so a dozen chunks.
+#[derive(Debug)]
+pub struct MountedLayer {
+    _unprobed: Option<File>,
+}
+
 /// Mounts a layer's device, or file, at `point`, which is made; nothing happens
 /// if it is there already. Read-only, and with these flags.
-pub fn mount_layer(device: &Path, point: &Path, uuid: Uuid, flags: MountFlags) -> Result<()> {
+pub fn mount_layer(
+    device: &Path,
+    point: &Path,
+    uuid: Uuid,
+    flags: MountFlags,
+) -> Result<MountedLayer> {
+    let mut unprobed = None;
     if is_mounted(point, "erofs")? {
-        return Ok(());
+        return Ok(MountedLayer {
+            _unprobed: unprobed,
+        });
     }
     fs::create_dir_all(point).with_context(|| format!("cannot make {}", point.display()))?;
     let failed = || format!("cannot mount {} at {}", device.display(), point.display());
@@ -43,19 +58,25 @@ pub fn mount_layer(device: &Path, point: &Path, uuid: Uuid, flags: MountFlags) -
         Ok(()) => {}
         // Before 6.12 EROFS wants a block device.
         Err(Errno::NOTBLK) => {
-            let (path, _held) = loop_device(device)
+            let (path, locked) = loop_device(device)
                 .with_context(|| format!("cannot make a loop device of {}", device.display()))?;
             mount_erofs(&path, point, flags).with_context(failed)?;
+            unprobed = Some(locked);
         }
         Err(error) => return Err(error).with_context(failed),
     }
     let mut found = [0; 16];
     let read = File::open(device).and_then(|file| file.read_exact_at(&mut found, UUID_OFFSET));
     let wrong = match read {
-        Ok(()) if found == uuid.0 => return Ok(()),
+        Ok(()) if found == uuid.0 => {
+            return Ok(MountedLayer {
+                _unprobed: unprobed,
+            });
+        }
         Ok(()) => format!("it has the UUID {}, not {uuid}", Uuid(found)),
         Err(error) => format!("cannot read its UUID: {error}"),
     };
+    drop(unprobed);
     unmount_directory(point)?;
     bail!(
         "{} is not the layer it should be: {wrong}",

@@ -16,7 +16,7 @@ use crate::paths::Paths;
 use crate::protocol::{Attached, Command, Holder, Status};
 use crate::wire;
 use accel_client::exports::{device, release};
-use accel_client::system::{self, MountFlags, Overlay};
+use accel_client::system::{self, MountFlags, MountedLayer, Overlay};
 use accel_ufs::index::Root;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -106,7 +106,8 @@ pub fn mount(paths: &Paths, image: &str, directory: &Path, upper: Option<&Path>)
         })
     });
     leave(paths, lock);
-    result.with_context(|| format!("cannot mount {image}"))?;
+    // Whoever looks at new devices may do so once all is mounted.
+    let _layers = result.with_context(|| format!("cannot mount {image}"))?;
     let command = Command::Mounted { holder };
     if let Err(error) = wire::ask::<()>(&paths.socket, &command, None) {
         tracing::warn!(
@@ -122,7 +123,7 @@ fn mount_attached(
     attached: &Attached,
     note: &Noted,
     upper: Option<&Path>,
-) -> Result<()> {
+) -> Result<Vec<MountedLayer>> {
     if note.layers.is_empty() {
         bail!("the image has no layers");
     }
@@ -133,12 +134,13 @@ fn mount_attached(
     fs::write(&unfinished, serde_json::to_vec_pretty(note)?)
         .and_then(|()| fs::rename(&unfinished, &path))
         .with_context(|| format!("cannot write {}", path.display()))?;
-    for layer in &attached.layers {
+    let mounted = attached.layers.iter().map(|layer| {
         let device = device(paths, layer)?;
         let flags = MountFlags::NODEV | MountFlags::NOSUID;
         system::mount_layer(&device, &paths.layer(layer.root), layer.uuid, flags)
-            .with_context(|| format!("cannot mount {}", layer.name))?;
-    }
+            .with_context(|| format!("cannot mount {}", layer.name))
+    });
+    let mounted = mounted.collect::<Result<Vec<_>>>()?;
     // Topmost first. Of a layer that comes twice, the lower one shows nothing
     // that the upper one does not hide or show as well; overlayfs takes it once.
     let mut seen = HashSet::new();
@@ -155,7 +157,8 @@ fn mount_attached(
         base: &paths.layers(),
         upper: dirs.as_ref().map(|(upper, work)| (&**upper, &**work)),
     };
-    system::mount_overlay(&overlay, &note.directory)
+    system::mount_overlay(&overlay, &note.directory)?;
+    Ok(mounted)
 }
 
 fn upper_directories(upper: &Path) -> Result<(PathBuf, PathBuf)> {
