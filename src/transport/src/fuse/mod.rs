@@ -28,6 +28,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 use std::{fmt, io, thread};
 
 use rustix::event::{EventfdFlags, epoll};
@@ -191,6 +192,25 @@ impl<R: Reader> FuseTransport<R> {
             .map_err(|_| FuseError::Ended)
     }
 
+    /// Takes no more requests, and waits for at most `bound` until those that were
+    /// taken are answered; says whether they are. For handing connections over to
+    /// another process: requests that were not taken are its, and a kernel before
+    /// 6.9 does not send those again that were. Nothing is served any more after this.
+    pub fn hand_over(&self, bound: Duration) -> bool {
+        let until = Instant::now() + bound;
+        let mut idle = true;
+        for queue in &self.queues {
+            idle &= queue.run(|done| Order::Pause { done }).is_ok();
+        }
+        for queue in &self.queues {
+            while idle && !queue.run(|done| Order::IsIdle { done }).unwrap_or(true) {
+                idle = Instant::now() < until;
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+        idle
+    }
+
     fn exports(&self) -> MutexGuard<'_, HashMap<FuseId, usize>> {
         self.exports.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -216,6 +236,12 @@ enum Order<R> {
     },
     Ask {
         id: FuseId,
+        done: SyncSender<bool>,
+    },
+    Pause {
+        done: SyncSender<()>,
+    },
+    IsIdle {
         done: SyncSender<bool>,
     },
     Stop,
@@ -265,6 +291,7 @@ impl<R: Reader> Queue<R> {
             count: Arc::clone(&exports),
             pool: Arc::new(Pool::default()),
             buffer: vec![0; abi::REQUEST_BUFFER],
+            paused: false,
         };
         let thread = thread::Builder::new()
             .name(format!("fuse-queue-{index}"))
@@ -305,6 +332,8 @@ struct Worker<R> {
     count: Arc<AtomicUsize>,
     pool: Arc<Pool>,
     buffer: Vec<u8>,
+    /// Takes no more requests.
+    paused: bool,
 }
 
 impl<R: Reader> Worker<R> {
@@ -350,6 +379,18 @@ impl<R: Reader> Worker<R> {
             Order::Ask { id, done } => {
                 let _ = done.send(self.exports.contains_key(&id.0));
             }
+            Order::Pause { done } => {
+                for export in self.exports.values() {
+                    let _ = epoll::delete(&self.epoll, &*export.fd);
+                }
+                self.paused = true;
+                let _ = done.send(());
+            }
+            Order::IsIdle { done } => {
+                // Each request that is not answered has one.
+                let idle = |export: &Export<R>| Arc::weak_count(&export.fd) == 0;
+                let _ = done.send(self.exports.values().all(idle));
+            }
             Order::Stop => return false,
         }
         true
@@ -379,6 +420,10 @@ impl<R: Reader> Worker<R> {
 
     /// Takes requests from a connection that has some.
     fn serve(&mut self, id: u64) {
+        // Events of a pause's turn may be left.
+        if self.paused {
+            return;
+        }
         for _ in 0..TURN {
             let Some(export) = self.exports.get(&id) else {
                 return;

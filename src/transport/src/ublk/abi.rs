@@ -164,6 +164,8 @@ pub struct DeviceInfo {
     pub queue_depth: u16,
     /// Largest request in bytes.
     pub max_io_bytes: u32,
+    /// What its maker marked it with; means nothing to the driver.
+    pub mark: u64,
 }
 
 /// What `ADD_DEV` and `SET_PARAMS` need.
@@ -174,6 +176,7 @@ pub(super) struct NewDevice {
     pub features: Features,
     pub queue_depth: u16,
     pub max_io_bytes: u32,
+    pub mark: u64,
 }
 
 /// Geometry of a device.
@@ -204,6 +207,7 @@ pub(super) enum ControlOp {
     DelDev,
     StartUserRecovery,
     EndUserRecovery,
+    QuiesceDev,
 }
 
 impl ControlOp {
@@ -220,6 +224,7 @@ impl ControlOp {
             Self::DelDev => sys::UBLK_U_CMD_DEL_DEV,
             Self::StartUserRecovery => sys::UBLK_U_CMD_START_USER_RECOVERY,
             Self::EndUserRecovery => sys::UBLK_U_CMD_END_USER_RECOVERY,
+            Self::QuiesceDev => sys::UBLK_U_CMD_QUIESCE_DEV,
         }
     }
 }
@@ -238,6 +243,7 @@ impl fmt::Display for ControlOp {
             Self::DelDev => "DEL_DEV",
             Self::StartUserRecovery => "START_USER_RECOVERY",
             Self::EndUserRecovery => "END_USER_RECOVERY",
+            Self::QuiesceDev => "QUIESCE_DEV",
         })
     }
 }
@@ -270,6 +276,7 @@ impl Payload {
             max_io_buf_bytes: new.max_io_bytes,
             dev_id: new.id.unwrap_or(u32::MAX),
             flags: new.features.bits(),
+            ublksrv_flags: new.mark,
             ..Default::default()
         }))
     }
@@ -330,6 +337,7 @@ impl Payload {
             queues: info.nr_hw_queues,
             queue_depth: info.queue_depth,
             max_io_bytes: info.max_io_buf_bytes,
+            mark: info.ublksrv_flags,
         })
     }
 

@@ -18,11 +18,13 @@
 //! Features asked for: `USER_COPY` (a cached byte is copied once, into the
 //! request's pages), `USER_RECOVERY` with `USER_RECOVERY_REISSUE` (reads that
 //! were under way when the daemon died are sent to the next one instead of
-//! failing), `CMD_IOCTL_ENCODE`, and `NO_AUTO_PART_SCAN` where there is one.
+//! failing), `CMD_IOCTL_ENCODE`, and, where there are such, `NO_AUTO_PART_SCAN` and
+//! `QUIESCE` (devices can be handed over in order).
 
 mod abi;
 mod control;
 mod error;
+mod inventory;
 mod probe;
 mod queue;
 mod ring;
@@ -41,6 +43,7 @@ use rustix::io::Errno;
 
 pub use abi::{DeviceInfo, DeviceState, Features};
 pub use error::{OpName, UblkError, Unavailable};
+pub use inventory::Inventory;
 pub use probe::probe;
 pub use queue::UblkRequest;
 
@@ -64,6 +67,9 @@ pub struct UblkOptions {
     /// Whether devices outlive their daemon. Without, its death is an I/O error for
     /// all who read them: for the test that has to see that.
     pub recovery: bool,
+    /// What new devices are marked with, so that [`Inventory`] knows whose they
+    /// are. The driver keeps it and makes nothing of it.
+    pub mark: u64,
 }
 
 impl Default for UblkOptions {
@@ -74,6 +80,7 @@ impl Default for UblkOptions {
             drain_timeout: Duration::from_secs(30),
             recovery_timeout: Duration::from_secs(60),
             recovery: true,
+            mark: 0,
         }
     }
 }
@@ -190,12 +197,13 @@ impl<R: Reader> UblkTransport<R> {
 
     /// Flags that a new device will be asked to have.
     pub fn device_features(&self) -> Features {
-        let wanted = match self.options.recovery {
+        let required = match self.options.recovery {
             true => Features::REQUIRED,
             false => Features::REQUIRED
                 .without(Features::USER_RECOVERY.union(Features::USER_RECOVERY_REISSUE)),
         };
-        wanted.union(self.features.intersection(Features::NO_AUTO_PART_SCAN))
+        let wanted = Features::NO_AUTO_PART_SCAN.union(Features::QUIESCE);
+        required.union(self.features.intersection(wanted))
     }
 
     /// Adds a device and waits until its file is there.
@@ -218,6 +226,7 @@ impl<R: Reader> UblkTransport<R> {
                 features: self.device_features(),
                 queue_depth: spec.queue_depth,
                 max_io_bytes: spec.max_io_bytes,
+                mark: self.options.mark,
             },
             bound,
         )?;
@@ -358,6 +367,45 @@ impl<R: Reader> UblkTransport<R> {
     /// What the driver knows of a device; `None` if there is none of this id.
     pub fn state(&self, id: u32) -> Result<Option<DeviceInfo>, UblkError> {
         self.control.info(id, self.options.control_timeout)
+    }
+
+    /// Prepares all devices for another process to recover: where the driver can
+    /// (Linux 6.16), new requests wait from here on, and what is under way is
+    /// finished, for at most about `bound`. Gives the number of devices that were
+    /// prepared; the others lose nothing either, as what they have under way is sent
+    /// again. In any case this process must end now, or become another program: no
+    /// device goes on being served.
+    pub fn hand_over(&self, bound: Duration) -> usize {
+        /// Commands under way at once.
+        const TOGETHER: usize = 16;
+        let until = Instant::now() + bound;
+        let left = || until.saturating_duration_since(Instant::now());
+        let served: Vec<_> = self.devices().values().map(Arc::clone).collect();
+        if !self.features.contains(Features::QUIESCE) {
+            return 0;
+        }
+        let mut quiesced = Vec::new();
+        for some in served.chunks(TOGETHER) {
+            let quiesce = |served: &Arc<Served>| {
+                // Milliseconds; zero would be for ever.
+                let limit = left().as_millis().clamp(1, 1000) as u64;
+                self.control
+                    .start(ControlOp::QuiesceDev, served.id, limit, Payload::None)
+            };
+            let pending: Vec<_> = some.iter().map(quiesce).collect();
+            for (pending, served) in pending.into_iter().zip(some) {
+                match pending.wait(left() + Duration::from_millis(100)) {
+                    Ok(_) => quiesced.push(served),
+                    // Made by a version that did not ask for it, or too busy.
+                    Err(error) => tracing::debug!(%error, "a ublk device is left as it is"),
+                }
+            }
+        }
+        for served in &quiesced {
+            // What is still under way then is sent again.
+            let _ = served.wait_detached(left());
+        }
+        quiesced.len()
     }
 
     fn devices(&self) -> MutexGuard<'_, HashMap<u32, Arc<Served>>> {
