@@ -56,7 +56,11 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             ));
         }
     }
-    let others: [(&str, Check); 18] = [
+    let ublk: &[(&str, Check)] = &[(
+        "lifecycle::unknown_devices_are_removed_when_unused",
+        lifecycle::unknown_devices_are_removed_when_unused,
+    )];
+    let others: [(&str, Check); 21] = [
         (
             "mount::large_layer_with_at_most_1_mib",
             mounting::large_layer_takes_at_most_1_mib,
@@ -98,6 +102,18 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             lifecycle::killed_daemon_is_succeeded,
         ),
         (
+            "lifecycle::every_succession_goes_unnoticed",
+            lifecycle::every_succession_goes_unnoticed,
+        ),
+        (
+            "lifecycle::broken_program_is_rescued",
+            lifecycle::broken_program_is_rescued,
+        ),
+        (
+            "lifecycle::serves_in_a_sandbox",
+            lifecycle::serves_in_a_sandbox,
+        ),
+        (
             "lifecycle::stop_leaves_nothing",
             lifecycle::stop_leaves_nothing,
         ),
@@ -115,7 +131,8 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
         ("usage::second_daemon", usage::second_daemon),
         ("usage::no_daemon", usage::no_daemon),
     ];
-    for (name, check) in others {
+    let ublk = ublk.iter().filter(|_| setting.transport == "ublk");
+    for (name, check) in others.into_iter().chain(ublk.copied()) {
         let setting = setting.clone();
         trials.push(trial(name, move || check(&setting)));
     }

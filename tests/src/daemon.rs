@@ -17,6 +17,17 @@ use crate::Setting;
 /// Only a bound for a daemon that hangs. Emulation makes everything slow.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// How one daemon follows another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Succession {
+    /// It is killed and another is started.
+    Kill,
+    /// It is asked to end and another is started.
+    Terminate,
+    /// Another program takes its place in the same process.
+    Upgrade,
+}
+
 /// A running `ublk-server serve`.
 #[derive(Debug)]
 pub struct Daemon {
@@ -81,17 +92,44 @@ impl Daemon {
     /// # Errors
     /// When that does not start.
     pub fn kill_and_restart(&self) -> Result<()> {
-        {
-            let mut child = self.child();
-            child.kill()?;
-            child.wait()?;
-            *child = spawn(
-                &self.program,
-                &self.ufs,
-                &self.transport,
-                self.directory.path(),
-            )?;
+        self.succeed(Succession::Kill, || {})
+    }
+
+    /// Has another daemon take its place. `event` is called when it is about to end.
+    ///
+    /// # Errors
+    /// When the other does not serve.
+    pub fn succeed(&self, how: Succession, event: impl FnOnce()) -> Result<()> {
+        event();
+        match how {
+            Succession::Kill => self.kill()?,
+            Succession::Terminate => {
+                let status = self.terminate()?;
+                ensure!(status.success(), "it ended with {status}\n{}", self.log());
+            }
+            Succession::Upgrade => return self.ask(["upgrade"]).map(drop),
         }
+        self.start_again()
+    }
+
+    /// Kills it.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub fn kill(&self) -> Result<()> {
+        let mut child = self.child();
+        child.kill()?;
+        child.wait()?;
+        Ok(())
+    }
+
+    /// Starts another after it ended.
+    ///
+    /// # Errors
+    /// When that does not serve.
+    pub fn start_again(&self) -> Result<()> {
+        let (ufs, transport) = (&self.ufs, &self.transport);
+        *self.child() = spawn(&self.program, ufs, transport, self.directory.path())?;
         self.await_answer()
     }
 
@@ -134,16 +172,6 @@ impl Daemon {
         self.transport == "fuse"
     }
 
-    /// Starts another after [`Daemon::kill_and_forget`].
-    ///
-    /// # Errors
-    /// When it does not start.
-    pub fn start_again(&self) -> Result<()> {
-        let directory = self.directory.path();
-        *self.child() = spawn(&self.program, &self.ufs, &self.transport, directory)?;
-        self.await_answer()
-    }
-
     /// Stops it and everything that it has started, until [`Daemon::resume`].
     ///
     /// # Errors
@@ -174,9 +202,19 @@ impl Daemon {
         Ok(())
     }
 
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child().id()
+    }
+
     /// Its admin socket.
     pub fn socket(&self) -> PathBuf {
         self.directory.path().join("socket")
+    }
+
+    /// Its run directory.
+    pub fn run(&self) -> PathBuf {
+        self.directory.path().join("socket.d")
     }
 
     /// The end of what it logged.

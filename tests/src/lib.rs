@@ -25,6 +25,11 @@ pub mod tree;
 
 use std::path::{Path, PathBuf};
 
+/// An error without a cause.
+pub fn fail(text: &'static str) -> anyhow::Error {
+    anyhow::Error::msg(text)
+}
+
 /// What all checks are given on the command line.
 #[derive(Debug, Clone)]
 pub struct Setting {

@@ -371,6 +371,7 @@ fn server() -> ServerStatus {
         remake: None,
         pid: 1,
         version: "1.0".to_owned(),
+        program: "/usr/local/bin/ublk-server".into(),
         ufs: "/mnt/ufs".into(),
         transport: "ublk".to_owned(),
         transport_reason: String::new(),

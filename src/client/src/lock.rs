@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 /// A locked file. The lock ends when this is dropped, or the process ends.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    file: File,
     path: PathBuf,
 }
 
@@ -22,6 +22,17 @@ impl Lock {
     /// Takes the lock unless another has it.
     pub fn attempt(path: &Path) -> io::Result<Option<Self>> {
         take(path, FlockOperation::NonBlockingLockExclusive)
+    }
+
+    /// The locked file, for another program in this process's place: it stays locked as
+    /// long as the file is open anywhere.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// A lock at `path` that came with the locked file.
+    pub fn inherit(file: File, path: PathBuf) -> Self {
+        Self { file, path }
     }
 
     /// Removes the file and ends the lock. Who opened it before finds that it is
@@ -55,7 +66,7 @@ fn take(path: &Path, operation: FlockOperation) -> io::Result<Option<Lock>> {
         let (ours, there) = (file.metadata()?, fs::metadata(path));
         if there.is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino())) {
             let path = path.to_owned();
-            return Ok(Some(Lock { _file: file, path }));
+            return Ok(Some(Lock { file, path }));
         }
     }
 }

@@ -69,6 +69,18 @@ pub enum Command {
     Status,
     /// The metrics, in Prometheus' text format.
     Metrics,
+    /// Have another program, usually another version of this one, take this daemon's
+    /// place; answered with an [`Upgrading`]. The connection ends when it has.
+    Upgrade {
+        /// The program's absolute path.
+        program: PathBuf,
+    },
+    /// Devices that are this daemon's by their mark, and that it knows nothing of;
+    /// answered with a list of [`Orphan`]s.
+    Orphans {
+        /// Remove these, unless they are mounted; the answer is what is left of all.
+        remove: Vec<u32>,
+    },
 }
 
 /// Who holds an image.
@@ -91,6 +103,8 @@ pub enum Reply<T> {
     Ok(T),
     /// It did not.
     Error(String),
+    /// It did not, because another program is taking the daemon's place: ask that.
+    Again(String),
 }
 
 /// How a layer can be reached.
@@ -165,6 +179,26 @@ pub struct Detached {
     pub ended: Vec<Ended>,
 }
 
+/// Answer to [`Command::Upgrade`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Upgrading {
+    /// The version that ends.
+    pub from: String,
+    /// The version that follows.
+    pub to: String,
+}
+
+/// A device that no journal knows.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Orphan {
+    /// `N` of `/dev/ublkbN`.
+    pub device: u32,
+    /// What the driver says of it; for people.
+    pub state: String,
+    /// Why it is still there, if it was to be removed.
+    pub kept: Option<String>,
+}
+
 /// Answer to [`Command::Status`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Status {
@@ -172,6 +206,9 @@ pub struct Status {
     pub pid: u32,
     /// Its version.
     pub version: String,
+    /// Its program.
+    #[serde(default)]
+    pub program: PathBuf,
     /// The UFS directory.
     pub ufs: PathBuf,
     /// `ublk` or `fuse`.
@@ -356,4 +393,41 @@ pub struct HolderStatus {
     /// None until it is mounted, and for what an earlier daemon exported.
     #[serde(default)]
     pub ready: Option<ReadyStatus>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    proptest::proptest! {
+        /// Whatever comes over the socket, it is a command or it is not.
+        #[test]
+        fn nonsense_is_no_panic(
+            line in proptest::collection::vec(proptest::num::u8::ANY, 0..300),
+            which in 0usize..6,
+            at in 0usize..200,
+            byte: u8,
+        ) {
+            let _ = serde_json::from_slice::<Command>(&line);
+            let _ = serde_json::from_slice::<Reply<Status>>(&line);
+            let digest = "sha256:".to_owned() + &"0".repeat(64);
+            let root = "7".repeat(64);
+            let mut real = [
+                r#"{"op":"attach","image":"x","holder":null}"#.to_owned(),
+                format!(r#"{{"op":"attach_layer","diff_id":"{digest}","chain_id":"{digest}","root":"{root}","size":4096,"holder":"x"}}"#),
+                r#"{"op":"detach","holder":{"mount":"/x"}}"#.to_owned(),
+                format!(r#"{{"op":"serve","root":"{root}"}}"#),
+                r#"{"op":"orphans","remove":[1,2]}"#.to_owned(),
+                r#"{"op":"upgrade","program":"/x"}"#.to_owned(),
+            ]
+            .map(String::into_bytes);
+            for line in &real {
+                assert!(serde_json::from_slice::<Command>(line).is_ok());
+            }
+            if let Some(place) = real[which].get_mut(at) {
+                *place = byte;
+            }
+            let _ = serde_json::from_slice::<Command>(&real[which]);
+        }
+    }
 }

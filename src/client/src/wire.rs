@@ -13,7 +13,13 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long one program may take to take another's place.
+const SUCCESSION: Duration = Duration::from_secs(60);
+/// Pause before the next one is asked.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// Writes `message` as a line, and passes `fd` with its first byte.
 pub fn send(stream: &UnixStream, message: &impl Serialize, fd: Option<&OwnedFd>) -> Result<()> {
@@ -98,6 +104,23 @@ pub(crate) fn ask_for<T: DeserializeOwned>(
     fd: Option<&OwnedFd>,
     patience: Option<Duration>,
 ) -> Result<T> {
+    let since = Instant::now();
+    loop {
+        match ask_once(socket, command, fd, patience)? {
+            Reply::Ok(answer) => return Ok(answer),
+            // Whoever comes next finds the connection waiting.
+            Reply::Again(_) if since.elapsed() < SUCCESSION => thread::sleep(PAUSE),
+            Reply::Again(error) | Reply::Error(error) => bail!(error),
+        }
+    }
+}
+
+fn ask_once<T: DeserializeOwned>(
+    socket: &Path,
+    command: &impl Serialize,
+    fd: Option<&OwnedFd>,
+    patience: Option<Duration>,
+) -> Result<Reply<T>> {
     let stream = UnixStream::connect(socket).with_context(|| {
         format!(
             "cannot reach the daemon at {}: is `ublk-server serve` running there, and is this root?",
@@ -107,10 +130,11 @@ pub(crate) fn ask_for<T: DeserializeOwned>(
     let trouble = || format!("no answer from the daemon at {}", socket.display());
     stream.set_read_timeout(patience).with_context(trouble)?;
     stream.set_write_timeout(patience).with_context(trouble)?;
-    send(&stream, command, fd).with_context(trouble)?;
-    match receive::<Reply<T>>(&stream).with_context(trouble)?.0 {
-        Reply::Ok(answer) => Ok(answer),
-        Reply::Error(error) => bail!(error),
+    // One that refuses a client says so without listening, and hangs up.
+    let sent = send(&stream, command, fd);
+    match (receive::<Reply<T>>(&stream), sent) {
+        (Ok((reply, _)), _) => Ok(reply),
+        (Err(error), Ok(())) | (Err(_), Err(error)) => Err(error).with_context(trouble),
     }
 }
 

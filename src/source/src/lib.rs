@@ -36,6 +36,7 @@ mod faulty;
 mod handle;
 mod health;
 mod latency;
+pub mod privileges;
 mod request;
 mod sources;
 mod supervise;

@@ -13,6 +13,7 @@
 //! that the node does not cache a chunk twice.
 
 use crate::arena::Mapping;
+use crate::privileges::{CapabilitySet, keep_only};
 use crate::wire::{HELLO, MAX_REQUEST, WireReply, WireRequest};
 use crate::{ALIGNMENT, Operation, RequestId};
 use io_uring::{IoUring, opcode, squeue, types};
@@ -88,6 +89,11 @@ pub(crate) fn run_with(
         .map_err(failed("standard input is not the daemon's socket"))?;
     let socket = Arc::new(socket);
     let started = enter(namespace)
+        .and_then(|()| {
+            // UFS is read as root without any privilege: what counts are its mode bits,
+            // or what its server says.
+            keep_only(CapabilitySet::empty()).map_err(failed("cannot drop capabilities"))
+        })
         .and_then(|()| prepare(directory))
         .and_then(|()| Worker::start(directory, access, Arc::clone(&socket)));
     let hello = match &started {

@@ -2,6 +2,7 @@
 
 use crate::disk_cache;
 use crate::engine::SKIPS_VERIFICATION;
+use crate::handover;
 use crate::metrics;
 use crate::protocol::{CacheStatus, Command, Reply, SourceStatus, Status};
 use crate::remake::Remake;
@@ -11,6 +12,7 @@ use accel_source::{Condition, Standing, WorkerSource};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -37,6 +39,7 @@ fn answer(daemon: &Daemon, stream: &UnixStream) -> Result<()> {
     stream.set_nonblocking(false)?;
     stream.set_read_timeout(Some(CLIENT_PATIENCE))?;
     stream.set_write_timeout(Some(CLIENT_PATIENCE))?;
+    let _client = daemon.handover.client();
     let peer = rustix::net::sockopt::socket_peercred(stream)?;
     if !peer.uid.is_root() {
         let error = "only root may use this socket".to_owned();
@@ -45,8 +48,14 @@ fn answer(daemon: &Daemon, stream: &UnixStream) -> Result<()> {
     let (command, fd) = wire::receive::<Command>(stream)?;
     let registry = &daemon.registry;
     match command {
-        Command::Prepare { image } => reply(stream, registry.prepare(&image)),
-        Command::Attach { image, holder } => reply(stream, registry.attach(&image, holder)),
+        Command::Prepare { image } => {
+            let prepared = registry.prepare(&image);
+            reply_or_again(stream, prepared, registry.is_closed())
+        }
+        Command::Attach { image, holder } => {
+            let attached = registry.attach(&image, holder);
+            reply_or_again(stream, attached, registry.is_closed())
+        }
         Command::AttachLayer {
             diff_id,
             chain_id,
@@ -56,9 +65,12 @@ fn answer(daemon: &Daemon, stream: &UnixStream) -> Result<()> {
             holder,
         } => {
             let answer = registry.attach_layer(diff_id, chain_id, (root, size), origin, &holder);
-            reply(stream, answer)
+            reply_or_again(stream, answer, registry.is_closed())
         }
-        Command::Detach { holder } => reply(stream, registry.detach(&holder)),
+        Command::Detach { holder } => {
+            let detached = registry.detach(&holder);
+            reply_or_again(stream, detached, registry.is_closed())
+        }
         Command::Serve { root } => {
             let served = fd
                 .context("no descriptor came with the request")
@@ -71,12 +83,38 @@ fn answer(daemon: &Daemon, stream: &UnixStream) -> Result<()> {
         }
         Command::Status => reply(stream, Ok(status(daemon))),
         Command::Metrics => reply(stream, Ok(metrics::render(daemon))),
+        Command::Orphans { remove } => reply(stream, registry.orphans(&remove)),
+        Command::Upgrade { program } => upgrade(daemon, stream, &program),
     }
 }
 
+fn upgrade(daemon: &Daemon, stream: &UnixStream, program: &Path) -> Result<()> {
+    let checked = handover::check(program);
+    let accepted = checked.is_ok();
+    reply(stream, checked)?;
+    if accepted {
+        daemon.handover.ask(program)?;
+        // The client sees by the end of its connection that this program is gone.
+        loop {
+            std::thread::park();
+        }
+    }
+    Ok(())
+}
+
+/// Tells a client that cannot be answered why.
+pub fn refuse(stream: &UnixStream, why: &str) {
+    let _ = wire::send(stream, &Reply::<()>::Error(why.to_owned()), None);
+}
+
 fn reply<T: Serialize>(stream: &UnixStream, result: Result<T>) -> Result<()> {
+    reply_or_again(stream, result, false)
+}
+
+fn reply_or_again<T: Serialize>(stream: &UnixStream, result: Result<T>, again: bool) -> Result<()> {
     let reply = match result {
         Ok(answer) => Reply::Ok(answer),
+        Err(error) if again => Reply::Again(format!("{error:#}")),
         Err(error) => {
             let error = format!("{error:#}");
             tracing::warn!(error, "a request failed");
@@ -100,6 +138,7 @@ fn status(daemon: &Daemon) -> Status {
     Status {
         pid: std::process::id(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        program: handover::program(),
         ufs: daemon.ufs.clone(),
         transport: devices.name().to_owned(),
         transport_reason: devices.reason.clone(),

@@ -2,6 +2,7 @@
 
 use crate::engine::ExportReader;
 use crate::keeper::Keeper;
+use crate::orphans;
 use crate::paths::Paths;
 use crate::protocol::DeviceView;
 use accel_transport::fuse::{FuseId, FuseOptions, FuseTransport};
@@ -24,6 +25,8 @@ pub struct Devices {
     kind: Kind,
     /// Why this one.
     pub reason: String,
+    /// What block devices are marked with.
+    mark: u64,
 }
 
 enum Kind {
@@ -57,9 +60,11 @@ impl Devices {
     /// `recovery`, block devices end with the daemon: for a test.
     pub fn start(wanted: Wanted, paths: &Paths, recovery: bool) -> Result<Self> {
         let Choice { transport, reason } = accel_transport::choose(wanted)?;
+        let mark = orphans::mark(&paths.run);
         let kind = match transport {
             Transport::Ublk => Kind::Ublk(UblkTransport::start(UblkOptions {
                 recovery,
+                mark,
                 ..UblkOptions::default()
             })?),
             Transport::Fuse => Kind::Fuse {
@@ -68,7 +73,12 @@ impl Devices {
                 keeper: Keeper::new(paths.keeper()),
             },
         };
-        Ok(Self { kind, reason })
+        Ok(Self { kind, reason, mark })
+    }
+
+    /// What block devices of this daemon are marked with.
+    pub fn mark(&self) -> u64 {
+        self.mark
     }
 
     /// `ublk` or `fuse`.
@@ -91,6 +101,24 @@ impl Devices {
                 Ok(Device::Ublk(device))
             }
             Kind::Fuse { .. } => Ok(Device::Fuse),
+        }
+    }
+
+    /// Finishes what is under way as far as it can be in `bound`, and takes nothing
+    /// more: for a successor. Nothing is served after this.
+    pub fn hand_over(&self, bound: Duration) {
+        match &self.kind {
+            Kind::Ublk(transport) => {
+                let devices = transport.hand_over(bound);
+                tracing::debug!(devices, "devices were quiesced");
+            }
+            Kind::Fuse { transport, .. } => {
+                if !transport.hand_over(bound) {
+                    tracing::warn!(
+                        "reads are under way; before Linux 6.9 those are never answered"
+                    );
+                }
+            }
         }
     }
 

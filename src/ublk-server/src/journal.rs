@@ -23,6 +23,32 @@ use std::path::{Path, PathBuf};
 const LAYOUT: u32 = 1;
 const LAYOUT_FUSE: u32 = 2;
 
+/// Why the journal cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// A newer version wrote it.
+    #[error(
+        "the journal entry {path} has layout {layout}, which this version (layouts up to {LAYOUT_FUSE}) \
+         does not know: a newer ublk-server made the device and must serve it; nothing was touched"
+    )]
+    Newer {
+        /// Which entry.
+        path: String,
+        /// Its layout.
+        layout: u32,
+    },
+    /// It cannot be read.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// What an entry of every layout has.
+#[derive(Debug, Deserialize)]
+struct Head {
+    layout: u32,
+    boot_id: String,
+}
+
 /// How far a device has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -140,6 +166,13 @@ impl Entry {
     }
 }
 
+/// What a file of the journal is.
+enum Found {
+    Entry(Box<Entry>),
+    EarlierBoot,
+    Newer(u32),
+}
+
 /// The directory of entries.
 #[derive(Debug)]
 pub struct Journal {
@@ -202,32 +235,76 @@ impl Journal {
         }
     }
 
-    /// The entries of this boot. Those of another are removed: their devices are
-    /// gone. One that cannot be read is left alone, and told.
-    pub fn load(&self) -> io::Result<Vec<Entry>> {
+    /// The entries of this boot. One that cannot be read is left alone, and told; one
+    /// of a newer layout is an error.
+    pub fn load(&self) -> Result<Vec<Entry>, JournalError> {
         let mut entries = Vec::new();
-        for file in fs::read_dir(&self.directory)? {
-            let path = file?.path();
-            if path.extension().is_none_or(|extension| extension != "json") {
-                continue;
-            }
-            match serde_json::from_slice::<Entry>(&fs::read(&path)?) {
-                Ok(entry) if ![LAYOUT, LAYOUT_FUSE].contains(&entry.layout) => {
-                    tracing::error!(path = %path.display(), layout = entry.layout,
-                        "a journal entry of another version is left alone");
+        for path in self.files()? {
+            let json = fs::read(&path)?;
+            match self.parse(&json) {
+                Ok(Found::Entry(entry)) => entries.push(*entry),
+                Ok(Found::EarlierBoot) => {}
+                Ok(Found::Newer(layout)) => {
+                    let path = path.display().to_string();
+                    return Err(JournalError::Newer { path, layout });
                 }
-                Ok(entry) if entry.boot_id != self.boot_id => {
-                    tracing::info!(path = %path.display(), "dropping a device of an earlier boot");
-                    fs::remove_file(&path)?;
-                }
-                Ok(entry) => entries.push(entry),
                 Err(error) => {
                     tracing::error!(path = %path.display(), %error,
-                        "a journal entry cannot be read and is left alone");
+                        "a journal entry cannot be read and is left alone: its device waits until \
+                         `ublk-server gc` removes it");
                 }
             }
         }
         Ok(entries)
+    }
+
+    /// The entries of this boot that this version can read.
+    pub fn load_known(&self) -> io::Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        for path in self.files()? {
+            if let Ok(Found::Entry(entry)) = self.parse(&fs::read(&path)?) {
+                entries.push(*entry);
+            }
+        }
+        Ok(entries)
+    }
+
+    /// Removes the entries of earlier boots, whose devices are gone, and gives those
+    /// that can be read.
+    pub fn forget_earlier_boots(&self) -> io::Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        for path in self.files()? {
+            let json = fs::read(&path)?;
+            if matches!(self.parse(&json), Ok(Found::EarlierBoot)) {
+                tracing::info!(path = %path.display(), "dropping a device of an earlier boot");
+                fs::remove_file(&path)?;
+                entries.extend(serde_json::from_slice::<Entry>(&json));
+            }
+        }
+        Ok(entries)
+    }
+
+    fn parse(&self, json: &[u8]) -> serde_json::Result<Found> {
+        let head: Head = serde_json::from_slice(json)?;
+        Ok(match head {
+            head if head.boot_id != self.boot_id => Found::EarlierBoot,
+            Head { layout, .. } if layout > LAYOUT_FUSE => Found::Newer(layout),
+            _ => Found::Entry(serde_json::from_slice(json)?),
+        })
+    }
+
+    fn files(&self) -> io::Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        for file in fs::read_dir(&self.directory)? {
+            let path = file?.path();
+            if path
+                .extension()
+                .is_some_and(|extension| extension == "json")
+            {
+                files.push(path);
+            }
+        }
+        Ok(files)
     }
 }
 
@@ -276,7 +353,76 @@ mod tests {
         let nonsense = directory.path().join("journal/x.json");
         fs::write(&nonsense, "{").unwrap();
         assert_eq!(journal.load().unwrap(), []);
+        assert_eq!(journal.forget_earlier_boots().unwrap(), [entry.clone()]);
         assert!(!journal.path(entry.root).exists());
         assert!(nonsense.exists());
+    }
+
+    #[test]
+    fn a_newer_layout_is_refused_and_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(directory.path(), Path::new("/ufs")).unwrap();
+        let newer = directory.path().join("journal/newer.json");
+        let boot = &journal.boot_id;
+        // Nothing but these two has to be as it is today.
+        let json = format!(r#"{{"layout": 3, "boot_id": "{boot}", "device": {{"other": true}}}}"#);
+        fs::write(&newer, &json).unwrap();
+        journal.write(&entry(&journal)).unwrap();
+        let error = journal.load().unwrap_err().to_string();
+        assert!(
+            error.contains("newer.json") && error.contains("layout 3"),
+            "{error}"
+        );
+        assert_eq!(fs::read_to_string(&newer).unwrap(), json);
+        // After a reboot its device is gone, whatever it was.
+        fs::write(&newer, json.replace(boot, "another")).unwrap();
+        assert_eq!(journal.load().unwrap().len(), 1);
+        journal.forget_earlier_boots().unwrap();
+        assert!(!newer.exists());
+    }
+
+    /// Entries as earlier versions wrote them.
+    #[test]
+    fn every_published_layout_is_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(directory.path(), Path::new("/ufs")).unwrap();
+        let (boot, root) = (&journal.boot_id, Root([7; 32]).to_string());
+        let digest = Digest::of(b"x").to_string();
+        for (layout, transport, wanted) in [
+            (1, "", Transport::Ublk),
+            (1, r#""transport": "ublk","#, Transport::Ublk),
+            (2, r#""transport": "fuse","#, Transport::Fuse),
+        ] {
+            let json = format!(
+                r#"{{"layout": {layout}, "boot_id": "{boot}", "state": "live", {transport}
+                    "device": 5, "features": 218, "queue_depth": 32, "ufs": "/ufs",
+                    "kind": "chain", "digest": "{digest}", "root": "{root}", "size": 4096,
+                    "holders": [{{"holder": "/mnt", "image": "oci:/x", "manifest": "{digest}",
+                                  "layers": ["{root}"]}}]}}"#
+            );
+            fs::write(journal.path(Root([7; 32])), json).unwrap();
+            let [entry] = &journal.load().unwrap()[..] else {
+                panic!("not one entry");
+            };
+            assert_eq!((entry.transport, entry.device), (wanted, 5));
+            assert_eq!((entry.state, entry.queue_depth), (State::Live, 32));
+            assert_eq!(entry.holders[0].layers, [Root([7; 32])]);
+        }
+    }
+
+    proptest::proptest! {
+        /// Whatever is in a file, it is an entry or it is not.
+        #[test]
+        fn nonsense_is_no_panic(json in "\\PC*", cut in 0usize..2000, flip: u8) {
+            let directory = tempfile::tempdir().unwrap();
+            let journal = Journal::open(directory.path(), Path::new("/ufs")).unwrap();
+            let _ = journal.parse(json.as_bytes());
+            let mut real = serde_json::to_vec(&entry(&journal)).unwrap();
+            real.truncate(cut);
+            if let Some(byte) = real.get_mut(cut / 2) {
+                *byte ^= flip;
+            }
+            let _ = journal.parse(&real);
+        }
     }
 }

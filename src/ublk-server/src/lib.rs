@@ -10,6 +10,8 @@
 //! * [`serve`] puts the daemon together; [`namespace`] keeps its mounts apart.
 //! * [`registry`] knows what is exported and who needs it; [`journal`] makes
 //!   that survive the daemon, and [`keeper`] the connections of FUSE files.
+//! * [`handover`] puts another program in the daemon's place; [`orphans`] are devices
+//!   that no journal knows.
 //! * [`engine`] turns requests of the kernel into verified bytes.
 //! * [`metrics`] tells Prometheus what all of it does.
 //! * [`client`] asks and mounts.
@@ -20,13 +22,17 @@ pub mod client;
 pub mod devices;
 pub mod disk_cache;
 pub mod engine;
+pub mod handover;
 pub mod journal;
 pub mod keeper;
 pub mod log;
 pub mod metrics;
 pub mod namespace;
+pub mod notify;
+pub mod orphans;
 pub mod registry;
 pub mod remake;
+pub mod rescue;
 pub mod serve;
 pub mod size;
 mod sys;

@@ -12,7 +12,7 @@ use ublk_server::disk_cache::DiskCacheOptions;
 use ublk_server::log::LogFormat;
 use ublk_server::paths::{Paths, SOCKET};
 use ublk_server::remake::{self, RemakeOptions};
-use ublk_server::{client, keeper, log, serve, size, time};
+use ublk_server::{client, keeper, log, rescue, serve, size, time};
 
 /// Serves converted images on this node: on demand, verified, as block devices.
 #[derive(Debug, Parser)]
@@ -73,6 +73,44 @@ enum Command {
         /// Block devices end with the daemon: for the test that has to notice.
         #[arg(long, hide = true)]
         without_recovery: bool,
+        /// What the program before left, in an upgrade.
+        #[arg(long, hide = true, value_name = "FILES")]
+        inherited: Option<String>,
+        /// Only look whether options and journal are understood.
+        #[arg(long, hide = true)]
+        check: bool,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Put this program in the daemon's place; who reads waits a moment.
+    Upgrade {
+        /// Another program instead of this one.
+        #[arg(long, value_name = "PATH")]
+        program: Option<PathBuf>,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Unmount and detach everything that nobody uses, and end the daemon if nothing
+    /// is left. What is in use goes on being served; who uses it is named.
+    Shutdown {
+        /// The daemon goes on.
+        #[arg(long)]
+        leave_daemon: bool,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Remove what killed daemons and clients left: devices that no journal knows,
+    /// mounts without devices. Nothing in use is touched.
+    Gc {
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Have readers of devices that no daemon serves get an error instead of waiting
+    /// for ever.
+    Rescue {
+        /// How long to wait for a daemon first, such as 60s.
+        #[arg(long, value_name = "TIME", default_value = "0s", value_parser = time::parse)]
+        after: Duration,
         #[command(flatten)]
         place: Place,
     },
@@ -189,6 +227,8 @@ fn run(command: Command) -> Result<()> {
             transport,
             metrics,
             without_recovery,
+            inherited,
+            check,
             place,
         } => serve::run(&serve::Options {
             ufs,
@@ -202,7 +242,18 @@ fn run(command: Command) -> Result<()> {
             metrics,
             recovery: !without_recovery,
             paths: place.into(),
+            inherited,
+            check,
         })?,
+        Command::Upgrade { program, place } => {
+            print!("{}", client::upgrade(&place.into(), program.as_deref())?);
+        }
+        Command::Shutdown {
+            leave_daemon,
+            place,
+        } => client::shutdown(&place.into(), leave_daemon)?,
+        Command::Gc { place } => print!("{}", client::gc(&place.into())?),
+        Command::Rescue { after, place } => print!("{}", rescue::run(&place.into(), after)?),
         Command::Attach { image, place } => {
             for device in client::attach(&place.into(), &image)? {
                 println!("{}", device.display());

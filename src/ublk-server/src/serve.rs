@@ -4,20 +4,23 @@ use crate::admin;
 use crate::devices::Devices;
 use crate::disk_cache::{self, DiskCacheOptions};
 use crate::engine::{Engine, SKIPS_VERIFICATION};
+use crate::handover::{self, Handover, Inherited, adopt_children};
 use crate::journal::Journal;
 use crate::lock::Lock;
 use crate::log;
 use crate::metrics;
 use crate::namespace;
+use crate::notify::Notifier;
 use crate::paths::Paths;
 use crate::registry::Registry;
 use crate::remake::{Remake, RemakeOptions};
+use accel_source::privileges::{CapabilitySet, keep_only};
 use accel_source::{
     Arena, DiskCache, Patience, Source, Sources, StartError, WorkerCommand, WorkerSource,
 };
 use accel_transport::Wanted;
 use anyhow::{Context, Result, bail};
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Resource, Rlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::fs::{self, File};
@@ -62,6 +65,10 @@ pub struct Options {
     pub recovery: bool,
     /// Where everything lies.
     pub paths: Paths,
+    /// What a program before left to this one, in an upgrade.
+    pub inherited: Option<String>,
+    /// Only look whether options and journal are understood.
+    pub check: bool,
 }
 
 /// What the threads of the daemon share.
@@ -81,8 +88,10 @@ pub struct Daemon {
     pub remake: Option<Arc<Remake>>,
     /// The UFS directory.
     pub ufs: PathBuf,
+    /// Where an upgrade is asked for.
+    pub handover: Handover,
     /// The mount namespace that the daemon was started in, for its workers.
-    _host: File,
+    host: File,
 }
 
 /// Serves until SIGTERM or SIGINT.
@@ -95,8 +104,26 @@ pub fn run(options: &Options) -> Result<()> {
         tracing::error!("THIS BUILD SERVES BYTES WITHOUT VERIFYING THEM; it exists for one test");
     }
     let ufs = std::path::absolute(&options.ufs)?;
-    let lock = claim(paths)?;
-    let result = serve(options, &ufs);
+    if options.check {
+        open_journal(paths, &ufs)?;
+        println!("{}", env!("CARGO_PKG_VERSION"));
+        return Ok(());
+    }
+    let inherited = options.inherited.as_deref();
+    let inherited = inherited.map(|text| Inherited::take(text, paths));
+    let (lock, inherited) = match inherited.transpose()? {
+        Some(inherited) => {
+            adopt_children()?;
+            let Inherited {
+                listener,
+                host,
+                lock,
+            } = inherited;
+            (lock, Some((listener, host)))
+        }
+        None => (claim(paths)?, None),
+    };
+    let result = serve(options, &ufs, inherited, &lock);
     if matches!(result, Ok(1..)) {
         // Exports stay for the next daemon, which must not begin with them before
         // this process has let go: the lock ends with the process.
@@ -110,9 +137,24 @@ pub fn run(options: &Options) -> Result<()> {
     result.map(drop)
 }
 
+fn open_journal(paths: &Paths, ufs: &Path) -> Result<(Journal, bool)> {
+    let journal = Journal::open(&paths.run, ufs)
+        .with_context(|| format!("cannot open the journal in {}", paths.run.display()))?;
+    let leftovers = !journal
+        .load()
+        .context("cannot read the journal")?
+        .is_empty();
+    Ok((journal, leftovers))
+}
+
 /// Serves until a signal comes; gives the number of exports that stay for the next
-/// daemon.
-fn serve(options: &Options, ufs: &Path) -> Result<usize> {
+/// daemon. Does not return when another program takes this one's place.
+fn serve(
+    options: &Options,
+    ufs: &Path,
+    inherited: Option<(UnixListener, File)>,
+    lock: &Lock,
+) -> Result<usize> {
     let paths = &options.paths;
     let program = std::env::current_exe().context("cannot find this program")?;
     // UFS is not among them: its workers stay where it is mounted. A hung one must
@@ -123,24 +165,36 @@ fn serve(options: &Options, ufs: &Path) -> Result<usize> {
         &*paths.socket,
         Path::new("/usr/lib"),
     ];
-    let host = File::open("/proc/self/ns/mnt").context("cannot open the mount namespace")?;
-    namespace::enter_private(&paths.run, &needed)?;
-    prepare_process();
-    let journal = Journal::open(&paths.run, ufs)
-        .with_context(|| format!("cannot open the journal in {}", paths.run.display()))?;
-    let leftovers = !journal
-        .load()
-        .context("cannot read the journal")?
-        .is_empty();
-    let daemon = start(options, ufs, host, journal, leftovers)?;
+    let (journal, leftovers) = open_journal(paths, ufs)?;
+    // The processes of the program before may take a moment to end, too.
+    let leftovers = leftovers || inherited.is_some();
+    let (listener, host) = match inherited {
+        // The namespace is the one that the program before entered.
+        Some((listener, host)) => (Some(listener), host),
+        None => {
+            let host =
+                File::open("/proc/self/ns/mnt").context("cannot open the mount namespace")?;
+            namespace::enter_private(&paths.run, &needed)?;
+            prepare_process();
+            (None, host)
+        }
+    };
+    // Devices want SYS_ADMIN, and workers the two to enter the mount namespace of UFS.
+    keep_only(CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_CHROOT)
+        .context("cannot drop capabilities")?;
+    let (signals, from_signals) = UnixStream::pair().context("cannot make a pipe")?;
+    let wake = from_signals.try_clone().context("cannot make a pipe")?;
+    let daemon = start(options, ufs, (host, wake), journal, leftovers)?;
     daemon.registry.recover(paths)?;
     if let Some(remake) = &daemon.remake {
         remake.begin();
     }
     recover_later(&daemon)?;
     serve_metrics(&daemon, options.metrics)?;
-    let listener = listen(&paths.socket)?;
-    let (signals, from_signals) = UnixStream::pair().context("cannot make a pipe")?;
+    let listener = match listener {
+        Some(listener) => listener,
+        None => listen(&paths.socket)?,
+    };
     for signal in [SIGTERM, SIGINT] {
         signal_hook::low_level::pipe::register(signal, from_signals.try_clone()?)
             .context("cannot take signals")?;
@@ -150,8 +204,18 @@ fn serve(options: &Options, ufs: &Path) -> Result<usize> {
         ufs = %ufs.display(), socket = %paths.socket.display(), transport = devices.name(),
         because = devices.reason, "serving"
     );
-    accept(&daemon, &listener, &signals)?;
+    let notifier = Notifier::from_environment();
+    notifier.ready(&format!(
+        "serving {} over {}",
+        ufs.display(),
+        devices.name()
+    ));
+    accept(&daemon, &listener, &signals, &notifier)?;
+    if let Some(program) = daemon.handover.take() {
+        hand_over(&daemon, &program, &listener, lock);
+    }
     tracing::info!("ending");
+    notifier.stopping();
     // From here on clients are told that nobody serves.
     let _ = fs::remove_file(&paths.socket);
     drop(listener);
@@ -164,7 +228,8 @@ fn serve(options: &Options, ufs: &Path) -> Result<usize> {
             exports = left,
             "exports are in use: who reads them waits until the daemon serves again"
         );
-        // Requests that are under way are the next daemon's. Taken down in order,
+        daemon.registry.devices().hand_over(handover::READS);
+        // Requests that are still under way are the next daemon's. Taken down in order,
         // they would be answered with errors.
         std::mem::forget(daemon);
     }
@@ -182,6 +247,23 @@ fn serve_metrics(daemon: &Arc<Daemon>, address: Option<SocketAddr>) -> Result<()
         .with_context(|| format!("cannot serve metrics at {address}"))?;
     tracing::info!(%address, "metrics are served at /metrics");
     Ok(())
+}
+
+/// Puts another program in this one's place.
+fn hand_over(daemon: &Arc<Daemon>, program: &Path, listener: &UnixListener, lock: &Lock) -> ! {
+    tracing::info!(program = %program.display(), "another program takes over");
+    daemon.registry.close();
+    daemon.handover.await_clients();
+    let ours = handover::program();
+    daemon.registry.devices().hand_over(handover::READS);
+    // Its devices are not served any more: if the other cannot be run, this one begins
+    // anew.
+    for program in [program, &ours] {
+        let error = handover::become_program(program, listener, &daemon.host, lock);
+        tracing::error!(error = format!("{error:#}"), "cannot hand over");
+    }
+    // Nothing is taken down in order: all of it is for whoever is started next.
+    std::process::exit(1);
 }
 
 /// Has devices that could not be recovered tried again, as long as there are any.
@@ -245,7 +327,7 @@ fn prepare_process() {
 fn start(
     options: &Options,
     ufs: &Path,
-    host: File,
+    (host, wake): (File, UnixStream),
     journal: Journal,
     leftovers: bool,
 ) -> Result<Arc<Daemon>> {
@@ -296,7 +378,8 @@ fn start(
         disk_cache,
         remake,
         ufs: ufs.to_owned(),
-        _host: host,
+        handover: Handover::new(wake),
+        host,
     }))
 }
 
@@ -380,15 +463,32 @@ fn listen(socket: &Path) -> Result<UnixListener> {
 }
 
 /// Takes connections until a signal comes.
-fn accept(daemon: &Arc<Daemon>, listener: &UnixListener, signals: &UnixStream) -> Result<()> {
+fn accept(
+    daemon: &Arc<Daemon>,
+    listener: &UnixListener,
+    signals: &UnixStream,
+    notifier: &Notifier,
+) -> Result<()> {
+    let interval = notifier.interval();
+    let limit = interval.and_then(|interval| Timespec::try_from(interval).ok());
+    let mut told: Option<Instant> = None;
+    // For a client that comes when no other file can be opened: it is told so.
+    let mut reserve = File::open("/dev/null").ok();
     loop {
+        if let Some(interval) = interval
+            && told.is_none_or(|told| told.elapsed() >= interval)
+            && daemon.registry.responds()
+        {
+            notifier.alive();
+            told = Some(Instant::now());
+        }
         let mut polled = [
             PollFd::new(listener, PollFlags::IN),
             PollFd::new(signals, PollFlags::IN),
         ];
-        match rustix::event::poll(&mut polled, None) {
+        match rustix::event::poll(&mut polled, limit.as_ref()) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => continue,
             Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => continue,
             Err(error) => return Err(error).context("cannot wait for clients"),
         }
         if !polled[1].revents().is_empty() {
@@ -397,6 +497,16 @@ fn accept(daemon: &Arc<Daemon>, listener: &UnixListener, signals: &UnixStream) -
         match listener.accept() {
             Ok((stream, _)) => admin::serve(daemon, stream),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::MFILE.raw_os_error()) => {
+                drop(reserve.take());
+                if let Ok((stream, _)) = listener.accept() {
+                    admin::refuse(&stream, "the daemon has no file descriptors left");
+                }
+                reserve = File::open("/dev/null").ok();
+                if reserve.is_none() {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+            }
             Err(error) => tracing::warn!(%error, "cannot take a connection"),
         }
     }

@@ -166,6 +166,37 @@ proptest! {
     }
 
     #[test]
+    fn hostile_records_are_errors_or_records(
+        text in "\\PC*",
+        at in any::<prop::sample::Index>(),
+        byte in any::<u8>(),
+        cut in any::<bool>(),
+    ) {
+        let digest = format!("sha256:{}", "0".repeat(64));
+        let mut json = format!(
+            r#"{{"layout":1,"manifest":"{digest}","config":"{digest}",
+                "platform":{{"os":"linux","architecture":"amd64"}},"source":"oci:/x",
+                "process":{{"env":[],"entrypoint":[],"cmd":["sh"],"working_dir":"/","user":""}},
+                "layers":[{{"diff_id":"{digest}","chain_id":"{digest}","digest":"{digest}",
+                "media_type":"x","size":1,"erofs":{{"path":"x","root":"{0}","size":4096,
+                "uuid":"00000000-0000-8000-8000-000000000000","index_size":8192}}}}]}}"#,
+            "7".repeat(64)
+        )
+        .into_bytes();
+        let at = at.index(json.len());
+        json[at] = byte;
+        if cut {
+            json.truncate(at);
+        }
+        for json in [text.as_bytes(), &json] {
+            let _ = accel_ufs::record::ImageRecord::parse(json);
+            let _ = accel_ufs::record::NameRecord::parse(json);
+            let _ = accel_ufs::record::DigestRecord::parse(json);
+        }
+        let _ = text.parse::<accel_ufs::resolve::ImageName>();
+    }
+
+    #[test]
     fn hostile_headers_are_errors_or_consistent(
         size in any::<u64>(),
         fields in prop::collection::vec(any::<u64>(), 6),

@@ -1,11 +1,12 @@
 //! What is mounted can be unmounted, and then nothing of it is left.
 
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, Succession};
 use crate::fixture::image;
 use crate::leftovers::State;
 use crate::{Setting, tree};
@@ -111,6 +112,206 @@ pub fn killed_daemon_is_succeeded(setting: &Setting) -> Result<()> {
     ensure!(mounted.run(&image.program)? == image.output()?);
     mounted.unmount()?;
     daemon.stop()
+}
+
+/// Daemons follow each other in every way, in turn, under a reader that compares.
+pub fn every_succession_goes_unnoticed(setting: &Setting) -> Result<()> {
+    let image = image(setting, "tiny")?;
+    let daemon = Daemon::start(setting, &setting.ufs())?;
+    let mounted = daemon.mount(&image.source)?;
+    let wanted = image.tree()?;
+    let read = || -> Result<()> {
+        crate::drop_caches()?;
+        match tree::difference(&wanted, &tree::manifest(mounted.path())?) {
+            None => Ok(()),
+            Some(report) => anyhow::bail!("after a succession\n{report}"),
+        }
+    };
+    read()?;
+    let (reads, over) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let ways = [
+        Succession::Upgrade,
+        Succession::Kill,
+        Succession::Upgrade,
+        Succession::Terminate,
+    ];
+    // A read that was under way at the kill is never answered before that.
+    let resent = setting.transport == "ublk" || kernel_is_at_least(6, 9)?;
+    let ways: Vec<_> = ways
+        .into_iter()
+        .filter(|way| resent || *way != Succession::Kill)
+        .collect();
+    std::thread::scope(|scope| -> Result<()> {
+        let reader = scope.spawn(|| -> Result<()> {
+            while !over.load(Relaxed) {
+                read()?;
+                reads.fetch_add(1, Relaxed);
+            }
+            Ok(())
+        });
+        let succeeded = (0..).zip(&ways).try_for_each(|(round, way)| {
+            let seen = reads.load(Relaxed);
+            while reads.load(Relaxed) < seen + 2 && !reader.is_finished() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            std::thread::sleep(Duration::from_millis(11 * round));
+            daemon.succeed(*way, || {})
+        });
+        over.store(true, Relaxed);
+        reader
+            .join()
+            .map_err(|_| crate::fail("the reader panicked"))??;
+        succeeded
+    })?;
+    read()?;
+    ensure!(mounted.run(&image.program)? == image.output()?);
+    mounted.unmount()?;
+    daemon.stop()
+}
+
+/// A device of which the journal's entry is lost: `list` shows it, `gc` removes it,
+/// but not while somebody has it open or mounted.
+pub fn unknown_devices_are_removed_when_unused(setting: &Setting) -> Result<()> {
+    let image = image(setting, "tiny")?;
+    let before = State::now(setting)?;
+    let daemon = Daemon::start(setting, &setting.ufs())?;
+    let devices = daemon.attach(&image.source)?;
+    let device = devices[0].to_string_lossy().into_owned();
+    let open = std::fs::File::open(&device)?;
+    daemon.kill()?;
+    std::fs::remove_dir_all(daemon.run().join("journal"))?;
+    daemon.start_again()?;
+    let said = daemon.ask(["list"])?;
+    ensure!(
+        said.contains("LEFT OVER") && said.contains(&device),
+        "list says: {said}"
+    );
+    // This very process has it open, and is not to be robbed of it.
+    let said = daemon.ask(["gc"])?;
+    let kept = format!("kept: device {device} ");
+    ensure!(
+        said.contains(&kept) && said.contains(&std::process::id().to_string()),
+        "gc says: {said}"
+    );
+    ensure!(devices[0].exists());
+    drop(open);
+    let said = daemon.ask(["gc"])?;
+    for device in &devices {
+        let removed = format!("removed: device {} ", device.display());
+        ensure!(said.contains(&removed), "gc says: {said}");
+    }
+    ensure!(daemon.ask(["gc"])?.is_empty());
+    // And without a daemon.
+    daemon.attach(&image.source)?;
+    daemon.kill()?;
+    std::fs::remove_dir_all(daemon.run().join("journal"))?;
+    let said = daemon.ask(["gc"])?;
+    ensure!(said.contains("removed: device"), "gc says: {said}");
+    daemon.start_again()?;
+    daemon.stop()?;
+    before.check_same_now(setting)
+}
+
+/// The daemon's program is broken, and its supervisor gives up: `ublk-rescue` has
+/// readers get errors, what is mounted can be unmounted, and the node is of use.
+pub fn broken_program_is_rescued(setting: &Setting) -> Result<()> {
+    let image = image(setting, "tiny")?;
+    let before = State::now(setting)?;
+    let daemon = Daemon::start(setting, &setting.ufs())?;
+    let mounted = daemon.mount(&image.source)?;
+    mounted.run(&image.program)?;
+    let rescue = |after: &str| -> Result<String> {
+        let mut rescue = Command::new(setting.bin.join("ublk-rescue"));
+        rescue
+            .args(["--after", after, "--socket"])
+            .arg(daemon.socket());
+        let output = rescue.output()?;
+        ensure!(output.status.success(), "ublk-rescue: {output:?}");
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    // As long as a daemon serves, it does nothing.
+    ensure!(rescue("0s")?.contains("nothing to rescue"));
+    mounted.run(&image.program)?;
+    let broken = daemon.run().with_extension("broken");
+    std::fs::write(&broken, "this is no program")?;
+    daemon.kill()?;
+    // What a supervisor does: a start fails, and another, and then it gives up.
+    for _ in 0..3 {
+        ensure!(Command::new(&broken).status().is_err(), "it is not broken");
+    }
+    std::fs::remove_file(&broken)?;
+    crate::drop_caches()?;
+    let root = mounted.path().to_owned();
+    let wanted = image.tree()?;
+    std::thread::scope(|scope| -> Result<()> {
+        let reader = scope.spawn(move || tree::manifest(&root));
+        // Who reads waits; that is all that can be done for the moment.
+        std::thread::sleep(Duration::from_millis(500));
+        let waits = !reader.is_finished();
+        let said = rescue("1s")?;
+        ensure!(
+            said.contains("stopped") || said.contains("closed"),
+            "ublk-rescue says: {said}"
+        );
+        let read = reader
+            .join()
+            .map_err(|_| crate::fail("the reader panicked"))?;
+        let failed =
+            read.is_err() || read.is_ok_and(|tree| tree::difference(&wanted, &tree).is_some());
+        ensure!(
+            waits && failed,
+            "the reader did not wait ({waits}) or saw no error ({failed})"
+        );
+        Ok(())
+    })?;
+    mounted.unmount()?;
+    daemon.start_again()?;
+    let mounted = daemon.mount(&image.source)?;
+    ensure!(mounted.run(&image.program)? == image.output()?);
+    mounted.unmount()?;
+    daemon.stop()?;
+    before.check_same_now(setting)
+}
+
+/// The daemon serves, and is upgraded, under restrictions like those of its unit.
+pub fn serves_in_a_sandbox(setting: &Setting) -> Result<()> {
+    let image = image(setting, "tiny")?;
+    let before = State::now(setting)?;
+    let script = setting.scratch_dir()?;
+    let program = script.path().join("sandboxed");
+    // As deploy/systemd/ublk-server.service: a mount namespace that gets the host's
+    // mounts, all of it read-only but for the run directory; four capabilities to begin
+    // with; no new privileges.
+    let text = format!(
+        "#!/bin/sh\nset -e\n[ \"$1\" = serve ] || exec {0} \"$@\"\n\
+         exec unshare --mount --propagation slave sh -ec '\n\
+             mount --bind {1} {1}\n\
+             mount -o remount,bind,ro /\n\
+             if touch /usr/not-to-be 2>/dev/null; then exit 9; fi\n\
+             exec setpriv --no-new-privs --inh-caps=-all \\\n\
+                 --bounding-set=-all,+sys_admin,+sys_chroot,+sys_resource,+setpcap {0} \"$@\"' sh \"$@\"\n",
+        setting.ublk_server().display(),
+        setting.scratch.display(),
+    );
+    std::fs::write(&program, text)?;
+    std::fs::set_permissions(
+        &program,
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )?;
+    let daemon = Daemon::start_program(setting, &program, &setting.ufs())?;
+    let mounted = daemon.mount(&image.source)?;
+    for way in [Succession::Upgrade, Succession::Kill] {
+        crate::drop_caches()?;
+        ensure!(mounted.run(&image.program)? == image.output()?);
+        daemon.succeed(way, || {})?;
+    }
+    if let Some(report) = tree::difference(&image.tree()?, &tree::manifest(mounted.path())?) {
+        anyhow::bail!("{report}");
+    }
+    mounted.unmount()?;
+    daemon.stop()?;
+    drop(script);
+    before.check_same_now(setting)
 }
 
 fn kernel_is_at_least(major: u32, minor: u32) -> Result<bool> {

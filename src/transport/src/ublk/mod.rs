@@ -386,6 +386,9 @@ impl<R: Reader> UblkTransport<R> {
         }
         let mut quiesced = Vec::new();
         for some in served.chunks(TOGETHER) {
+            if left().is_zero() {
+                break;
+            }
             let quiesce = |served: &Arc<Served>| {
                 // Milliseconds; zero would be for ever.
                 let limit = left().as_millis().clamp(1, 1000) as u64;

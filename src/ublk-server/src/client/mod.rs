@@ -5,9 +5,14 @@
 
 mod mount;
 mod show;
+mod tidy;
+mod upgrade;
+mod users;
 
 pub use mount::{mount, unmount};
 pub use show::{list, metrics, status};
+pub use tidy::{gc, shutdown};
+pub use upgrade::upgrade;
 
 use crate::lock::Lock;
 use crate::paths::Paths;

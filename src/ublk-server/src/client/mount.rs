@@ -31,16 +31,16 @@ const EMPTY: &str = "empty";
 
 /// One mounted image.
 #[derive(Debug, Serialize, Deserialize)]
-struct Noted {
+pub(super) struct Noted {
     /// Number of the format.
     layout: u32,
-    directory: PathBuf,
+    pub(super) directory: PathBuf,
     image: String,
     /// Lowest first.
-    layers: Vec<Root>,
+    pub(super) layers: Vec<Root>,
 }
 
-fn noted(paths: &Paths) -> Result<Vec<Noted>> {
+pub(super) fn noted(paths: &Paths) -> Result<Vec<Noted>> {
     let files = match fs::read_dir(paths.mounts()) {
         Ok(files) => files,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -213,7 +213,7 @@ fn release_unnoted(paths: &Paths, directory: &Path) -> Result<bool> {
 }
 
 /// Undoes a mount, whole or in part. May be repeated after an error.
-fn take_back(paths: &Paths, note: &Noted) -> Result<()> {
+pub(super) fn take_back(paths: &Paths, note: &Noted) -> Result<()> {
     if system::is_mounted(&note.directory, "overlay")? {
         system::unmount_point(&note.directory)?;
     }
@@ -260,7 +260,7 @@ fn take_back(paths: &Paths, note: &Noted) -> Result<()> {
 }
 
 /// Removes what is empty, and ends the lock.
-fn leave(paths: &Paths, lock: Lock) {
+pub(super) fn leave(paths: &Paths, lock: Lock) {
     if !paths.mounts().exists() || fs::remove_dir(paths.mounts()).is_ok() {
         // Some overlay may still have it otherwise.
         let _ = fs::remove_dir(paths.layers().join(EMPTY));

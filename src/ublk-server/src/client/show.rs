@@ -30,7 +30,15 @@ pub fn list(paths: &Paths) -> Result<String> {
             holder.image.clone(),
         ]);
     }
-    Ok(table(&rows))
+    let mut text = table(&rows);
+    let leftovers = super::tidy::show(paths, &status)?;
+    if !leftovers.is_empty() {
+        text.push_str("\nLEFT OVER (`ublk-server gc` removes what nobody uses)\n");
+        for leftover in leftovers {
+            writeln!(text, "{leftover}")?;
+        }
+    }
+    Ok(text)
 }
 
 /// `ublk-server metrics`.

@@ -314,7 +314,7 @@ impl Process {
 fn answer<T>(reply: Reply<T>) -> Result<T> {
     match reply {
         Reply::Ok(answer) => Ok(answer),
-        Reply::Error(error) => bail!(error),
+        Reply::Error(error) | Reply::Again(error) => bail!(error),
     }
 }
 

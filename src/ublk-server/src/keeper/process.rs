@@ -3,6 +3,7 @@
 use super::{Ask, Kept};
 use crate::protocol::Reply;
 use crate::wire;
+use accel_source::privileges::{CapabilitySet, keep_only};
 use accel_ufs::index::Root;
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -24,6 +25,7 @@ pub fn run(socket: &Path) -> Result<()> {
     let listener = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)
         .context("standard input is not the listening socket")?;
     let listener = UnixListener::from(listener);
+    keep_only(CapabilitySet::empty()).context("cannot drop capabilities")?;
     listener.set_nonblocking(true)?;
     let mut keeper = Keeper {
         listener,

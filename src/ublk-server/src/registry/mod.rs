@@ -28,7 +28,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 mod observe;
@@ -47,6 +47,8 @@ pub struct Registry {
     journal: Journal,
     warmer: Warmer,
     ufs: PathBuf,
+    /// What the devices of this run directory are marked with.
+    mark: u64,
     operations: Mutex<()>,
     state: Mutex<State>,
     /// Images that were looked up and are about to be attached.
@@ -124,9 +126,10 @@ impl Registry {
         let warmer = Warmer::start(&engine).context("cannot start a thread")?;
         Ok(Self {
             engine,
-            devices,
             journal,
             warmer,
+            mark: devices.mark(),
+            devices,
             ufs,
             operations: Mutex::default(),
             state: Mutex::default(),
@@ -506,6 +509,7 @@ impl Registry {
     /// Takes a holder's image from it; exports that nobody needs end.
     pub fn detach(&self, who: &Holder) -> Result<Detached> {
         let _one = self.operate();
+        self.check_open()?;
         let Some(holder) = self.find_holder(who)? else {
             return Ok(Detached {
                 known: false,
@@ -632,6 +636,27 @@ impl Registry {
                 self.warmer.push(&served.export);
             }
         }
+    }
+
+    /// Refuses whatever comes from here on; what has begun is finished first.
+    pub fn close(&self) {
+        let _one = self.operate();
+        self.state().closed = true;
+    }
+
+    /// Whether [`close`](Self::close) was called.
+    pub fn is_closed(&self) -> bool {
+        self.state().closed
+    }
+
+    /// Whether the lock that everything needs can be had.
+    pub fn responds(&self) -> bool {
+        (0..200).any(|attempt| {
+            if attempt > 0 {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            !matches!(self.state.try_lock(), Err(TryLockError::WouldBlock))
+        })
     }
 
     /// Ends what can be ended before the daemon does. Exports in use stay for the

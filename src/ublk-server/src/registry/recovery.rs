@@ -8,23 +8,86 @@ use super::{Holding, Registry, Served};
 use crate::devices::Device;
 use crate::engine::{Export, ExportReader};
 use crate::journal::{Entry, State as JournalState, Transport};
+use crate::orphans;
 use crate::paths::Paths;
-use crate::protocol::Holder;
-use accel_transport::ublk::{DeviceState, Removal};
+use crate::protocol::{Holder, Orphan};
+use accel_client::system::is_mount_point;
+use accel_transport::ublk::{DeviceInfo, DeviceState, Inventory, Removal};
 use anyhow::{Context, Result, bail};
+use std::collections::HashSet;
+use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread;
+
+/// Devices recovered at once.
+const TOGETHER: usize = 8;
 
 impl Registry {
     /// Takes over the devices that an earlier daemon left. One that cannot be
     /// recovered is told and left; the others go on. Mounts that were undone
     /// meanwhile are forgotten.
     pub fn recover(&self, paths: &Paths) -> Result<()> {
+        self.forget_earlier_boots(paths)?;
         self.recover_devices()?;
         self.forget_unmounted(paths);
+        // Made by a daemon that died before it could note them.
+        if let Err(error) = self.end_orphans(|info| info.state == DeviceState::Stopped) {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot look for unknown devices"
+            );
+        }
         Ok(())
+    }
+
+    /// After a crash of the node: its devices and mounts are gone, and so are notes
+    /// of them.
+    fn forget_earlier_boots(&self, paths: &Paths) -> Result<()> {
+        let entries = self.journal.forget_earlier_boots();
+        for entry in entries.context("cannot tidy the journal")? {
+            for holder in entry.holders {
+                let directory = Path::new(&holder.holder);
+                if directory.is_absolute() && !is_mount_point(directory)? {
+                    let _ = fs::remove_file(paths.note(directory));
+                }
+            }
+            // Fails if somebody has mounted something there since.
+            let _ = fs::remove_dir(paths.layer(entry.root));
+            let _ = fs::remove_file(paths.export(entry.root));
+        }
+        Ok(())
+    }
+
+    /// Devices that are ours by their mark, and of which nothing is known. Those in
+    /// `remove` are removed unless they are mounted; the answer is what is left.
+    pub fn orphans(&self, remove: &[u32]) -> Result<Vec<Orphan>> {
+        // Who only looks does not wait for the kernel, or for others that do: what is
+        // being made right now would look unknown.
+        if remove.is_empty() && matches!(self.operations.try_lock(), Err(TryLockError::WouldBlock))
+        {
+            return Ok(Vec::new());
+        }
+        self.end_orphans(|info| remove.contains(&info.id))
+    }
+
+    fn end_orphans(&self, remove: impl Fn(&DeviceInfo) -> bool) -> Result<Vec<Orphan>> {
+        let Some(_) = self.devices.ublk() else {
+            return Ok(Vec::new());
+        };
+        let _one = self.operate();
+        let entries = self.journal.load().context("cannot read the journal")?;
+        let mut known: HashSet<_> = entries.iter().map(|entry| entry.device).collect();
+        for served in self.state().exports.values() {
+            if let Device::Ublk(device) = &served.device {
+                known.insert(device.id);
+            }
+        }
+        let inventory = Inventory::open(orphans::BOUND)?;
+        let found = orphans::find(&inventory, self.mark, &known)?;
+        Ok(orphans::end(&inventory, found, remove))
     }
 
     /// Ends what mounts held of which the clients have no note any more: they
@@ -57,6 +120,7 @@ impl Registry {
         let entries = self.journal.load().context("cannot read the journal")?;
         let _one = self.operate();
         let mut kept = self.devices.kept();
+        let mut devices = Vec::new();
         for entry in entries {
             let fuse = self.devices.ublk().is_none();
             match entry.transport {
@@ -68,13 +132,39 @@ impl Registry {
                     tracing::error!(layer = %entry.name(),
                         "a FUSE export of an earlier daemon waits; start with --transport fuse");
                 }
-                Transport::Ublk => self.recover_ublk(entry)?,
+                Transport::Ublk => devices.push(entry),
                 Transport::Fuse => {
                     let connection = kept.remove(&entry.root);
                     self.recover_fuse(entry, connection)?;
                 }
             }
         }
+        // Side by side: the last one's readers should not wait for all others.
+        let devices = Mutex::new(devices.into_iter());
+        thread::scope(|scope| {
+            let recover = || {
+                while let Some(entry) = {
+                    let mut devices = devices.lock().unwrap_or_else(PoisonError::into_inner);
+                    devices.next()
+                } {
+                    let device = entry.device;
+                    if let Err(error) = self.recover_ublk(entry) {
+                        tracing::error!(
+                            device,
+                            error = format!("{error:#}"),
+                            "cannot see to a device of an earlier daemon"
+                        );
+                    }
+                }
+            };
+            let threads = (1..TOGETHER).map_while(|_| {
+                let thread = thread::Builder::new().name("recovery".to_owned());
+                thread.spawn_scoped(scope, recover).ok()
+            });
+            let threads: Vec<_> = threads.collect();
+            recover();
+            drop(threads);
+        });
         for root in kept.into_keys() {
             tracing::warn!(%root, "ending a FUSE export that no journal knows");
             self.devices.forget(root);
