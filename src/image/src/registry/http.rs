@@ -85,28 +85,42 @@ impl Http {
         // Ring for everything; a provider that somebody installed before serves
         // as well, so the result does not matter.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let mut builder = Client::builder()
-            .connect_timeout(host.dial_timeout.unwrap_or(CONNECT))
-            .read_timeout(SILENCE)
-            .user_agent(concat!("image-accel/", env!("CARGO_PKG_VERSION")));
         let mut authorities = Vec::new();
         for (file, pem) in &host.authorities {
             let found = Certificate::from_pem_bundle(pem);
             authorities.extend(found.map_err(|error| unusable(file, &error))?);
         }
-        if !authorities.is_empty() {
-            builder = builder.tls_certs_merge(authorities);
-        }
-        if let Some((file, pem)) = &host.client {
-            let identity = Identity::from_pem(pem).map_err(|error| unusable(file, &error))?;
-            builder = builder.identity(identity);
-        }
-        if host.skip_verify {
-            builder = builder.tls_danger_accept_invalid_certs(true);
-        }
-        let client = builder
-            .build()
-            .map_err(|error| ImageError::Setup(chain(&error)))?;
+        let identity = host.client.as_ref().map(|(file, pem)| {
+            let identity = Identity::from_pem(pem);
+            identity.map_err(|error| unusable(file, &error))
+        });
+        let identity = identity.transpose()?;
+        // `alone`: without the authorities of this machine.
+        let build = |alone: bool| {
+            let mut builder = Client::builder()
+                .connect_timeout(host.dial_timeout.unwrap_or(CONNECT))
+                .read_timeout(SILENCE)
+                .user_agent(concat!("image-accel/", env!("CARGO_PKG_VERSION")));
+            if alone {
+                builder = builder.tls_certs_only(authorities.clone());
+            } else if !authorities.is_empty() {
+                builder = builder.tls_certs_merge(authorities.clone());
+            }
+            if let Some(identity) = identity.clone() {
+                builder = builder.identity(identity);
+            }
+            if host.skip_verify {
+                builder = builder.tls_danger_accept_invalid_certs(true);
+            }
+            builder.build()
+        };
+        // A machine may have none, and without TLS none is needed. Where it has some they
+        // count all the same: for addresses that such a registry sends us to.
+        let client = match build(false) {
+            Err(_) if host.base.scheme() == "http" => build(true),
+            client => client,
+        };
+        let client = client.map_err(|error| ImageError::Setup(chain(&error)))?;
         // Docker Hub's names without a slash are short.
         let repository = match registry {
             "docker.io" if !repository.contains('/') => format!("library/{repository}"),
