@@ -68,6 +68,30 @@ runs() {
     same "$(container run2 "$implied" -- /bin/sh -c 'cat /app/sticky/one')" one
 }
 
+# A pod over the CRI, with imagePullPolicy: Always. The next one asks for the manifest only.
+runs_pods() {
+    local hits
+    same "$(pod "$tiny")" "$(cat "$images/output")"
+    hits=$(field hits)
+    begin_log
+    same "$(pod "$tiny")" "$(cat "$images/output")"
+    same "$(since_then | grep -c /blobs/)" 0
+    same "$(field hits)" "$hits"
+    no_fallbacks
+    same "$(k8s containers ls -q)" ""
+    # One of which the first pod's pull is the first at all.
+    forget_image "$tiny"
+    begin_log
+    same "$(pod "$tiny")" "$(cat "$images/output")"
+    same "$(since_then | grep /blobs/)" "$(the_config "$tiny")"
+    no_fallbacks
+    forget_image "$pause"
+}
+# pod IMAGE [HANDLER]: what its only container prints.
+pod() {
+    "$bin/cri" pod --address "$containerd_socket" "$1" ${2:+--runtime-handler "$2" --handler-in-annotation} -- /bin/sh -c "$program"
+}
+
 trees_are_overlayfs() {
     local image
     for image in "$tiny" "$implied"; do
@@ -164,13 +188,17 @@ pulls_for_a_runtime_class() {
     same "$(field hits)" "$((hits + $(image_has layers "$tiny")))"
     no_fallbacks
     same "$(container class "$tiny" -- /bin/sh -c "$program")" "$(cat "$images/output")"
+    same "$(pod "$tiny" runc-accel)" "$(cat "$images/output")"
+    no_fallbacks
     forget_image "$tiny"
     begin_log
     cri pull "$tiny"
     same "$(since_then | grep -c /blobs/)" "$((1 + $(image_has layers "$tiny")))"
     same "$(field hits)" "$((hits + $(image_has layers "$tiny")))"
+    same "$(pod "$tiny")" "$(cat "$images/output")"
     no_fallbacks
     forget_image "$tiny"
+    forget_image "$pause"
 }
 # forget_image IMAGE: with everything of it, so that the next pull begins anew.
 forget_image() {
@@ -462,7 +490,7 @@ goes_on_without_the_server() {
 # checks_for VERSION: the names of those that show something with this version of
 # containerd, in the order in which they build on each other.
 checks_for() {
-    local all=(pulls_lazily pulls_again runs trees_are_overlayfs writes_stay_in_the_container commits_on_top
+    local all=(pulls_lazily pulls_again runs runs_pods trees_are_overlayfs writes_stay_in_the_container commits_on_top
         ten_at_once)
     [ "$1" != 2 ] || all+=(ctr_pulls_lazily maps_ids)
     all+=(survives_containerds_restart leaves_nothing reads_what_the_mount_needs)

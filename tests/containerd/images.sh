@@ -41,6 +41,10 @@ make_images() {
     "$repo/tools/lib/oci_layout.py" --config '{"Env": ["PATH=/bin"], "Cmd": ["/bin/sh"]}' "$work/made/deep" deep \
         $(for ((n = 0; n < 100; n++)); do echo "$work/made/$n.tar"; done)
     push_image "oci:$work/made/deep:deep" "$registry/test/deep:1"
+    # What a pod's sandbox runs.
+    "$repo/tools/lib/oci_layout.py" --config '{"Env": ["PATH=/bin"], "Cmd": ["/bin/busybox", "sleep", "1000000"]}' \
+        "$work/made/pause" pause "$work/made/0.tar"
+    push_image "oci:$work/made/pause:pause" "$registry/test/pause:1"
     for image in test/tiny:1=$tiny other/implied:1=$implied test/deep:1=$deep; do
         "$bin/mkfs-accel" convert "docker://$registry/${image%%=*}" --plain-http --ufs "$images/ufs" \
             --push "docker://${image#*=}" </dev/null >>"$work/convert.log" 2>&1 || { cat "$work/convert.log" >&2; return 1; }
@@ -57,6 +61,7 @@ push_image() { # SOURCE IMAGE [OPTION…]
 # name_images: sets their names, with the registry's address.
 name_images() {
     tiny=$registry/test/tiny:1-acc implied=$registry/team/implied:1-acc deep=$registry/test/deep:1-acc
+    pause=$registry/test/pause:1
     made_at=$(cat "$images/made-at")
     program='/app/hello'
     files='busybox cat /last; busybox ls /'

@@ -44,6 +44,14 @@ accel_config() {
 # start_node [FOR [OPTION…]]: containerd with our snapshotter.
 start_node() {
     accel_config "${@:-default}" >"$work/accel.toml"
+    # What pods need beside; not every machine lets its root lower an OOM score.
+    case $containerd_version in
+    1.*) printf '[plugins."io.containerd.grpc.v1.cri"]\nsandbox_image = "%s"\nrestrict_oom_score_adj = true\n' "$pause" ;;
+    *)
+        printf '[plugins."io.containerd.cri.v1.images".pinned_images]\nsandbox = "%s"\n' "$pause"
+        printf '[plugins."io.containerd.cri.v1.runtime"]\nrestrict_oom_score_adj = true\n'
+        ;;
+    esac >>"$work/accel.toml"
     start_containerd "$work/containerd-$containerd_version" "$work/accel.toml"
 }
 # wait_until CMD…: up to five minutes; guests are slow.
