@@ -344,6 +344,58 @@ PY
     wait_until nothing_lazy
 }
 
+# An image that was only converted is loaded lazily if the operator trusts UFS; an
+# accelerated one takes nothing of it that it can be kept from.
+trusts_ufs_if_told_to() {
+    local plain=$registry/test/tiny:1 hits layers
+    layers=$(image_has layers "$plain")
+    hits=$(field hits)
+    begin_log
+    cri pull "$plain"
+    same "$(since_then | grep -c /blobs/)" $((layers + 1))
+    same "$(field hits)" "$hits"
+    forget_image "$plain"
+    wait_until no_snapshots
+    echo 'trust_ufs = true' >"$work/trusting.toml"
+    another_snapshotter --budget 120 --config "$work/trusting.toml"
+    begin_log
+    cri pull "$plain"
+    same "$(since_then | grep /blobs/)" "$(the_config "$plain")"
+    same "$(field hits)" "$layers"
+    same "$(status | grep -c '"trust": "ufs"')" "$layers"
+    same "$(server_status | grep -c '"trust": "ufs"')" "$layers"
+    same "$(container trusting "$plain" -- /bin/sh -c "$program")" "$(cat "$images/output")"
+    tree "$plain" accel k8s.io >"$work/tree"
+    same_tree "$images/trees/$(basename "$tiny")" "$work/tree"
+    # One that names its layers' roots, of which it shares all but one with that.
+    fails cri pull "$implied"
+    same "$(field hits)" "$layers"
+    # The other way round there is nothing to object to; what was not converted at all is
+    # downloaded, and no fallback.
+    forget_image "$plain"
+    wait_until nothing_lazy
+    cri pull "$implied"
+    cri pull "$plain"
+    same "$(status | grep -c '"trust": "ufs"')" 0
+    forget_image "$plain"
+    forget_image "$implied"
+    cri pull "$pause"
+    same "$(field fallbacks)" 0
+    forget_image "$pause"
+    another_snapshotter
+    wait_until nothing_lazy
+}
+another_snapshotter() { # [OPTION…]
+    kill_now "$snapshotter_pid"
+    start_snapshotter "$@"
+    wait_until asks_the_snapshotter
+}
+# containerd tries its connection again after a while. What it knows itself it does not ask.
+asks_the_snapshotter() {
+    k8s snapshots --snapshotter accel prepare asked && k8s snapshots --snapshotter accel rm asked
+}
+no_snapshots() { same "$(k8s snapshots --snapshotter accel ls | wc -l)" 1; }
+
 # Pull, create and run of a program that only exits: no more is read from UFS than
 # mounting takes and that program's file.
 reads_what_the_mount_needs() {
@@ -506,4 +558,4 @@ checks_of_images=(runs_with_overlayfs is_the_same_image writes_a_layout tries_th
 # Those for which one version is enough.
 checks_here=(pulls_lazily writes_stay_in_the_container survives_its_own_death survives_the_servers_death
     leaves_nothing goes_on_without_the_server falls_back refuses_a_hostile_manifest
-    exports_what_was_downloaded runs_a_hundred_layers waits_for_a_server_once)
+    exports_what_was_downloaded runs_a_hundred_layers waits_for_a_server_once trusts_ufs_if_told_to)

@@ -7,6 +7,7 @@
 //! | [`damage`] | bytes that changed on UFS are I/O errors, and nothing else is |
 //! | [`lifecycle`] | unmounting and stopping leave nothing behind; a killed daemon is not noticed |
 //! | [`snapshots`] | what the snapshotter answers is what a plain model says, whatever dies meanwhile |
+//! | [`trust`] | which layers it takes on the word of UFS |
 //! | [`mounting`] | an image is mounted with hardly a byte of UFS, however large it is |
 //! | [`usage`] | wrong usage is answered with what is wrong |
 
@@ -21,6 +22,7 @@ pub mod mounting;
 pub mod reads;
 pub mod snapshots;
 pub mod trees;
+pub mod trust;
 pub mod usage;
 
 type Check = fn(&Setting) -> Result<()>;
@@ -60,7 +62,7 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
         "lifecycle::unknown_devices_are_removed_when_unused",
         lifecycle::unknown_devices_are_removed_when_unused,
     )];
-    let others: [(&str, Check); 21] = [
+    let others: [(&str, Check); 22] = [
         (
             "mount::large_layer_with_at_most_1_mib",
             mounting::large_layer_takes_at_most_1_mib,
@@ -124,6 +126,10 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
         (
             "snapshots::a_stopped_server_is_not_waited_for",
             snapshots::a_stopped_server_is_not_waited_for,
+        ),
+        (
+            "trust::ufs_is_trusted_only_if_told_to",
+            trust::ufs_is_trusted_only_if_told_to,
         ),
         ("usage::missing_ufs", usage::missing_ufs),
         ("usage::image_not_converted", usage::image_not_converted),

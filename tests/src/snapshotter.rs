@@ -50,7 +50,7 @@ impl Snapshotter {
     /// When it does not start.
     pub fn start(setting: &Setting, server: &Path, directory: &Path) -> Result<Self> {
         let program = setting.bin.join("accel-snapshotter");
-        let child = spawn(&program, server, directory)?;
+        let child = spawn(&program, server, directory, &[])?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
@@ -93,7 +93,15 @@ impl Snapshotter {
     /// # Errors
     /// When it does not start.
     pub fn restart(&mut self) -> Result<()> {
-        self.child = spawn(&self.program, &self.server, &self.directory)?;
+        self.restart_with(&[])
+    }
+
+    /// The same with further options.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn restart_with(&mut self, options: &[&str]) -> Result<()> {
+        self.child = spawn(&self.program, &self.server, &self.directory, options)?;
         let socket = self.directory.join("socket");
         self.client = self.runtime.block_on(connect(&socket))?;
         Ok(())
@@ -243,11 +251,14 @@ impl Snapshotter {
                 let chain = &labels[REF];
                 let filter = format!("labels.\"{REF}\"=={chain},parent=={parent:?}");
                 let mut found = self.walk(&filter)?;
-                // Others may have unpacked it, or be about to; containerd takes any that
+                // Others may have unpacked it, or be about to; containerd takes the first that
                 // is committed.
-                found.retain(|info| info.name.starts_with("lazy/"));
-                let [one] = found.as_slice() else {
-                    bail!("{} lazy snapshots of {chain} on {parent:?}", found.len());
+                found
+                    .retain(|info| info.name.starts_with("lazy/") || info.name.starts_with("ufs/"));
+                let lazy = found.iter().filter(|info| info.name.starts_with("lazy/"));
+                let (lazy, number) = (lazy.count(), found.len());
+                let Some(one) = found.first().filter(|_| lazy < 2 && number - lazy < 2) else {
+                    bail!("{number} lazy snapshots of {chain} on {parent:?}");
                 };
                 ensure!(one.kind == i32::from(api::Kind::Committed), "{one:?}");
                 Ok((Some(one.name.clone()), Vec::new()))
@@ -282,7 +293,7 @@ impl Drop for Snapshotter {
     }
 }
 
-fn spawn(program: &Path, server: &Path, directory: &Path) -> Result<Child> {
+fn spawn(program: &Path, server: &Path, directory: &Path, options: &[&str]) -> Result<Child> {
     let log = File::options()
         .create(true)
         .append(true)
@@ -294,6 +305,7 @@ fn spawn(program: &Path, server: &Path, directory: &Path) -> Result<Child> {
         .arg(directory.join("socket"))
         .arg("--server")
         .arg(server)
+        .args(options)
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)

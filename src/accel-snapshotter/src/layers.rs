@@ -8,13 +8,17 @@
 
 use crate::mounts::Places;
 use crate::remote;
-use crate::snapshot::{Labels, Layer};
+use crate::snapshot::{Labels, Layer, Trust};
 use accel_client::exports::{device, release_within};
 use accel_client::lock::Lock;
 use accel_client::paths::Paths;
-use accel_client::protocol::{Command, DeviceView, ExportStatus, Holder, LayerAnswer, Status};
+use accel_client::protocol::{
+    Command, DeviceView, ExportStatus, FindAnswer, Holder, LayerAnswer, Status,
+};
 use accel_client::system::{self, MountFlags};
 use accel_client::{mountinfo, wire};
+use accel_oci::{ChainId, Digest};
+use accel_ufs::annotations::LayerAnnotations;
 use accel_ufs::index::Root;
 use anyhow::{Context, Result, bail};
 use std::collections::{HashMap, HashSet};
@@ -117,6 +121,34 @@ impl Layers {
             .collect())
     }
 
+    /// What UFS has for a chain ID on top of `below`: nobody else vouches for that.
+    /// `digest`: of the layer's blob, if it is known.
+    pub fn find(
+        &self,
+        chain_id: ChainId,
+        below: Option<ChainId>,
+        digest: Option<Digest>,
+    ) -> Result<LayerAnnotations, LayerFailure> {
+        let command = Command::FindLayer {
+            chain_id,
+            below,
+            digest,
+        };
+        match wire::ask_within(&self.server.socket, &command, EXPORT)? {
+            FindAnswer::Found {
+                diff_id,
+                root,
+                size,
+            } => Ok(LayerAnnotations {
+                diff_id,
+                root,
+                size,
+            }),
+            FindAnswer::Absent => Err(LayerFailure::Absent),
+            FindAnswer::Unreadable(why) => Err(LayerFailure::Unreadable(why)),
+        }
+    }
+
     /// Sees to it that a layer is mounted. `stale`: what is mounted is of no use any
     /// more.
     pub fn ensure(&self, layer: &Layer, stale: bool) -> Result<(), LayerFailure> {
@@ -143,6 +175,7 @@ impl Layers {
             size: layer.size,
             origin: self.origins().get(&layer.root).cloned(),
             holder: holder.clone(),
+            by_ufs: layer.trust == Trust::Ufs,
         };
         let attached = match wire::ask_within(&self.server.socket, &command, EXPORT)? {
             LayerAnswer::Attached(attached) => attached,

@@ -190,7 +190,7 @@ fn text(path: &Path) -> String {
 mod tests {
     use super::*;
     use crate::idmap::IdMap;
-    use crate::snapshot::Layer;
+    use crate::snapshot::{Layer, Trust};
     use accel_oci::{ChainId, DiffId, Digest};
     use accel_ufs::index::{ImageSize, Root};
 
@@ -210,6 +210,7 @@ mod tests {
             diff_id: DiffId(digest),
             chain_id: ChainId(digest),
             root: Root([1; 32]),
+            trust: Trust::Manifest,
             size: ImageSize::new(4096).unwrap(),
         })
     }

@@ -6,14 +6,18 @@
 //! manifest could put one image's layer under another's chain ID, where every later
 //! container would find it.
 //!
+//! Of other images nobody vouches for roots but UFS, which a chain ID is looked up on
+//! if the operator says so ([`chain`], [`blob`]). Such a snapshot is not used for an
+//! accelerated image, and nothing of one is put on top of it.
+//!
 //! A pull has one [`Budget`] of time for all of its layers. containerd does not
 //! say which pull a request belongs to, but it prepares layer after layer, each on
 //! top of the one before: what was spent until a parent was there, just now, counts
 //! against its child, whether they are lazy or unpacked. After a time-out nothing is
 //! tried for a while.
 
-use crate::snapshot::{Labels, Lazy, SNAPSHOT_REF};
-use accel_oci::{ChainId, ImageSource, Version};
+use crate::snapshot::{Labels, Lazy, SNAPSHOT_REF, Trust};
+use accel_oci::{ChainId, Digest, ImageSource, Version};
 use accel_ufs::annotations::LayerAnnotations;
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -106,6 +110,19 @@ pub fn wanted(labels: &Labels) -> Result<Option<LayerAnnotations>, Fallback> {
         .map_err(|error| Fallback::new(Reason::Annotations, error.to_string()))
 }
 
+/// The chain ID that a layer's labels name.
+pub fn chain(labels: &Labels) -> Option<ChainId> {
+    let digest = labels.get(SNAPSHOT_REF)?.parse().ok()?;
+    Some(ChainId(digest))
+}
+
+/// The digest of a layer's blob in the registry, if the CRI or the transfer service has
+/// said so.
+pub fn blob(labels: &Labels) -> Option<Digest> {
+    let digest = labels.get("containerd.io/snapshot/cri.layer-digest")?;
+    digest.parse().ok()
+}
+
 /// Checks that the layer, on top of `parent`, is what containerd asks for.
 pub fn check(
     labels: &Labels,
@@ -126,6 +143,7 @@ pub fn check(
     Ok(Lazy {
         chain_id,
         root: wanted.root,
+        trust: Trust::Manifest,
     })
 }
 

@@ -7,7 +7,7 @@ use crate::remote::Budget;
 use crate::service::Service;
 use crate::service::wire::snapshots::snapshots_server::SnapshotsServer;
 use crate::service::wire::status::status_server::StatusServer;
-use crate::snapshotter::Snapshotter;
+use crate::snapshotter::{Choices, Snapshotter};
 use accel_client::lock::Lock;
 use accel_client::paths::Paths;
 use anyhow::{Context, Result};
@@ -39,8 +39,8 @@ pub struct Options {
     pub server: Paths,
     /// The time that a pull may spend on lazy layers.
     pub budget: Duration,
-    /// containerd mounts layers itself.
-    pub native: bool,
+    /// How snapshots are made.
+    pub how: Choices,
 }
 
 /// Serves until SIGTERM or SIGINT.
@@ -59,8 +59,7 @@ pub fn run(options: &Options) -> Result<()> {
         .with_context(|| format!("cannot lock {}", places.lock().display()))?
         .with_context(|| format!("another snapshotter uses {}: stop it first", root.display()))?;
     let layers = Layers::new(places.clone(), options.server.clone());
-    let snapshotter =
-        Snapshotter::open(places, layers, Budget::new(options.budget), options.native)?;
+    let snapshotter = Snapshotter::open(places, layers, Budget::new(options.budget), options.how)?;
     let snapshotter = Arc::new(snapshotter);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -96,7 +95,7 @@ async fn serve(options: &Options, snapshotter: &Arc<Snapshotter>) -> Result<()> 
     let listener = listen(&options.socket)?;
     tracing::info!(
         socket = %options.socket.display(), root = %options.root.display(),
-        server = %options.server.socket.display(), "serving"
+        server = %options.server.socket.display(), trust_ufs = options.how.trust_ufs, "serving"
     );
     let service = Service(Arc::clone(snapshotter));
     let snapshots = SnapshotsServer::new(service.clone())

@@ -3,6 +3,7 @@
 //! The file is TOML and has the options by their names, `_` for `-`.
 
 use crate::serve::Options;
+use crate::snapshotter::Choices;
 use accel_client::paths::{Paths, SOCKET};
 use anyhow::{Context, Result};
 use serde::Deserialize;
@@ -49,6 +50,10 @@ pub struct Settings {
     /// Who mounts layers for containers [default: overlay]
     #[arg(long, value_enum)]
     pub mounts: Option<Mounts>,
+    /// Load images lazily that were converted but are not accelerated ones, too: their
+    /// layers are what UFS says. Whoever can write there then decides what runs
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub trust_ufs: Option<bool>,
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -91,6 +96,7 @@ impl Settings {
             server_run_dir: self.server_run_dir.or(other.server_run_dir),
             budget: self.budget.or(other.budget),
             mounts: self.mounts.or(other.mounts),
+            trust_ufs: self.trust_ufs.or(other.trust_ufs),
         }
     }
 
@@ -102,7 +108,10 @@ impl Settings {
             socket: self.socket.unwrap_or_else(|| LISTEN.into()),
             server: Paths::new(&server, self.server_run_dir),
             budget: Duration::from_secs_f64(self.budget.unwrap_or(BUDGET)),
-            native: self.mounts == Some(Mounts::Native),
+            how: Choices {
+                native: self.mounts == Some(Mounts::Native),
+                trust_ufs: self.trust_ufs == Some(true),
+            },
         }
     }
 }
@@ -113,7 +122,9 @@ mod tests {
 
     #[test]
     fn the_command_line_counts_before_the_file() {
-        let file = Settings::parse("root = \"/f\"\nbudget = 7\nmounts = \"native\"\n").unwrap();
+        let file =
+            Settings::parse("root = \"/f\"\nbudget = 7\nmounts = \"native\"\ntrust_ufs = true\n")
+                .unwrap();
         let line = Settings {
             root: Some("/l".into()),
             ..Settings::default()
@@ -121,9 +132,12 @@ mod tests {
         let options = line.or(file).options();
         assert_eq!(options.root, Path::new("/l"));
         assert_eq!(options.budget, Duration::from_secs(7));
-        assert!(options.native);
+        assert!(options.how.native && options.how.trust_ufs);
         let options = Settings::default().options();
-        assert_eq!((options.root, options.native), (ROOT.into(), false));
+        assert_eq!(
+            (options.root, options.how),
+            (ROOT.into(), Choices::default())
+        );
         for wrong in [
             "budget = 0",
             "bugdet = 3",

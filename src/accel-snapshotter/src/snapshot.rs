@@ -97,6 +97,28 @@ pub struct Snapshot {
     pub idmap: Option<IdMap>,
 }
 
+/// Who says which root a layer has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Trust {
+    /// The image's manifest.
+    #[default]
+    Manifest,
+    /// UFS, which the operator has allowed. Such a snapshot is another one than that of
+    /// an accelerated image, though its root may be the same.
+    Ufs,
+}
+
+impl Trust {
+    /// As `status` shows it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Manifest => "manifest",
+            Self::Ufs => "ufs",
+        }
+    }
+}
+
 /// What makes a snapshot lazy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lazy {
@@ -104,6 +126,9 @@ pub struct Lazy {
     pub chain_id: ChainId,
     /// Its layer.
     pub root: Root,
+    /// Who says that this is its layer.
+    #[serde(default)]
+    pub trust: Trust,
 }
 
 /// A layer that is, or is about to be, mounted for lazy snapshots.
@@ -115,8 +140,11 @@ pub struct Layer {
     pub diff_id: DiffId,
     /// The chain ID it was first asked for with.
     pub chain_id: ChainId,
-    /// What vouches for its bytes: named by a manifest.
+    /// What vouches for its bytes.
     pub root: Root,
     /// Size of its EROFS image.
     pub size: ImageSize,
+    /// Who named the root first.
+    #[serde(default)]
+    pub trust: Trust,
 }

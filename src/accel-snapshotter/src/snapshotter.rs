@@ -12,13 +12,13 @@ use crate::idmap::{self, IdMap};
 use crate::layers::{LayerFailure, Layers};
 use crate::mounts::{self, How, Mount, Places, plan};
 use crate::remote::{self, Budget, Fallback, Reason};
-use crate::snapshot::{Kind, Labels, Layer, Lazy, SNAPSHOT_REF, Snapshot, SnapshotId, Usage};
+use crate::snapshot::{Kind, Labels, Layer, Lazy, Snapshot, SnapshotId, Trust, Usage};
 use crate::status::{LayerStatus, Status, Unpacked};
 use crate::store::{Lower, New, Stack, Store, StoreError};
 use crate::usage;
 use accel_client::idmapped::{mount_mapped, user_namespace};
 use accel_client::system;
-use accel_oci::ChainId;
+use accel_oci::{ChainId, Digest};
 use accel_ufs::annotations::LayerAnnotations;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, DirBuilder};
@@ -27,7 +27,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Why a request fails.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +70,15 @@ impl Failure {
 
 type Result<T> = std::result::Result<T, Failure>;
 
+/// What the operator chooses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Choices {
+    /// containerd mounts layers itself, see [`How`].
+    pub native: bool,
+    /// Layers of images that name no roots are looked up on UFS by chain ID.
+    pub trust_ufs: bool,
+}
+
 /// Everything that answers containerd.
 #[derive(Debug)]
 pub struct Snapshotter {
@@ -78,7 +87,7 @@ pub struct Snapshotter {
     layers: Layers,
     budget: Budget,
     index_off: bool,
-    native: bool,
+    choices: Choices,
     hits: AtomicU64,
     fallbacks: Mutex<BTreeMap<&'static str, u64>>,
     cleaning: Mutex<()>,
@@ -98,8 +107,7 @@ impl Drop for Pin {
 
 impl Snapshotter {
     /// Opens the snapshots beneath a root directory.
-    /// `native`: containerd mounts layers itself, see [`How`].
-    pub fn open(places: Places, layers: Layers, budget: Budget, native: bool) -> Result<Self> {
+    pub fn open(places: Places, layers: Layers, budget: Budget, choices: Choices) -> Result<Self> {
         for directory in [places.snapshots(), places.layers(), places.idmaps()] {
             let mut builder = DirBuilder::new();
             let made = builder.recursive(true).mode(0o700).create(&directory);
@@ -117,7 +125,7 @@ impl Snapshotter {
             layers,
             budget,
             index_off: Path::new("/sys/module/overlay/parameters/index").exists(),
-            native,
+            choices,
             hits: AtomicU64::new(0),
             fallbacks: Mutex::default(),
             cleaning: Mutex::default(),
@@ -136,6 +144,7 @@ impl Snapshotter {
         let lower = self.store.below(parent.as_deref())?;
         let mut fallback = None;
         if kind == Kind::Active {
+            self.keep_apart(&labels, parent.as_deref())?;
             let started = Instant::now();
             let lazily = self.lazily(&labels, parent.as_deref()).await;
             self.spend(&labels, parent.as_deref(), started);
@@ -212,7 +221,7 @@ impl Snapshotter {
             index_off: self.index_off,
             native: None,
         };
-        if self.native {
+        if self.choices.native {
             mounted = self.mounted()?;
             how.native = Some(&mounted);
         }
@@ -230,25 +239,59 @@ impl Snapshotter {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Refuses to put a layer of an accelerated image on one that only UFS vouches for:
+    /// unpacked or not, it would stand on something that its manifest does not name.
+    fn keep_apart(&self, labels: &Labels, parent: Option<&str>) -> Result<()> {
+        if !matches!(remote::wanted(labels), Ok(None))
+            && let Some(below) = self.store.trusting_ufs(parent)
+        {
+            let why = format!(
+                "this image names the roots of its layers, but the layer with the chain ID {below} below was taken on the word of UFS (trust_ufs), for an image that does not: remove the images that have it, then pull again"
+            );
+            tracing::warn!(chain = %below, "an accelerated image has layers that were taken on the word of UFS");
+            return Err(StoreError::State(why).into());
+        }
+        Ok(())
+    }
+
     /// Tries to make a lazy snapshot of a layer. None: it is not of an accelerated
-    /// image.
+    /// image, or of another that was not converted.
     async fn lazily(
         self: &Arc<Self>,
         labels: &Labels,
         parent: Option<&str>,
     ) -> std::result::Result<Option<Lazy>, Fallback> {
-        let Some(wanted) = remote::wanted(labels)? else {
+        let named = remote::wanted(labels)?;
+        let asked = remote::chain(labels).filter(|_| self.choices.trust_ufs);
+        if named.is_none() && asked.is_none() {
             return Ok(None);
-        };
+        }
         let parent_chain = self
             .store
             .chain_of(parent)
             .map_err(|error| Fallback::new(Reason::Parent, error.to_string()))?;
-        let lazy = remote::check(labels, parent_chain, &wanted)?;
+        let (wanted, lazy) = match (named, asked) {
+            (Some(wanted), _) => (wanted, remote::check(labels, parent_chain, &wanted)?),
+            (None, Some(chain)) => {
+                // One of an accelerated image is as good.
+                if let Some(lazy) = self.store.find_chain(parent, chain) {
+                    return Ok(Some(lazy));
+                }
+                let digest = remote::blob(labels);
+                let left = self.budget.left(parent_chain, Instant::now())?;
+                let Some(found) = self.look_up(chain, parent_chain, digest, left).await? else {
+                    return Ok(None);
+                };
+                let mut lazy = remote::check(labels, parent_chain, &found)?;
+                lazy.trust = Trust::Ufs;
+                (found, lazy)
+            }
+            (None, None) => return Ok(None),
+        };
         if self.store.find_lazy(parent, lazy).is_none() {
             let left = self.budget.left(parent_chain, Instant::now())?;
             self.layers.note_origin(lazy.root, labels);
-            let pin = self.mount(&wanted, lazy.chain_id, left).await?;
+            let pin = self.mount(&wanted, lazy, left).await?;
             self.store
                 .commit_lazy(parent, labels.clone(), lazy)
                 .map_err(|error| Fallback::new(Reason::Store, error.to_string()))?;
@@ -259,9 +302,45 @@ impl Snapshotter {
 
     /// Notes what was spent on a layer of a pull.
     fn spend(&self, labels: &Labels, parent: Option<&str>, started: Instant) {
-        if let (Some(chain), Ok(parent)) = (chain(labels), self.store.chain_of(parent)) {
+        if let (Some(chain), Ok(parent)) = (remote::chain(labels), self.store.chain_of(parent)) {
             let now = Instant::now();
             self.budget.spend(parent, chain, now - started, now);
+        }
+    }
+
+    /// What UFS has for a chain ID, within `left`. None: nothing, which is nothing to
+    /// speak of.
+    async fn look_up(
+        self: &Arc<Self>,
+        chain: ChainId,
+        below: Option<ChainId>,
+        digest: Option<Digest>,
+        left: Duration,
+    ) -> std::result::Result<Option<LayerAnnotations>, Fallback> {
+        let this = Arc::clone(self);
+        let looking = move || this.layers.find(chain, below, digest);
+        match self.within(left, looking).await? {
+            Ok(found) => Ok(Some(found)),
+            Err(LayerFailure::Absent) => Ok(None),
+            Err(failure) => Err(fallback(&failure)),
+        }
+    }
+
+    /// Does what waits for the daemon or UFS. It goes on when the time is over.
+    async fn within<T: Send + 'static>(
+        &self,
+        left: Duration,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> std::result::Result<T, Fallback> {
+        let working = tokio::task::spawn_blocking(work);
+        match tokio::time::timeout(left, working).await {
+            Ok(Ok(done)) => Ok(done),
+            Ok(Err(error)) => Err(Fallback::new(Reason::Server, error.to_string())),
+            Err(_) => {
+                self.budget.timed_out(Instant::now());
+                let detail = format!("the layer could not be mounted within {left:?}");
+                Err(Fallback::new(Reason::Time, detail))
+            }
         }
     }
 
@@ -269,37 +348,22 @@ impl Snapshotter {
     async fn mount(
         self: &Arc<Self>,
         wanted: &LayerAnnotations,
-        chain_id: ChainId,
-        left: std::time::Duration,
+        lazy: Lazy,
+        left: Duration,
     ) -> std::result::Result<Pin, Fallback> {
-        let layer = self.store.pin(wanted, chain_id);
+        let layer = self.store.pin(wanted, lazy);
         let layer = layer.map_err(|error| Fallback::new(Reason::Store, error.to_string()))?;
         let pin = Pin {
             snapshotter: Arc::clone(self),
             layer,
         };
         // Goes on, with the pin, when the time is over.
-        let mounting = tokio::task::spawn_blocking(move || {
+        let mounting = move || {
             let mounted = pin.snapshotter.layers.ensure(&pin.layer, false);
             mounted.map(|()| pin)
-        });
-        let failure = match tokio::time::timeout(left, mounting).await {
-            Ok(Ok(Ok(pin))) => return Ok(pin),
-            Ok(Ok(Err(failure))) => failure,
-            Ok(Err(error)) => return Err(Fallback::new(Reason::Server, error.to_string())),
-            Err(_) => {
-                self.budget.timed_out(Instant::now());
-                let detail = format!("the layer could not be mounted within {left:?}");
-                return Err(Fallback::new(Reason::Time, detail));
-            }
         };
-        let reason = match failure {
-            LayerFailure::Absent => Reason::Absent,
-            LayerFailure::OtherRoot(_) => Reason::Root,
-            LayerFailure::Unreadable(_) => Reason::Ufs,
-            LayerFailure::Other(_) => Reason::Server,
-        };
-        Err(Fallback::new(reason, failure.to_string()))
+        let mounted = self.within(left, mounting).await?;
+        mounted.map_err(|failure| fallback(&failure))
     }
 
     /// Has the layers mounted that a new snapshot stands on: after a reboot, or when
@@ -449,7 +513,7 @@ impl Snapshotter {
                 // Refused below.
                 _ => Usage::default(),
             };
-            let chain = chain(&labels).or_else(|| chain(&snapshot.labels));
+            let chain = remote::chain(&labels).or_else(|| remote::chain(&snapshot.labels));
             this.store.commit(&key, &name, labels, usage)?;
             if let Some(chain) = chain {
                 this.budget.unpacked(chain, Instant::now());
@@ -591,21 +655,21 @@ impl Snapshotter {
     pub fn status(&self) -> Result<Status> {
         let mounted = self.mounted()?;
         let snapshots = self.store.all();
-        let layers = self
-            .store
-            .layers()
-            .into_iter()
-            .map(|(layer, _)| LayerStatus {
+        let layers = self.store.layers().into_iter().map(|(layer, _)| {
+            let lazy = snapshots.values().filter_map(|snapshot| snapshot.lazy);
+            let mine: Vec<_> = lazy.filter(|lazy| lazy.root == layer.root).collect();
+            let by_ufs = mine.iter().any(|lazy| lazy.trust == Trust::Ufs);
+            let trust = if by_ufs { Trust::Ufs } else { Trust::Manifest };
+            LayerStatus {
                 diff_id: layer.diff_id,
                 root: layer.root,
                 size: layer.size.bytes(),
                 point: self.places.layer(layer.number),
                 mounted: mounted.contains_key(&self.places.layer(layer.number)),
-                snapshots: snapshots
-                    .values()
-                    .filter(|snapshot| snapshot.lazy.is_some_and(|lazy| lazy.root == layer.root))
-                    .count(),
-            });
+                snapshots: mine.len(),
+                trust: trust.name().to_owned(),
+            }
+        });
         let unpacked = snapshots.iter().filter_map(|(name, snapshot)| {
             Some(Unpacked {
                 snapshot: name.clone(),
@@ -638,10 +702,14 @@ fn names_in(directory: &Path) -> io::Result<Vec<String>> {
     Ok(names.collect())
 }
 
-/// The chain ID that a layer's labels name.
-fn chain(labels: &Labels) -> Option<ChainId> {
-    let digest = labels.get(SNAPSHOT_REF)?.parse().ok()?;
-    Some(ChainId(digest))
+fn fallback(failure: &LayerFailure) -> Fallback {
+    let reason = match failure {
+        LayerFailure::Absent => Reason::Absent,
+        LayerFailure::OtherRoot(_) => Reason::Root,
+        LayerFailure::Unreadable(_) => Reason::Ufs,
+        LayerFailure::Other(_) => Reason::Server,
+    };
+    Fallback::new(reason, failure.to_string())
 }
 
 fn not_mounted(layer: &Layer, why: impl Into<String>) -> Failure {

@@ -47,6 +47,8 @@ pub struct LayerStatus {
     pub mounted: bool,
     /// How many snapshots have it.
     pub snapshots: usize,
+    /// `manifest`: the images name its root. `ufs`: of one of them nobody does but UFS.
+    pub trust: String,
 }
 
 /// A snapshot that was unpacked.
@@ -83,11 +85,12 @@ impl fmt::Display for Status {
             let digest = layer.diff_id.to_string();
             writeln!(
                 f,
-                "lazy        {} {} bytes, {state} at {}, {} snapshots",
+                "lazy        {} {} bytes, {state} at {}, {} snapshots, trust: {}",
                 &digest[..19],
                 layer.size,
                 layer.point.display(),
-                layer.snapshots
+                layer.snapshots,
+                layer.trust
             )?;
         }
         for unpacked in &self.unpacked {

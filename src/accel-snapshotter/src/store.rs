@@ -15,7 +15,8 @@
 
 use crate::idmap::IdMap;
 use crate::snapshot::{
-    Kind, Labels, Layer, LayerNumber, Lazy, Moment, SNAPSHOT_REF, Snapshot, SnapshotId, Usage,
+    Kind, Labels, Layer, LayerNumber, Lazy, Moment, SNAPSHOT_REF, Snapshot, SnapshotId, Trust,
+    Usage,
 };
 use accel_oci::ChainId;
 use accel_ufs::annotations::LayerAnnotations;
@@ -348,8 +349,32 @@ impl Store {
             .map(|(name, _)| name.clone())
     }
 
+    /// A lazy snapshot on that parent with this chain ID, whoever vouches for its root.
+    pub fn find_chain(&self, parent: Option<&str>, chain_id: ChainId) -> Option<Lazy> {
+        let inner = self.inner();
+        let mut all = inner.snapshots.values();
+        let same = |snapshot: &&Snapshot| {
+            snapshot.parent.as_deref() == parent
+                && snapshot.lazy.is_some_and(|lazy| lazy.chain_id == chain_id)
+        };
+        all.find(same).and_then(|snapshot| snapshot.lazy)
+    }
+
+    /// The first of a parent and those below it whose root nobody but UFS vouches for.
+    pub fn trusting_ufs(&self, parent: Option<&str>) -> Option<ChainId> {
+        let inner = self.inner();
+        let mut below = parent;
+        while let Some(snapshot) = below.and_then(|name| inner.snapshots.get(name)) {
+            match snapshot.lazy {
+                Some(lazy) if lazy.trust == Trust::Ufs => return Some(lazy.chain_id),
+                _ => below = snapshot.parent.as_deref(),
+            }
+        }
+        None
+    }
+
     /// The layer with this root, entered if need be, and kept until the pin is gone.
-    pub fn pin(&self, wanted: &LayerAnnotations, chain_id: ChainId) -> Result<Layer> {
+    pub fn pin(&self, wanted: &LayerAnnotations, lazy: Lazy) -> Result<Layer> {
         let mut inner = self.inner();
         let layer = match inner.layers.get(&wanted.root) {
             Some(layer) if layer.size != wanted.size => {
@@ -365,9 +390,10 @@ impl Store {
                 let layer = Layer {
                     number: LayerNumber(inner.next),
                     diff_id: wanted.diff_id,
-                    chain_id,
+                    chain_id: lazy.chain_id,
                     root: wanted.root,
                     size: wanted.size,
+                    trust: lazy.trust,
                 };
                 let next = inner.next + 1;
                 let change = Change {
@@ -406,7 +432,13 @@ impl Store {
             return Ok(());
         }
         let id = SnapshotId(inner.next);
-        let name = format!("lazy/{}/{}", id.0, lazy.chain_id);
+        // containerd takes the first that it is told of: in the order of names that is
+        // one whose root a manifest names.
+        let kind = match lazy.trust {
+            Trust::Manifest => "lazy",
+            Trust::Ufs => "ufs",
+        };
+        let name = format!("{kind}/{}/{}", id.0, lazy.chain_id);
         let now = Moment::now();
         let snapshot = Snapshot {
             id,

@@ -5,7 +5,7 @@
 //! open: what SIGKILL leaves.
 
 use accel_oci::{ChainId, DiffId, Digest};
-use accel_snapshotter::snapshot::{Kind, Labels, Lazy, SNAPSHOT_REF, Usage};
+use accel_snapshotter::snapshot::{Kind, Labels, Lazy, SNAPSHOT_REF, Trust, Usage};
 use accel_snapshotter::store::{Lower, New, Store, StoreError};
 use accel_ufs::annotations::LayerAnnotations;
 use accel_ufs::index::{ImageSize, Root};
@@ -114,6 +114,8 @@ fn lazy(store: &Store, parent: Option<&str>, number: u8) -> Lazy {
     Lazy {
         chain_id: ChainId::new(chain, layer(number).diff_id),
         root: layer(number).root,
+        // Snapshots that trust UFS are kept apart by the same comparison.
+        trust: Trust::Manifest,
     }
 }
 
@@ -253,7 +255,7 @@ impl Tested {
         }
         let parent = parent.map(String::as_str);
         let wanted = lazy(self.store(), parent, number);
-        self.store().pin(&layer(number), wanted.chain_id).unwrap();
+        self.store().pin(&layer(number), wanted).unwrap();
         self.model.layers.insert(number);
         // A pin keeps the layer, whatever containerd collects meanwhile.
         let kept = self

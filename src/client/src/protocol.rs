@@ -47,6 +47,20 @@ pub enum Command {
         origin: Option<String>,
         /// Who needs it; a text that does not begin with `/`.
         holder: String,
+        /// The root comes from a [`Command::FindLayer`]: nobody but UFS vouches for it.
+        #[serde(default)]
+        by_ufs: bool,
+    },
+    /// What UFS has for a chain ID, on its word alone; answered with a
+    /// [`FindAnswer`].
+    FindLayer {
+        /// Which layer.
+        chain_id: ChainId,
+        /// What it stands on; none for the lowest.
+        below: Option<ChainId>,
+        /// Digest of its blob in the registry, if that is known: a chain ID does not
+        /// tell the diffID of any but the lowest layer.
+        digest: Option<Digest>,
     },
     /// Note that a holder no longer needs its image, and end exports that nobody
     /// needs.
@@ -158,6 +172,25 @@ pub enum LayerAnswer {
     /// UFS has it with another root.
     OtherRoot(Root),
     /// UFS does not answer, or has no index that could be read.
+    Unreadable(String),
+}
+
+/// Answer to [`Command::FindLayer`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FindAnswer {
+    /// What UFS says.
+    Found {
+        /// Together with what it stands on this makes the chain ID: that is checked.
+        diff_id: DiffId,
+        /// What its bytes should have.
+        root: Root,
+        /// How many there should be.
+        size: ImageSize,
+    },
+    /// It is not on UFS.
+    Absent,
+    /// UFS does not answer, or has no index or record that could be read.
     Unreadable(String),
 }
 

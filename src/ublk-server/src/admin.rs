@@ -63,9 +63,19 @@ fn answer(daemon: &Daemon, stream: &UnixStream) -> Result<()> {
             size,
             origin,
             holder,
+            by_ufs,
         } => {
-            let answer = registry.attach_layer(diff_id, chain_id, (root, size), origin, &holder);
+            let layer = (root, size);
+            let answer = registry.attach_layer(diff_id, chain_id, layer, origin, &holder, by_ufs);
             reply_or_again(stream, answer, registry.is_closed())
+        }
+        Command::FindLayer {
+            chain_id,
+            below,
+            digest,
+        } => {
+            let found = registry.find_layer(chain_id, below, digest);
+            reply_or_again(stream, found, registry.is_closed())
         }
         Command::Detach { holder } => {
             let detached = registry.detach(&holder);

@@ -6,7 +6,9 @@ use accel_source::{FileName, Patience, Pool, Source, SourceError, list, read_fil
 use accel_ufs::UfsError;
 use accel_ufs::index::{Header, HeaderError, ImageSize, PAGE_SIZE, Page, Root};
 use accel_ufs::names::{self, LayerName, Nanoseconds};
-use accel_ufs::record::{ImageRecord, LayerRecord, MAX_RECORD, NameRecord, RecordError};
+use accel_ufs::record::{
+    DigestRecord, ImageRecord, LayerRecord, MAX_RECORD, NameRecord, RecordError,
+};
 use accel_ufs::resolve::ImageName;
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -165,6 +167,58 @@ impl Catalog<'_, dyn Source> {
             }
         }
         Ok(other.map_or(RootedLayer::Absent, RootedLayer::Other))
+    }
+
+    /// The layer with this chain ID on top of `below`, whatever its root is. `digest`
+    /// is its blob's, if that is known: of all but the lowest the diffID follows from
+    /// nothing else.
+    pub fn layer_of_chain(
+        &self,
+        chain_id: ChainId,
+        below: Option<ChainId>,
+        digest: Option<Digest>,
+    ) -> Result<Option<(DiffId, Layer)>, CatalogError> {
+        let record = match digest {
+            Some(digest) => self.digest_record(&digest)?,
+            None => None,
+        };
+        let diff_id = match (below, &record) {
+            (None, _) => DiffId(chain_id.0),
+            (Some(_), Some(record)) => record.diff_id,
+            (Some(_), None) => return Ok(None),
+        };
+        // What a record says is nothing without this.
+        if ChainId::new(below, diff_id) != chain_id {
+            return Ok(None);
+        }
+        // As the lowest layer it would have whiteouts that hide nothing, for all that is
+        // known.
+        let own_place_only = below.is_none()
+            && record.is_none_or(|record| record.whiteouts || record.diff_id != diff_id);
+        for layer in self.named(chain_id, diff_id) {
+            if let Some(layer) = layer? {
+                let serves = matches!(layer.name, LayerName::Chain(_)) || !own_place_only;
+                return Ok(serves.then_some((diff_id, layer)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// What is noted of a blob.
+    fn digest_record(&self, digest: &Digest) -> Result<Option<DigestRecord>, CatalogError> {
+        let file = names::by_digest(digest);
+        let Some(json) = self.read(file.as_str(), MAX_RECORD + 1)? else {
+            return Ok(None);
+        };
+        let record = DigestRecord::parse(&json).map_err(|source| self.wrong(&file, source))?;
+        if record.digest != *digest {
+            let misplaced = RecordError::Misplaced {
+                wanted: digest.to_string(),
+                found: record.digest.to_string(),
+            };
+            return Err(self.wrong(&file, misplaced).into());
+        }
+        Ok(Some(record))
     }
 
     /// What there is by chain ID, and by diffID.

@@ -586,7 +586,7 @@ fn points(root: &Path) -> Result<BTreeSet<PathBuf>> {
 }
 
 /// For a check that failed.
-fn unmount_below(directory: &Path) {
+pub(super) fn unmount_below(directory: &Path) {
     let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let points = text.lines().filter_map(|line| line.split(' ').nth(4));
     let mut points: Vec<_> = points

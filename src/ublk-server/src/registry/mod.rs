@@ -14,8 +14,8 @@ use crate::devices::{Device, Devices};
 use crate::engine::{Engine, Export, ExportReader, Warmer};
 use crate::journal::{Entry, HolderEntry, Journal, State as JournalState};
 use crate::protocol::{
-    Attached, AttachedLayer, Detached, DeviceView, Ended, ExportStatus, Holder, HolderStatus,
-    LayerAnswer,
+    Attached, AttachedLayer, Detached, DeviceView, Ended, ExportStatus, FindAnswer, Holder,
+    HolderStatus, LayerAnswer,
 };
 use crate::remake::{Origin, Recipe, Remake};
 use accel_oci::{ChainId, DiffId, Digest, Platform};
@@ -242,7 +242,8 @@ impl Registry {
         Ok(Attached { digest, layers })
     }
 
-    /// Exports one layer, whose root is known, for `holder`.
+    /// Exports one layer, whose root is known, for `holder`. `by_ufs`: only UFS vouches
+    /// for that.
     pub fn attach_layer(
         &self,
         diff_id: DiffId,
@@ -250,6 +251,7 @@ impl Registry {
         (root, size): (Root, ImageSize),
         origin: Option<String>,
         holder: &str,
+        by_ufs: bool,
     ) -> Result<LayerAnswer> {
         self.check_open()?;
         let (began, catalog) = (Instant::now(), self.catalog());
@@ -284,9 +286,28 @@ impl Registry {
             began,
             looked_up: catalog.fetched.get(),
         };
-        let layers = self.attach_found(found, &name, holder, true)?;
+        let layers = self.attach_found(found, &name, holder, !by_ufs)?;
         let layer = layers.into_iter().next().context("no layer")?;
         Ok(LayerAnswer::Attached(layer))
+    }
+
+    /// What UFS has for a chain ID on top of `below`.
+    pub fn find_layer(
+        &self,
+        chain_id: ChainId,
+        below: Option<ChainId>,
+        digest: Option<Digest>,
+    ) -> Result<FindAnswer> {
+        self.check_open()?;
+        match self.catalog().layer_of_chain(chain_id, below, digest) {
+            Ok(Some((diff_id, layer))) => Ok(FindAnswer::Found {
+                diff_id,
+                root: layer.root,
+                size: layer.size,
+            }),
+            Ok(None) => Ok(FindAnswer::Absent),
+            Err(error) => Ok(FindAnswer::Unreadable(error.to_string())),
+        }
     }
 
     fn check_open(&self) -> Result<()> {
