@@ -68,10 +68,16 @@ runs() {
     same "$(container run2 "$implied" -- /bin/sh -c 'cat /app/sticky/one')" one
 }
 
-# A pod over the CRI, with imagePullPolicy: Always. The next one asks for the manifest only.
+# Pods over the CRI, with imagePullPolicy: Always. The first one's pull is lazy, the next
+# one's asks for the manifest only.
 runs_pods() {
     local hits
+    # The sandbox's image is an ordinary one.
+    cri pull "$pause"
+    forget_image "$tiny"
+    begin_log
     same "$(pod "$tiny")" "$(cat "$images/output")"
+    same "$(since_then | grep /blobs/)" "$(the_config "$tiny")"
     hits=$(field hits)
     begin_log
     same "$(pod "$tiny")" "$(cat "$images/output")"
@@ -79,12 +85,6 @@ runs_pods() {
     same "$(field hits)" "$hits"
     no_fallbacks
     same "$(k8s containers ls -q)" ""
-    # One of which the first pod's pull is the first at all.
-    forget_image "$tiny"
-    begin_log
-    same "$(pod "$tiny")" "$(cat "$images/output")"
-    same "$(since_then | grep /blobs/)" "$(the_config "$tiny")"
-    no_fallbacks
     forget_image "$pause"
 }
 # pod IMAGE [HANDLER]: what its only container prints.
@@ -529,6 +529,95 @@ runs_a_hundred_layers() {
     wait_until nothing_lazy
 }
 
+# Killed while a hundred layers are being pulled, at several moments: pulled again the
+# image runs, and in the end nothing is left of it.
+survives_death_while_pulling() {
+    local victim moment
+    another_snapshotter --budget 20
+    for victim in server snapshotter containerd; do
+        for moment in 0 1 70; do
+            echo "--- $victim is killed with $moment layers mounted"
+            begin_pull "$moment"
+            case $victim in
+            server) kill_now "$server_pid"; start_server ;;
+            snapshotter) kill_now "$snapshotter_pid"; start_snapshotter --budget 20 ;;
+            containerd) kill_now "$containerd_pid"; start_node ;;
+            esac
+            wait "$pull_pid" || true
+            ordinary_life_soon
+            pulls_again_what_was_begun
+        done
+    done
+}
+# UFS goes away while layers are being pulled, without an answer or with the answer that
+# there is nothing: what is missing is unpacked. When it is back all is lazy again.
+survives_a_ufs_that_goes_while_pulling() {
+    local moment how reason slow=$work/slow slow_pid
+    mkdir -p "$slow"
+    "$bin/slow-ufs" "$images/ufs" "$slow" &
+    slow_pid=$!
+    at_exit stop_process "$slow_pid"
+    wait_until mountpoint -q "$slow"
+    stop_process "$server_pid"
+    start_server "$slow"
+    for how in stalls goes; do
+        for moment in 0 30; do
+            echo "--- UFS $how with $moment layers mounted"
+            # With nothing left of the time-out before.
+            another_snapshotter --budget 3
+            begin_pull "$moment"
+            case $how in
+            stalls) kill -STOP "$slow_pid"; reason=time ;;
+            goes) mv "$images/ufs/layers" "$images/ufs/away"; reason=absent ;;
+            esac
+            wait "$pull_pid"
+            status >"$work/away.json"
+            grep '^    "' "$work/away.json"
+            grep -q "\"$reason\": " "$work/away.json"
+            [ "$(field hits)" -ge "$moment" ]
+            ordinary_life
+            case $how in
+            stalls) kill -CONT "$slow_pid" ;;
+            goes) mv "$images/ufs/away" "$images/ufs/layers" ;;
+            esac
+            pulls_again_what_was_begun
+        done
+    done
+    another_snapshotter
+    cri pull "$deep"
+    same "$(field hits)" 100
+    forget_image "$deep"
+    wait_until nothing_lazy
+    stop_process "$server_pid"
+    umount -l "$slow"
+    stop_process "$slow_pid"
+    start_server
+}
+# begin_pull N: until that many layers are mounted; sets pull_pid.
+begin_pull() {
+    cri pull "$deep" >"$work/begun" 2>&1 &
+    pull_pid=$!
+    until [ "$(lazy_mounts)" -ge "$1" ] || ! kill -0 "$pull_pid" 2>/dev/null; do sleep 0.01; done
+}
+ordinary_life_soon() {
+    wait_until asks_the_snapshotter
+    ordinary_life
+}
+pulls_again_what_was_begun() {
+    local lease
+    wait_until cri pull "$deep"
+    same "$(container begun "$deep" -- /bin/sh -c "$files")" "$(cat "$images/output-deep")"
+    forget_image "$deep"
+    # A pull that died with containerd keeps what it had for a day.
+    for lease in $(k8s leases ls -q); do k8s leases rm --sync "$lease"; done
+    wait_until nothing_lazy
+    wait_until no_snapshots
+    wait_until nothing_attached
+}
+nothing_attached() {
+    [ "$(server_status | grep -c '"trust"')" = 0 ] && [ -z "$(ls "$run/ublk.sock.d/exports" "$run/ublk.sock.d/journal" 2>/dev/null | grep -v ':$')" ]
+}
+
 # Stopped with nobody reading, and started again.
 goes_on_without_the_server() {
     cri pull "$tiny"
@@ -558,4 +647,5 @@ checks_of_images=(runs_with_overlayfs is_the_same_image writes_a_layout tries_th
 # Those for which one version is enough.
 checks_here=(pulls_lazily writes_stay_in_the_container survives_its_own_death survives_the_servers_death
     leaves_nothing goes_on_without_the_server falls_back refuses_a_hostile_manifest
-    exports_what_was_downloaded runs_a_hundred_layers waits_for_a_server_once trusts_ufs_if_told_to)
+    exports_what_was_downloaded runs_a_hundred_layers waits_for_a_server_once trusts_ufs_if_told_to
+    survives_death_while_pulling survives_a_ufs_that_goes_while_pulling)

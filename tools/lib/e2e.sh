@@ -17,7 +17,7 @@ build_programs() {
     "${build[@]}" --features ublk-server/insecure-skip-verification || return
     install -m 755 "$release/ublk-server" "$dir/ublk-server-unverified" || return
     "${build[@]}" || return
-    for program in mkfs-accel ublk-server ublk-rescue accel-snapshotter accel-e2e torture bench-node tree-manifest cri; do
+    for program in mkfs-accel ublk-server ublk-rescue accel-snapshotter accel-e2e torture bench-node tree-manifest cri slow-ufs; do
         install -m 755 "$release/$program" "$dir/$program" || return
     done
 }
