@@ -43,17 +43,26 @@ e2e_in_guest() {
         --bin /accel/bin --fixtures /accel/fixtures --transport "$transport" --scratch /var/tmp "$@"
 }
 
-# containerd_in_guest KERNEL: Debian's newest containerd, over ublk. What it pulls,
-# and it itself, come with containerd_images. What everything else stands
-# on: all checks take a quarter of an hour under emulation.
+# containerd_in_guest KERNEL VERSION CHECK…: Debian's containerd of that version, over ublk.
+# What it pulls, and it itself, come with containerd_images.
 containerd_images() { "$repo/tests/containerd-e2e" --bin "$work/bin" --make-images "$work/containerd"; }
 containerd_in_guest() {
-    "$repo/tools/guest/run" --kernel "$1" --timeout 1800 --share "$repo=$repo:ro" \
+    local kernel=$1 version=$2
+    shift 2
+    "$repo/tools/guest/run" --kernel "$kernel" --timeout 1800 --share "$repo=$repo:ro" \
         --share "$work/bin=/accel/bin:ro" --share "$work/containerd=/accel/containerd:ro" -- \
         sh -c 'modprobe -a ublk_drv erofs overlay && exec "$@"' containerd \
-        "$repo/tests/containerd-e2e" --bin /accel/bin --transport ublk --images /accel/containerd --containerd 2 \
-        pulls_lazily pulls_again runs trees_are_overlayfs writes_stay_in_the_container ends_containerd
+        "$repo/tests/containerd-e2e" --bin /accel/bin --transport ublk --images /accel/containerd \
+        --containerd "$version" "$@"
 }
+# What everything else stands on: all checks of a version take a quarter of an hour under
+# emulation, and are run with `containerd_in_guest 6.12 VERSION`.
+containerd_2_in_guest() {
+    containerd_in_guest "$1" 2 pulls_lazily pulls_again runs trees_are_overlayfs writes_stay_in_the_container \
+        ctr_pulls_lazily maps_ids leaves_nothing ends_containerd
+}
+# 1.7 is the one with which the README's steps are followed.
+containerd_1_7_in_guest() { containerd_in_guest "$1" 1.7 pulls_lazily ends_containerd follows_the_readme; }
 
 # torture_in_guest KERNEL WHAT OPTION…: the programs in $work/bin. After the time is over
 # everything that waits has to end, which a slow machine may take long for.
