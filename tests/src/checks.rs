@@ -58,10 +58,16 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             ));
         }
     }
-    let ublk: &[(&str, Check)] = &[(
-        "lifecycle::unknown_devices_are_removed_when_unused",
-        lifecycle::unknown_devices_are_removed_when_unused,
-    )];
+    let ublk: &[(&str, Check)] = &[
+        (
+            "lifecycle::unknown_devices_are_removed_when_unused",
+            lifecycle::unknown_devices_are_removed_when_unused,
+        ),
+        (
+            "lifecycle::device_not_noted_is_removed_at_start",
+            lifecycle::device_not_noted_is_removed_at_start,
+        ),
+    ];
     let others: [(&str, Check); 22] = [
         (
             "mount::large_layer_with_at_most_1_mib",

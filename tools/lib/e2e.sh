@@ -78,6 +78,26 @@ torture_in_guest() {
         "$what" --bin /accel/bin --transport ublk --scratch /var/tmp "$@"
 }
 
+# torture_tests_in_guest KERNEL: some of that in short, and that it would notice.
+torture_tests_in_guest() {
+    # shellcheck disable=SC2016 # expanded in the guest
+    "$repo/tools/guest/run" --kernel "$1" --timeout 1200 --share "$work/bin=/accel/bin:ro" -- sh -euc '
+        modprobe ublk_drv
+        torture() {
+            what=$1 && shift
+            echo "torture $what $*"
+            /accel/bin/torture "$what" --bin /accel/bin --transport ublk --scratch /var/tmp "$@"
+        }
+        torture stuck
+        torture run --seconds 45
+        # Devices that end with their daemon: errors are in order, and have to be seen.
+        status=0
+        torture run --seconds 20 --nfs no --without-recovery >/tmp/without || status=$?
+        cat /tmp/without
+        [ "$status" = 1 ]
+        tail -n 1 /tmp/without | grep -Eq "errors=[1-9]"'
+}
+
 # The tests of single crates whose result depends on the kernel, PACKAGE:TEST.
 kernel_tests=(accel-erofs:kernel accel-source:worker accel-transport:fuse accel-transport:ublk ublk-server:daemon)
 

@@ -8,6 +8,12 @@ use rustix::io::Errno;
 pub use rustix::thread::CapabilitySet;
 use rustix::thread::CapabilitySets;
 
+/// What a process needs that only reads files, whoever owns them.
+pub const READ: CapabilitySet = CapabilitySet::DAC_READ_SEARCH;
+
+/// What one needs that also writes in directories that may belong to others.
+pub const WRITE: CapabilitySet = READ.union(CapabilitySet::DAC_OVERRIDE);
+
 /// Gives up every capability but these, for this thread and all that it starts: to be
 /// called while there is only one. Those in `kept` that it does not have, it does not
 /// get.

@@ -13,7 +13,7 @@
 //! that the node does not cache a chunk twice.
 
 use crate::arena::Mapping;
-use crate::privileges::{CapabilitySet, keep_only};
+use crate::privileges::{READ, WRITE, keep_only};
 use crate::wire::{HELLO, MAX_REQUEST, WireReply, WireRequest};
 use crate::{ALIGNMENT, Operation, RequestId};
 use io_uring::{IoUring, opcode, squeue, types};
@@ -90,9 +90,12 @@ pub(crate) fn run_with(
     let socket = Arc::new(socket);
     let started = enter(namespace)
         .and_then(|()| {
-            // UFS is read as root without any privilege: what counts are its mode bits,
-            // or what its server says.
-            keep_only(CapabilitySet::empty()).map_err(failed("cannot drop capabilities"))
+            // Who converted a layer may own its files, and let nobody else read them.
+            let kept = match access == OFlags::RDONLY {
+                true => READ,
+                false => WRITE,
+            };
+            keep_only(kept).map_err(failed("cannot drop capabilities"))
         })
         .and_then(|()| prepare(directory))
         .and_then(|()| Worker::start(directory, access, Arc::clone(&socket)));

@@ -14,7 +14,7 @@ use crate::notify::Notifier;
 use crate::paths::Paths;
 use crate::registry::Registry;
 use crate::remake::{Remake, RemakeOptions};
-use accel_source::privileges::{CapabilitySet, keep_only};
+use accel_source::privileges::{CapabilitySet, WRITE, keep_only};
 use accel_source::{
     Arena, DiskCache, Patience, Source, Sources, StartError, WorkerCommand, WorkerSource,
 };
@@ -179,8 +179,9 @@ fn serve(
             (None, host)
         }
     };
-    // Devices want SYS_ADMIN, and workers the two to enter the mount namespace of UFS.
-    keep_only(CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_CHROOT)
+    // Devices want SYS_ADMIN, and workers the two to enter the mount namespace of UFS;
+    // they can have nothing later that is not kept here.
+    keep_only(CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_CHROOT | WRITE)
         .context("cannot drop capabilities")?;
     let (signals, from_signals) = UnixStream::pair().context("cannot make a pipe")?;
     let wake = from_signals.try_clone().context("cannot make a pipe")?;

@@ -337,8 +337,9 @@ fn what_an_earlier_boot_left_is_in_nobodys_way() {
 #[test]
 fn every_process_has_only_what_it_needs() {
     let (node, _, root, files) = mounted();
-    // SYS_CHROOT and SYS_ADMIN.
-    const DAEMON: u64 = 1 << 18 | 1 << 21;
+    // DAC_READ_SEARCH; with DAC_OVERRIDE, SYS_CHROOT and SYS_ADMIN.
+    const READER: u64 = 1 << 2;
+    const DAEMON: u64 = READER | 1 << 1 | 1 << 18 | 1 << 21;
     let check = |pid: &str, wanted: u64| {
         let set = |set| u64::from_str_radix(&field(pid, set), 16).unwrap();
         for name in ["CapPrm", "CapEff"] {
@@ -354,11 +355,37 @@ fn every_process_has_only_what_it_needs() {
     for _ in 0..2 {
         let status = node.status();
         check(&status["pid"].to_string(), DAEMON);
-        check(&status["sources"][0]["worker"].to_string(), 0);
+        check(&status["sources"][0]["worker"].to_string(), READER);
         check(&status["keeper"].to_string(), 0);
         check_big(&root, &files[..1]);
         node.ask(&["upgrade"]);
     }
+    node.ask(&["unmount", &root]);
+    node.stop();
+}
+
+/// Who converts need not be root, and its umask may let nobody else read.
+#[test]
+fn layers_of_other_owners_are_served() {
+    fn give_away(path: &Path) {
+        if path.is_dir() {
+            for entry in fs::read_dir(path).unwrap() {
+                give_away(&entry.unwrap().path());
+            }
+        }
+        let mode = if path.is_dir() { 0o700 } else { 0o600 };
+        fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+        std::os::unix::fs::chown(path, Some(65534), Some(65534)).unwrap();
+    }
+    let mut made = None;
+    let node = Node::start(|ufs| {
+        made = Some(big(ufs));
+        give_away(ufs);
+    });
+    let (image, files) = made.unwrap();
+    let root = node.directory("root");
+    node.ask(&["mount", &image, &root]);
+    check_big(&root, &files[..2]);
     node.ask(&["unmount", &root]);
     node.stop();
 }

@@ -4,12 +4,16 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
+use accel_transport::ublk::Inventory;
 use anyhow::{Result, ensure};
 
 use crate::daemon::{Daemon, Succession};
 use crate::fixture::image;
 use crate::leftovers::State;
 use crate::{Setting, tree};
+
+/// Only a bound: emulation makes everything slow.
+const BOUND: Duration = Duration::from_secs(60);
 
 /// No mount, device, file or process more than before mounting.
 pub fn unmount_leaves_nothing(setting: &Setting) -> Result<()> {
@@ -208,6 +212,69 @@ pub fn unknown_devices_are_removed_when_unused(setting: &Setting) -> Result<()> 
     let said = daemon.ask(["gc"])?;
     ensure!(said.contains("removed: device"), "gc says: {said}");
     daemon.start_again()?;
+    daemon.stop()?;
+    before.check_same_now(setting)
+}
+
+/// The daemon is killed when it has a device that its journal does not know yet: the
+/// next one removes it by itself.
+pub fn device_not_noted_is_removed_at_start(setting: &Setting) -> Result<()> {
+    let image = image(setting, "tiny")?;
+    let before = State::now(setting)?;
+    let daemon = Daemon::start(setting, &setting.ufs())?;
+    daemon.attach(&image.source)?;
+    let journal = daemon.run().join("journal");
+    let mut temporary = Vec::new();
+    for entry in std::fs::read_dir(&journal)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if let Some(root) = name.strip_suffix(".json") {
+            temporary.push(journal.join(format!(".{root}.tmp")));
+        }
+    }
+    daemon.detach(&image.source)?;
+    let none = Inventory::open(BOUND)?.devices()?.len();
+    // What the journal would write first: who opens a pipe that nobody reads waits.
+    for path in &temporary {
+        let kind = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, path, kind, 0o600.into(), 0)?;
+    }
+    std::thread::scope(|scope| -> Result<()> {
+        let attaching = scope.spawn(|| daemon.client(["attach", &image.source]));
+        let mut waited = Duration::ZERO;
+        let made = loop {
+            if Inventory::open(BOUND)?.devices()?.len() > none {
+                break true;
+            }
+            if attaching.is_finished() || waited > BOUND {
+                break false;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+            waited += Duration::from_millis(20);
+        };
+        daemon.kill()?;
+        let attached = attaching.join();
+        let attached = attached.map_err(|_| crate::fail("the client panicked"))??;
+        ensure!(made, "no device was made: {attached:?}");
+        ensure!(
+            !attached.status.success(),
+            "attach did not wait: {attached:?}"
+        );
+        Ok(())
+    })?;
+    // The device is there, and nothing says whose it is but its mark.
+    ensure!(Inventory::open(BOUND)?.devices()?.len() > none);
+    for path in &temporary {
+        std::fs::remove_file(path)?;
+    }
+    ensure!(!std::fs::read_dir(&journal)?.any(|entry| {
+        entry.is_ok_and(|entry| entry.file_name().to_string_lossy().ends_with(".json"))
+    }));
+    daemon.start_again()?;
+    ensure!(
+        Inventory::open(BOUND)?.devices()?.len() == none,
+        "the device is still there\n{}",
+        daemon.log()
+    );
     daemon.stop()?;
     before.check_same_now(setting)
 }

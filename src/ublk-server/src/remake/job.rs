@@ -1,7 +1,7 @@
 //! One job: the child process that makes a layer, from its start to its end.
 
 use super::{Recipe, Setup};
-use accel_source::privileges::{CapabilitySet, keep_only};
+use accel_source::privileges::{WRITE, keep_only};
 use accel_ufs::names::LayerName;
 use anyhow::Result;
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -249,7 +249,8 @@ fn end(child: &mut Child) {
 /// It cannot; nothing was started.
 pub fn run(namespace: &Path, program: &Path, arguments: &[OsString]) -> Result<()> {
     accel_source::worker::part_from_daemon(Some(namespace))?;
-    keep_only(CapabilitySet::empty())?;
+    // Its directory, UFS and credentials may belong to others.
+    keep_only(WRITE)?;
     std::env::set_current_dir("/")?;
     let error = Command::new(program).args(arguments).exec();
     anyhow::bail!("cannot run {}: {error}", program.display())
