@@ -15,7 +15,8 @@
 //! there later is seen, and a copy of it here is not needed.
 
 use anyhow::{Context, Result};
-use rustix::mount::{MountPropagationFlags, UnmountFlags};
+use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 /// A line of `mountinfo`, as far as we look at it.
@@ -32,19 +33,62 @@ pub fn enter_private(run: &Path, needed: &[&Path]) -> Result<()> {
         .context("cannot make a mount namespace of our own: run as root with CAP_SYS_ADMIN")?;
     let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", flags).context("cannot make the mount namespace private")?;
-    let mut points = pins(run, needed)?;
-    // The last one mounted first: it may lie on another.
-    points.reverse();
-    for point in points {
-        if let Err(error) = rustix::mount::unmount(&point, UnmountFlags::DETACH) {
-            tracing::debug!(path = %point.display(), %error, "cannot drop a copied mount");
+    let mut covers = Vec::new();
+    let left = loop {
+        let mut points = pins(run, needed)?;
+        // The last one mounted first: it may lie on another.
+        points.reverse();
+        for point in points {
+            if let Err(error) = rustix::mount::unmount(&point, UnmountFlags::DETACH) {
+                tracing::debug!(path = %point.display(), %error, "cannot drop a copied mount");
+            }
         }
+        let left = pins(run, needed)?;
+        match left.first().map(|left| lift_cover(left)).transpose()? {
+            Some(Some(cover)) => covers.push(cover),
+            None | Some(None) => break left,
+        }
+    };
+    for (point, cover) in covers.into_iter().rev() {
+        rustix::mount::move_mount(
+            &cover,
+            "",
+            rustix::fs::CWD,
+            &point,
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+        .with_context(|| format!("cannot put the mount on {} back", point.display()))?;
     }
-    let left = pins(run, needed)?;
     if let Some(left) = left.first() {
         tracing::warn!(path = %left.display(), "a copied mount stays in the daemon's namespace");
     }
     Ok(())
+}
+
+/// Takes away the last mount that lies above `pin`, because nothing beneath it can be
+/// reached: a sandbox mounts directories on themselves to make them writable. Gives it,
+/// and where it was; `None` if there is none.
+fn lift_cover(pin: &Path) -> Result<Option<(PathBuf, OwnedFd)>> {
+    let text = crate::mountinfo::read().context("cannot read mountinfo")?;
+    let lines: Vec<_> = text.lines().filter_map(parse).collect();
+    let Some(at) = lines.iter().position(|line| line.point == pin) else {
+        return Ok(None);
+    };
+    // What was mounted before the pin is what it lies on.
+    let above = |line: &&MountLine| pin.starts_with(&line.point) && line.point != pin;
+    let Some(cover) = lines[at..].iter().rev().find(above) else {
+        return Ok(None);
+    };
+    let point = cover.point.clone();
+    // With all that is mounted on it.
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_RECURSIVE;
+    let what = || format!("cannot lift the mount on {}", point.display());
+    let tree = rustix::mount::open_tree(rustix::fs::CWD, &point, flags).with_context(what)?;
+    rustix::mount::unmount(&point, UnmountFlags::DETACH).with_context(what)?;
+    tracing::debug!(path = %point.display(), "looked beneath a mount");
+    Ok(Some((point, tree)))
 }
 
 fn unshare() -> rustix::io::Result<()> {

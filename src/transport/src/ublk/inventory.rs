@@ -88,7 +88,21 @@ impl Inventory {
             Err(error) => return Err(error),
         }
         drop(_exclusive);
-        self.control.plain(ControlOp::DelDev, id, self.bound)
+        if when == Removal::IfUnused {
+            return self.control.plain(ControlOp::DelDev, id, self.bound);
+        }
+        // Who has it mounted is not waited for: the driver frees it with its last user.
+        // Before Linux 6.9 that wait is all that there is, and it may be given up.
+        match self.control.plain(ControlOp::DelDevAsync, id, self.bound) {
+            Err(UblkError::Control {
+                errno: Errno::OPNOTSUPP,
+                ..
+            }) => match self.control.plain(ControlOp::DelDev, id, self.bound) {
+                Err(UblkError::Timeout { .. }) => Ok(()),
+                result => result,
+            },
+            result => result,
+        }
     }
 }
 
