@@ -15,8 +15,9 @@
 
 use crate::output::{Bytes, Seconds, say};
 use crate::progress::{Bar, Bars};
-use crate::published::{Below, Names};
+use crate::published::{Below, Names, Published};
 use crate::sink::{self, Converted};
+use crate::tree::{Kind, Tree};
 use accel_image::{Image, Layer};
 use accel_layer::{Compression, Expected, LayerOptions, LowerError};
 use accel_ufs::UfsError;
@@ -200,9 +201,16 @@ impl Work<'_> {
             self.wait(same)?;
         }
         let started = Instant::now();
-        let found = match self.ufs.find_layer(layer.diff_id, layer.chain_id)? {
+        let found = self.ufs.find_layer(layer.diff_id, layer.chain_id)?;
+        let hides = match (self.noted(layer)?, &found) {
+            (Some(record), _) => record.whiteouts,
+            // Of another blob, or of a converter that has not come to its note.
+            (None, Some(name @ LayerName::Layer(_))) => self.hides_lower(name)?,
+            (None, _) => false,
+        };
+        let found = match found {
             // Made for other places in an image.
-            Some(LayerName::Layer(_)) if number == 0 && self.hides_lower(layer)? => None,
+            Some(LayerName::Layer(_)) if number == 0 && hides => None,
             found => found,
         };
         let (name, fate, root, size, whiteouts) = match found {
@@ -214,7 +222,7 @@ impl Work<'_> {
                     Fate::Present,
                     header.root(),
                     header.image_size(),
-                    false,
+                    hides,
                 )
             }
             None => {
@@ -268,11 +276,21 @@ impl Work<'_> {
         Ok((name, fate, root, size, whiteouts))
     }
 
-    /// Whether the layer is known to have whiteouts.
-    fn hides_lower(&self, layer: &Layer) -> Result<bool, UfsError> {
+    /// What is noted of the layer's blob.
+    fn noted(&self, layer: &Layer) -> Result<Option<DigestRecord>, UfsError> {
         let record = self.ufs.read_record(&names::by_digest(&layer.digest))?;
-        let record = record.and_then(|json| DigestRecord::parse(&json).ok());
-        Ok(record.is_some_and(|record| record.whiteouts))
+        Ok(record.and_then(|json| DigestRecord::parse(&json).ok()))
+    }
+
+    /// Whether a layer that is on UFS has whiteouts.
+    fn hides_lower(&self, name: &LayerName) -> anyhow::Result<bool> {
+        let published = Published::open(self.ufs, name)?;
+        let mut hides = false;
+        Tree::open(&published)?.walk(|entry| {
+            hides |= entry.kind() == Kind::Whiteout || entry.is_opaque();
+            Ok(())
+        })?;
+        Ok(hides)
     }
 
     /// Notes the diffID of the layer's blob, also for a converter that ended

@@ -198,6 +198,32 @@ fn a_layer_with_whiteouts_is_another_one_as_the_lowest() {
     }
 }
 
+/// Also if it was converted from another blob, and nothing is noted of this one.
+#[test]
+fn a_lowest_layer_with_whiteouts_is_never_that_of_another_blob() {
+    let hiding = Tar::new().file(".wh.hello", b"").finish();
+    let above = Image::gzipped(&[sample_tar(1), hiding.clone()]);
+    let alone = Image::new(&[(&hiding, &zstd(&hiding), ZSTD)]);
+    let middle = [
+        (sample_tar(1), gzip(&sample_tar(1)), GZIP),
+        (hiding.clone(), zstd(&hiding), ZSTD),
+    ];
+    let middle = Image::new(
+        &middle
+            .each_ref()
+            .map(|(tar, blob, kind)| (&**tar, &**blob, *kind)),
+    );
+    for before in [&[&above][..], &[&above, &middle]] {
+        let ufs = Ufs::new();
+        for image in before {
+            ufs.convert(&image.source());
+        }
+        let report = ufs.convert(&alone.source());
+        let path = report["layers"][0]["erofs"]["path"].as_str().unwrap();
+        assert!(path.starts_with("chains/"), "{path}");
+    }
+}
+
 /// An image's file as `accel-erofs` reads it.
 struct ImageFile(fs::File);
 
