@@ -555,8 +555,9 @@ fn last_resort() {
     let (arena, _, sources) = start(usize::MAX, true);
     let read = submit(&arena, &sources, "file", at(0, CHUNK), short).recv();
     let error = read.unwrap().unwrap_err().to_string();
+    // A slow machine may not have heard yet that it is not done yet.
     assert!(
-        error.contains("not yet") && error.contains("first"),
+        error.contains("maker") && error.contains("yet") && error.contains("first"),
         "{error}"
     );
 }
