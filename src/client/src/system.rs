@@ -33,9 +33,9 @@ const OPTIONS: usize = 4000;
 
 /// A layer is mounted. Until this is dropped udev does not look into the loop device
 /// that it may have: it reads a dozen places of each new one, and so a dozen chunks.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct MountedLayer {
-    _unprobed: Option<File>,
+    unprobed: Option<File>,
 }
 
 /// Mounts a layer's device, or file, at `point`, which is made; nothing happens
@@ -46,11 +46,9 @@ pub fn mount_layer(
     uuid: Uuid,
     flags: MountFlags,
 ) -> Result<MountedLayer> {
-    let mut unprobed = None;
+    let mut mounted = MountedLayer::default();
     if is_mounted(point, "erofs")? {
-        return Ok(MountedLayer {
-            _unprobed: unprobed,
-        });
+        return Ok(mounted);
     }
     fs::create_dir_all(point).with_context(|| format!("cannot make {}", point.display()))?;
     let failed = || format!("cannot mount {} at {}", device.display(), point.display());
@@ -61,22 +59,18 @@ pub fn mount_layer(
             let (path, locked) = loop_device(device)
                 .with_context(|| format!("cannot make a loop device of {}", device.display()))?;
             mount_erofs(&path, point, flags).with_context(failed)?;
-            unprobed = Some(locked);
+            mounted.unprobed = Some(locked);
         }
         Err(error) => return Err(error).with_context(failed),
     }
     let mut found = [0; 16];
     let read = File::open(device).and_then(|file| file.read_exact_at(&mut found, UUID_OFFSET));
     let wrong = match read {
-        Ok(()) if found == uuid.0 => {
-            return Ok(MountedLayer {
-                _unprobed: unprobed,
-            });
-        }
+        Ok(()) if found == uuid.0 => return Ok(mounted),
         Ok(()) => format!("it has the UUID {}, not {uuid}", Uuid(found)),
         Err(error) => format!("cannot read its UUID: {error}"),
     };
-    drop(unprobed);
+    drop(mounted);
     unmount_directory(point)?;
     bail!(
         "{} is not the layer it should be: {wrong}",

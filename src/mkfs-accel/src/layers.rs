@@ -202,7 +202,8 @@ impl Work<'_> {
         }
         let started = Instant::now();
         let found = self.ufs.find_layer(layer.diff_id, layer.chain_id)?;
-        let hides = match (self.noted(layer)?, &found) {
+        let noted = self.noted(layer)?;
+        let hides = match (&noted, &found) {
             (Some(record), _) => record.whiteouts,
             // Of another blob, or of a converter that has not come to its note.
             (None, Some(name @ LayerName::Layer(_))) => self.hides_lower(name)?,
@@ -231,7 +232,10 @@ impl Work<'_> {
                 self.convert(number, bar)?
             }
         };
-        self.note_digest(layer, whiteouts)?;
+        // Also for a converter that ended before it came to that.
+        if noted.is_none() {
+            self.note_digest(layer, whiteouts)?;
+        }
         let done = Done {
             fate,
             took: started.elapsed(),
@@ -293,19 +297,16 @@ impl Work<'_> {
         Ok(hides)
     }
 
-    /// Notes the diffID of the layer's blob, also for a converter that ended
-    /// before it came to that.
+    /// Notes the diffID of the layer's blob.
     fn note_digest(&self, layer: &Layer, whiteouts: bool) -> Result<(), UfsError> {
-        let path = names::by_digest(&layer.digest);
-        if self.ufs.read_record(&path)?.is_none() {
-            let digest = DigestRecord {
-                layout: record::LAYOUT,
-                digest: layer.digest,
-                diff_id: layer.diff_id,
-                whiteouts,
-            };
-            self.ufs.publish(&path, &digest.to_json())?;
-        }
+        let digest = DigestRecord {
+            layout: record::LAYOUT,
+            digest: layer.digest,
+            diff_id: layer.diff_id,
+            whiteouts,
+        };
+        self.ufs
+            .publish(&names::by_digest(&layer.digest), &digest.to_json())?;
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::node::{Node, PROGRAM, big, check_big, drop_caches, kill, serve, serve_with};
+use common::node::{Node, PROGRAM, big, check_big, drop_caches, kill, serve, serve_by, serve_with};
 use common::{publish_image, publish_tree};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
 use rustix::process::{Pid, Signal, kill_process};
@@ -14,7 +14,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
@@ -487,25 +487,11 @@ fn a_service_manager_is_told() {
             rustix::net::recv(&manager, &mut text[..], rustix::net::RecvFlags::empty()).unwrap();
         String::from_utf8(text[..len].to_vec()).unwrap()
     };
-    let log = File::options().append(true).open(node.path("log")).unwrap();
-    node.child = Command::new(PROGRAM)
-        .args([
-            "serve",
-            "--transport",
-            "fuse",
-            "--cache-size",
-            "16M",
-            "--ufs",
-        ])
-        .arg(node.path("ufs"))
-        .arg("--socket")
-        .arg(node.path("socket"))
+    let mut command = Command::new(PROGRAM);
+    command
         .env("NOTIFY_SOCKET", &path)
-        .env("WATCHDOG_USEC", "300000")
-        .stdin(Stdio::null())
-        .stderr(log)
-        .spawn()
-        .unwrap();
+        .env("WATCHDOG_USEC", "300000");
+    node.child = serve_by(command, &node.path(""), &[]);
     for _ in 0..2 {
         let ready = loop {
             match hear() {
@@ -536,24 +522,9 @@ fn without_descriptors_clients_are_refused_and_readers_go_on() {
     let ((image, files), other) = made.unwrap();
     end(&mut node);
     // The daemon may open 96 files in all.
-    let log = File::options().append(true).open(node.path("log")).unwrap();
-    node.child = Command::new("sh")
-        .args(["-c", "ulimit -n 96; exec \"$@\"", "sh", PROGRAM])
-        .args([
-            "serve",
-            "--transport",
-            "fuse",
-            "--cache-size",
-            "16M",
-            "--ufs",
-        ])
-        .arg(node.path("ufs"))
-        .arg("--socket")
-        .arg(node.path("socket"))
-        .stdin(Stdio::null())
-        .stderr(log)
-        .spawn()
-        .unwrap();
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -n 96; exec \"$@\"", "sh", PROGRAM]);
+    node.child = serve_by(command, &node.path(""), &[]);
     node.await_daemon();
     let (root, second) = (node.directory("root"), node.directory("second"));
     node.ask(&["mount", &image, &root]);

@@ -1,5 +1,6 @@
 //! What is mounted can be unmounted, and then nothing of it is left.
 
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
@@ -41,6 +42,16 @@ pub fn unmount_leaves_nothing(setting: &Setting) -> Result<()> {
     daemon.stop()
 }
 
+/// The tree that is mounted at `root`, past the page cache, is the wanted one, also after
+/// what has happened.
+fn compare(wanted: &[String], root: &Path, happened: &str) -> Result<()> {
+    crate::drop_caches()?;
+    match tree::difference(wanted, &tree::manifest(root)?) {
+        None => Ok(()),
+        Some(report) => anyhow::bail!("after {happened}\n{report}"),
+    }
+}
+
 /// Two mounts with common layers: one goes, the other stays whole.
 pub fn images_share_layers(setting: &Setting) -> Result<()> {
     let (one, other) = (image(setting, "tiny")?, image(setting, "foreign")?);
@@ -51,10 +62,11 @@ pub fn images_share_layers(setting: &Setting) -> Result<()> {
     first.unmount()?;
     ensure!(again.run(&one.program)? == one.output()?);
     again.unmount()?;
-    crate::drop_caches()?;
-    if let Some(report) = tree::difference(&other.tree()?, &tree::manifest(second.path())?) {
-        anyhow::bail!("after the other image was unmounted\n{report}");
-    }
+    compare(
+        &other.tree()?,
+        second.path(),
+        "the other image was unmounted",
+    )?;
     second.unmount()?;
     daemon.stop()
 }
@@ -69,13 +81,7 @@ pub fn killed_daemon_is_succeeded(setting: &Setting) -> Result<()> {
     let daemon = Daemon::start(setting, &setting.ufs())?;
     let mounted = daemon.mount(&image.source)?;
     let wanted = image.tree()?;
-    let read = || -> Result<()> {
-        crate::drop_caches()?;
-        match tree::difference(&wanted, &tree::manifest(mounted.path())?) {
-            None => Ok(()),
-            Some(report) => anyhow::bail!("after a kill\n{report}"),
-        }
-    };
+    let read = || compare(&wanted, mounted.path(), "a kill");
     read()?;
     let (reads, over) = (AtomicUsize::new(0), AtomicBool::new(false));
     // Without this a read that was under way when the daemon died is never answered.
@@ -124,13 +130,7 @@ pub fn every_succession_goes_unnoticed(setting: &Setting) -> Result<()> {
     let daemon = Daemon::start(setting, &setting.ufs())?;
     let mounted = daemon.mount(&image.source)?;
     let wanted = image.tree()?;
-    let read = || -> Result<()> {
-        crate::drop_caches()?;
-        match tree::difference(&wanted, &tree::manifest(mounted.path())?) {
-            None => Ok(()),
-            Some(report) => anyhow::bail!("after a succession\n{report}"),
-        }
-    };
+    let read = || compare(&wanted, mounted.path(), "a succession");
     read()?;
     let (reads, over) = (AtomicUsize::new(0), AtomicBool::new(false));
     let ways = [

@@ -13,6 +13,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tonic::Code;
 
+/// The label that names a layer's root.
+pub(super) const ROOT: &str = "containerd.io/snapshot/accel.root";
+
 /// A converted layer as its image's manifest would name it.
 #[derive(Debug, Clone)]
 struct Layer {
@@ -111,6 +114,24 @@ pub fn a_stopped_server_is_not_waited_for(setting: &Setting) -> Result<()> {
     daemon.stop()
 }
 
+/// The labels with which a layer of an accelerated image is asked for, from what the
+/// image's record on UFS has of it.
+pub(super) fn labels(layer: &serde_json::Value) -> Result<Labels> {
+    let text = |value: &serde_json::Value| -> Result<String> {
+        Ok(value.as_str().context("no text")?.to_owned())
+    };
+    let of = |name: &str| format!("containerd.io/snapshot/accel.{name}");
+    let size = layer["erofs"]["size"].as_u64().context("no size")?;
+    Ok([
+        (REF.to_owned(), text(&layer["chain_id"])?),
+        (of("layout"), "1".to_owned()),
+        (of("diff-id"), text(&layer["diff_id"])?),
+        (ROOT.to_owned(), text(&layer["erofs"]["root"])?),
+        (of("size"), size.to_string()),
+    ]
+    .into())
+}
+
 fn layers(setting: &Setting, image: &str) -> Result<Vec<Layer>> {
     let image = fixture::image(setting, image)?;
     let record = fixture::record(&setting.ufs(), &image.digest)?;
@@ -118,21 +139,10 @@ fn layers(setting: &Setting, image: &str) -> Result<Vec<Layer>> {
     layers
         .iter()
         .map(|layer| {
-            let text = |value: &serde_json::Value| -> Result<String> {
-                Ok(value.as_str().context("no text")?.to_owned())
-            };
-            let root = text(&layer["erofs"]["root"])?;
-            let size = layer["erofs"]["size"].as_u64().context("no size")?;
-            let of = |name: &str| format!("containerd.io/snapshot/accel.{name}");
-            let labels = [
-                (REF.to_owned(), text(&layer["chain_id"])?),
-                (of("layout"), "1".to_owned()),
-                (of("diff-id"), text(&layer["diff_id"])?),
-                (of("root"), root.clone()),
-                (of("size"), size.to_string()),
-            ];
+            let labels = labels(layer)?;
+            let root = labels[ROOT].clone();
             Ok(Layer {
-                labels: labels.into(),
+                labels,
                 root,
                 witness: None,
             })

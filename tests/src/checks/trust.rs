@@ -1,5 +1,6 @@
 //! Layers that the snapshotter takes on the word of UFS.
 
+use super::snapshots::{ROOT, labels, unmount_below};
 use crate::daemon::Daemon;
 use crate::snapshotter::{Labels, REF, Snapshotter};
 use crate::{Setting, fixture};
@@ -10,7 +11,6 @@ use tonic::Code;
 
 /// The label in which the CRI says of which blob a layer is.
 const BLOB: &str = "containerd.io/snapshot/cri.layer-digest";
-const ROOT: &str = "containerd.io/snapshot/accel.root";
 
 /// A layer as an ordinary image's pull asks for it, and as an accelerated one's.
 struct Layer {
@@ -30,9 +30,9 @@ pub fn ufs_is_trusted_only_if_told_to(setting: &Setting) -> Result<()> {
     let done = take(&mut snapshotter, &layers, &ufs)
         .with_context(|| format!("{}\n{}", snapshotter.log(), daemon.log()));
     if done.is_err() {
-        super::snapshots::unmount_below(scratch.path());
+        unmount_below(scratch.path());
         let run = daemon.socket();
-        super::snapshots::unmount_below(run.parent().unwrap_or(Path::new("/nowhere")));
+        unmount_below(run.parent().unwrap_or(Path::new("/nowhere")));
     }
     done?;
     drop(snapshotter);
@@ -133,20 +133,10 @@ fn copy(setting: &Setting, to: &Path) -> Result<Vec<Layer>> {
             file(&path.replace(".erofs", ".idx"))?;
             let blob = text(&layer["digest"])?;
             file(&record_of(&blob)?)?;
-            let chain = (REF.to_owned(), text(&layer["chain_id"])?);
-            let of = |name: &str| format!("containerd.io/snapshot/accel.{name}");
-            let size = layer["erofs"]["size"].as_u64().context("no size")?;
-            Ok(Layer {
-                plain: [chain.clone(), (BLOB.to_owned(), blob)].into(),
-                named: [
-                    chain,
-                    (of("layout"), "1".to_owned()),
-                    (of("diff-id"), text(&layer["diff_id"])?),
-                    (ROOT.to_owned(), text(&layer["erofs"]["root"])?),
-                    (of("size"), size.to_string()),
-                ]
-                .into(),
-            })
+            let named = labels(layer)?;
+            let plain = [REF, BLOB].map(str::to_owned).into_iter();
+            let plain = plain.zip([named[REF].clone(), blob]).collect();
+            Ok(Layer { plain, named })
         })
         .collect()
 }

@@ -211,10 +211,14 @@ pub fn serve(directory: &Path) -> Child {
 }
 
 pub fn serve_with(directory: &Path, further: &[&OsStr]) -> Child {
+    serve_by(Command::new(PROGRAM), directory, further)
+}
+
+/// By a command that runs the program with the arguments that follow.
+pub fn serve_by(mut command: Command, directory: &Path, further: &[&OsStr]) -> Child {
     let mut log = File::options();
     let log = log.create(true).append(true).open(directory.join("log"));
     let log = log.unwrap();
-    let mut command = Command::new(PROGRAM);
     command.arg("serve").args(["--transport", "fuse"]);
     command.arg("--ufs").arg(directory.join("ufs"));
     command.arg("--socket").arg(directory.join("socket"));
