@@ -9,21 +9,18 @@
 //! taken first. What has to be known of UFS is looked up before either: a UFS that
 //! stalls holds up who asks for it, and nobody else.
 
-use crate::catalog::{Catalog, CatalogError, Image, Layer, RootedLayer};
+use crate::catalog::{CatalogError, Image, RootedLayer};
 use crate::devices::{Device, Devices};
 use crate::engine::{Engine, Export, ExportReader, Warmer};
 use crate::journal::{Entry, HolderEntry, Journal, State as JournalState};
 use crate::protocol::{
-    Attached, AttachedLayer, Detached, DeviceView, Ended, ExportStatus, FindAnswer, Holder,
-    HolderStatus, LayerAnswer,
+    Attached, AttachedLayer, Detached, DeviceView, Ended, ExportStatus, Holder, HolderStatus,
+    LayerAnswer,
 };
 use crate::remake::{Origin, Recipe, Remake};
 use accel_oci::{ChainId, DiffId, Digest, Platform};
-use accel_source::Source;
 use accel_ufs::index::{ImageSize, Root};
-use accel_ufs::resolve::ImageName;
 use anyhow::{Context, Result, anyhow, bail};
-use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -31,6 +28,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
+mod look_up;
 mod observe;
 mod ready;
 mod recovery;
@@ -173,56 +171,6 @@ impl Registry {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks `image` up, so that attaching it soon does not wait for UFS.
-    pub fn prepare(&self, image: &str) -> Result<()> {
-        self.check_open()?;
-        let found = self.look_up(image)?;
-        let mut prepared = self.prepared();
-        prepared.retain(|other| other.image != image && other.at.elapsed() < PREPARED);
-        prepared.push(Prepared {
-            image: image.to_owned(),
-            at: Instant::now(),
-            found,
-        });
-        Ok(())
-    }
-
-    fn prepared(&self) -> MutexGuard<'_, Vec<Prepared>> {
-        self.prepared.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn look_up(&self, image: &str) -> Result<Found> {
-        let (began, catalog) = (Instant::now(), self.catalog());
-        let name: ImageName = image.parse()?;
-        let image = catalog.find(&name)?;
-        let opened = self.open(&image)?;
-        Ok(Found {
-            image,
-            opened,
-            began,
-            looked_up: catalog.fetched.get(),
-        })
-    }
-
-    /// Opens the layers of `image` that are not exported yet.
-    fn open(&self, image: &Image) -> Result<HashMap<Root, Arc<Export>>> {
-        let mut opened = HashMap::new();
-        for layer in &image.layers {
-            let known = self.state().exports.contains_key(&layer.root);
-            if !known && !opened.contains_key(&layer.root) {
-                opened.insert(layer.root, self.open_layer(*layer)?);
-            }
-        }
-        Ok(opened)
-    }
-
-    fn open_layer(&self, layer: Layer) -> Result<Arc<Export>> {
-        let Layer { name, root, size } = layer;
-        let patience = self.engine.patience().lookup();
-        let export = Export::open(&self.engine, name, root, size, patience)?;
-        Ok(Arc::new(export))
-    }
-
     /// Exports the layers of `image` for `holder`.
     pub fn attach(&self, image: &str, holder: Option<String>) -> Result<Attached> {
         self.check_open()?;
@@ -291,38 +239,10 @@ impl Registry {
         Ok(LayerAnswer::Attached(layer))
     }
 
-    /// What UFS has for a chain ID on top of `below`.
-    pub fn find_layer(
-        &self,
-        chain_id: ChainId,
-        below: Option<ChainId>,
-        digest: Option<Digest>,
-    ) -> Result<FindAnswer> {
-        self.check_open()?;
-        match self.catalog().layer_of_chain(chain_id, below, digest) {
-            Ok(Some((diff_id, layer))) => Ok(FindAnswer::Found {
-                diff_id,
-                root: layer.root,
-                size: layer.size,
-            }),
-            Ok(None) => Ok(FindAnswer::Absent),
-            Err(error) => Ok(FindAnswer::Unreadable(error.to_string())),
-        }
-    }
-
     fn check_open(&self) -> Result<()> {
         match self.state().closed {
             true => bail!("the daemon is ending"),
             false => Ok(()),
-        }
-    }
-
-    fn catalog(&self) -> Catalog<'_, dyn Source> {
-        Catalog {
-            source: &**self.engine.source(),
-            pool: self.engine.arena().chunks(),
-            ufs: &self.ufs,
-            fetched: Cell::new(0),
         }
     }
 
