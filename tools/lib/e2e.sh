@@ -1,25 +1,42 @@
 # shellcheck shell=bash
 # Running the end-to-end checks (crate accel-tests). Needs common.sh.
 #
-# In: work, a directory with bin/ (build_programs) and fixtures/ (tests/fixtures);
-#     filter, an array of names to restrict the checks to
+# In: work, a directory with bin/ (build_programs or build_checked), tests (build_checked)
+#     and fixtures/ (tests/fixtures); filter, an array of names to restrict the checks to
 
-# build_programs DIR: everything that the checks run, optimised, because emulation is
-# slow; and a daemon that does not verify, which the checks have to see through.
+programs=(mkfs-accel ublk-server ublk-rescue accel-snapshotter accel-e2e torture bench-node tree-manifest cri slow-ufs)
+
+# build_programs DIR: the programs as they are released, and those that try them.
 build_programs() {
-    local dir=$1 release=${CARGO_TARGET_DIR:-$repo/target}/release program
-    # Always the same packages: with others their dependencies have other features, and
-    # are built again.
-    local build=(cargo build --locked --release --manifest-path "$repo/Cargo.toml"
-        -p mkfs-accel -p ublk-server -p accel-snapshotter -p accel-tests)
+    local dir=$1 target=${CARGO_TARGET_DIR:-$repo/target} program
+    mkdir -p "$dir"
+    cargo build --locked --release --manifest-path "$repo/Cargo.toml" \
+        -p mkfs-accel -p ublk-server -p accel-snapshotter -p accel-tests || return
+    for program in "${programs[@]}"; do install -m 755 "$target/release/$program" "$dir/" || return; done
+}
+
+# build_checked DIR: the same with the checks of debug builds, optimised because emulation is
+# slow; a daemon that does not verify, which the checks have to see through; all tests, with
+# their executables in DIR/../tests, a line "PACKAGE:TEST FILE" each.
+build_checked() {
+    local dir=$1 target=${CARGO_TARGET_DIR:-$repo/target} program
+    # Always the whole workspace and a test: what else is chosen would give dependencies
+    # other features, and build them again.
+    local build=(cargo build --locked --profile checked --manifest-path "$repo/Cargo.toml" --workspace)
     mkdir -p "$dir"
     # The one that does not verify first: what stays in the target directory does.
-    "${build[@]}" --features ublk-server/insecure-skip-verification || return
-    install -m 755 "$release/ublk-server" "$dir/ublk-server-unverified" || return
-    "${build[@]}" || return
-    for program in mkfs-accel ublk-server ublk-rescue accel-snapshotter accel-e2e torture bench-node tree-manifest cri slow-ufs; do
-        install -m 755 "$release/$program" "$dir/$program" || return
-    done
+    "${build[@]}" --bin ublk-server --test engine --features ublk-server/insecure-skip-verification || return
+    install -m 755 "$target/checked/ublk-server" "$dir/ublk-server-unverified" || return
+    "${build[@]}" --all-targets --message-format json-render-diagnostics >"$dir/../built.json" || return
+    for program in "${programs[@]}"; do install -m 755 "$target/checked/$program" "$dir/" || return; done
+    /usr/bin/python3 - "$dir/../built.json" >"$dir/../tests" <<'PYTHON'
+import json, pathlib, sys
+for line in open(sys.argv[1]):
+    message = json.loads(line)
+    if message.get("executable") and message["profile"]["test"] and "test" in message["target"]["kind"]:
+        package = pathlib.Path(message["manifest_path"]).parent.name
+        print(f"{package}:{message['target']['name']} {message['executable']}")
+PYTHON
 }
 
 # Does this machine's kernel have ublk?
@@ -98,22 +115,17 @@ torture_tests_in_guest() {
         tail -n 1 /tmp/without | grep -Eq "errors=[1-9]"'
 }
 
-# The tests of single crates whose result depends on the kernel, PACKAGE:TEST.
-kernel_tests=(accel-erofs:kernel accel-source:worker accel-transport:fuse accel-transport:ublk ublk-server:daemon)
+# The tests whose result depends on the kernel, by the crate's directory.
+kernel_tests=(erofs:kernel source:worker transport:fuse transport:ublk ublk-server:daemon)
 
-# kernel_tests_in_guest KERNEL: those, as `cargo test` built them. The checkout has the
+# kernel_tests_in_guest KERNEL: those, as build_checked built them. The checkout has the
 # same path in the guest: programs find what they were built with.
 kernel_tests_in_guest() {
-    local target=${CARGO_TARGET_DIR:-$repo/target} test options=() programs
-    for test in "${kernel_tests[@]}"; do options+=(-p "${test%:*}" --test "${test#*:}"); done
-    programs=$(cargo test --locked --manifest-path "$repo/Cargo.toml" "${options[@]}" --no-run --message-format json |
-        /usr/bin/python3 -c '
-import json, sys
-for line in sys.stdin:
-    message = json.loads(line)
-    if message.get("executable") and message["profile"]["test"] and "test" in message["target"]["kind"]:
-        print(message["executable"])') || return
-    [ "$(wc -w <<<"$programs")" = ${#kernel_tests[@]} ] || { echo "not all of ${kernel_tests[*]} were built"; return 1; }
+    local target=${CARGO_TARGET_DIR:-$repo/target} test executables=()
+    for test in "${kernel_tests[@]}"; do
+        executables+=("$(awk -v test="$test" '$1 == test { print $2 }' "$work/tests")")
+        [ -n "${executables[-1]}" ] || { echo "the test $test was not built"; return 1; }
+    done
     mkdir -p "$cache/erofs-utils"
     "$repo/tools/lib/fetch-erofs-utils" || return
     local shares=(--share "$repo=$repo:ro" --share "$cache/erofs-utils=$cache/erofs-utils:ro")
@@ -123,5 +135,5 @@ for line in sys.stdin:
     "$repo/tools/guest/run" --kernel "$1" --timeout 1800 "${shares[@]}" \
         --env ACCEL_TESTS_FULL=1 --env ACCEL_REQUIRE_UBLK=1 --env IMAGE_ACCEL_CACHE="$cache" -- \
         sh -c 'modprobe -a ublk_drv loop || exit; status=0; for program; do echo "$program"; "$program" --skip fsck || status=1; done; exit $status' \
-        kernel-tests $programs
+        kernel-tests "${executables[@]}"
 }
