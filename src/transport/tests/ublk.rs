@@ -16,7 +16,8 @@ use std::{env, fs, io, thread};
 
 use accel_transport::Reader;
 use accel_transport::ublk::{
-    self, DeviceState, Features, Removal, UblkError, UblkOptions, UblkSpec, UblkTransport,
+    self, DeviceState, Features, Inventory, Removal, UblkError, UblkOptions, UblkSpec,
+    UblkTransport,
 };
 use common::{
     Answers, CHUNK, Image, Lazy, PatternReader, Random, assert_pattern, buffered,
@@ -671,4 +672,31 @@ fn what_a_dead_daemon_left_can_be_removed_without_recovery() {
         .recover(200, Arc::new(PatternReader::new(0, SIZE, Answers::Inline)))
         .unwrap_err();
     assert!(matches!(error, UblkError::Unsuitable { .. }), "{error}");
+}
+
+#[test]
+fn what_somebody_has_open_is_removed_without_waiting_for_them() {
+    let Some(_machine) = machine() else { return };
+    let asynchronous = Inventory::open(Duration::from_secs(60)).unwrap();
+    let before_6_9 = Inventory::open(Duration::from_secs(60)).unwrap();
+    for inventory in [asynchronous, before_6_9.without_async_deletion()] {
+        let mut daemon = Daemon::spawn(1);
+        let path = Path::new("/dev/ublkb200");
+        let file = direct(path);
+        let reader = thread::spawn(move || read_at(&direct(path), HELD.start, 4096));
+        daemon.wait_for("held");
+        let error = inventory.remove(200, Removal::Always).unwrap_err();
+        assert!(matches!(error, UblkError::Unsuitable { .. }), "{error}");
+        daemon.kill();
+        // Returns, although the file that would have to be closed is closed only then.
+        inventory.remove(200, Removal::Always).unwrap();
+        assert!(reader.join().unwrap().is_err());
+        assert!(read_at(&file, 0, 4096).is_err());
+        drop(file);
+        let since = Instant::now();
+        while !nodes().is_empty() {
+            assert!(since.elapsed() < Duration::from_secs(60), "{:?}", nodes());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
 }

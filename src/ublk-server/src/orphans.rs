@@ -30,11 +30,7 @@ pub fn mark(run: &Path) -> u64 {
 pub fn find(inventory: &Inventory, mark: u64, known: &HashSet<u32>) -> Result<Vec<DeviceInfo>> {
     let devices = inventory.devices()?.into_iter();
     let ours = devices.filter(|info| info.mark == mark && !known.contains(&info.id));
-    Ok(ours.filter(|info| !is_served(info)).collect())
-}
-
-fn is_served(info: &DeviceInfo) -> bool {
-    info.state == DeviceState::Live && Path::new(&format!("/proc/{}", info.daemon)).exists()
+    Ok(ours.filter(|info| !info.is_served()).collect())
 }
 
 /// Removes those of `found` for which `remove` holds and that are not mounted; gives

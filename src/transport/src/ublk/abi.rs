@@ -12,6 +12,7 @@
 //! and tag.
 
 use std::fmt;
+use std::path::Path;
 
 use libublk::sys;
 
@@ -166,6 +167,13 @@ pub struct DeviceInfo {
     pub max_io_bytes: u32,
     /// What its maker marked it with; means nothing to the driver.
     pub mark: u64,
+}
+
+impl DeviceInfo {
+    /// Whether a process serves it. The driver may not have seen yet that one is gone.
+    pub fn is_served(&self) -> bool {
+        self.state == DeviceState::Live && Path::new(&format!("/proc/{}", self.daemon)).exists()
+    }
 }
 
 /// What `ADD_DEV` and `SET_PARAMS` need.

@@ -4,19 +4,23 @@
 //! that never came to note what it had made, leaves some behind.
 
 use std::fs;
+use std::io;
 use std::path::Path;
-use std::time::{Duration, Instant};
-use std::{io, thread};
+use std::time::Duration;
 
 use rustix::io::Errno;
 
 use super::abi::{ControlOp, DeviceInfo, DeviceState, Features};
 use super::control::Control;
 use super::error::{UblkError, Unavailable};
-use super::{Removal, open_exclusive, probe, unsuitable};
+use super::{Removal, abandoned, open_exclusive, probe};
 
 /// Where the driver lists its devices, started or not.
 const CLASS: &str = "/sys/class/ublk-char";
+
+/// How long the last user of a device that was stopped is waited for, where the driver
+/// can only delete with waiting.
+const LAST_USER: Duration = Duration::from_secs(1);
 
 /// Looks at all devices, and removes such that nobody serves.
 #[derive(Debug)]
@@ -24,6 +28,8 @@ pub struct Inventory {
     control: Control,
     features: Features,
     bound: Duration,
+    /// How devices are deleted that somebody may still use.
+    deletion: ControlOp,
 }
 
 impl Inventory {
@@ -35,7 +41,15 @@ impl Inventory {
             control,
             features,
             bound,
+            deletion: ControlOp::DelDevAsync,
         })
+    }
+
+    /// Deletes as where the driver lacks DEL_DEV_ASYNC (before Linux 6.9): for a test.
+    #[must_use]
+    pub fn without_async_deletion(mut self) -> Self {
+        self.deletion = ControlOp::DelDev;
+        self
     }
 
     /// All devices, by id.
@@ -57,20 +71,7 @@ impl Inventory {
     /// Stops and deletes a device that no process serves. With [`Removal::Always`]
     /// who waits for it gets I/O errors.
     pub fn remove(&self, id: u32, when: Removal) -> Result<(), UblkError> {
-        let since = Instant::now();
-        let info = loop {
-            let Some(info) = self.control.info(id, self.bound)? else {
-                return Err(unsuitable(id, "there is no such device"));
-            };
-            // The driver may not have seen yet that a process is gone.
-            if info.state != DeviceState::Live {
-                break info;
-            }
-            if is_running(info.daemon) || since.elapsed() > self.bound {
-                return Err(unsuitable(id, format!("process {} serves it", info.daemon)));
-            }
-            thread::sleep(Duration::from_millis(20));
-        };
+        let info = abandoned(&self.control, id, self.bound, DeviceInfo::is_served)?;
         let mut stop = ControlOp::StopDev;
         let mut _exclusive = None;
         if when == Removal::IfUnused && info.state != DeviceState::Stopped {
@@ -92,22 +93,27 @@ impl Inventory {
             return self.control.plain(ControlOp::DelDev, id, self.bound);
         }
         // Who has it mounted is not waited for: the driver frees it with its last user.
-        // Before Linux 6.9 that wait is all that there is, and it may be given up.
-        match self.control.plain(ControlOp::DelDevAsync, id, self.bound) {
-            Err(UblkError::Control {
-                errno: Errno::OPNOTSUPP,
-                ..
-            }) => match self.control.plain(ControlOp::DelDev, id, self.bound) {
-                Err(UblkError::Timeout { .. }) => Ok(()),
-                result => result,
-            },
+        if self.deletion == ControlOp::DelDevAsync {
+            match self.control.plain(self.deletion, id, self.bound) {
+                Err(UblkError::Control { errno, .. }) if is_unknown(errno) => {}
+                result => return result,
+            }
+        }
+        // Here it is gone at once, too, but the command waits for the last user; that can
+        // be given up.
+        match self.control.plain(ControlOp::DelDev, id, LAST_USER) {
+            Err(UblkError::Timeout {
+                interrupted: true, ..
+            }) => Ok(()),
             result => result,
         }
     }
 }
 
-fn is_running(pid: i32) -> bool {
-    Path::new(&format!("/proc/{pid}")).exists()
+/// The driver's answer to a command that it does not know; 524 is the kernel's own
+/// ENOTSUPP, which was never meant to be seen.
+fn is_unknown(errno: Errno) -> bool {
+    [Errno::OPNOTSUPP, Errno::from_raw_os_error(524)].contains(&errno)
 }
 
 fn ids(class: &Path) -> io::Result<Vec<u32>> {
@@ -129,6 +135,15 @@ fn ids(class: &Path) -> io::Result<Vec<u32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_command_that_older_drivers_lack_is_told_from_one_that_failed() {
+        assert!(is_unknown(Errno::OPNOTSUPP));
+        assert!(is_unknown(Errno::from_raw_os_error(524)));
+        for failed in [Errno::BUSY, Errno::NODEV, Errno::INTR, Errno::INVAL] {
+            assert!(!is_unknown(failed), "{failed}");
+        }
+    }
 
     #[test]
     fn ids_are_read_from_names() {

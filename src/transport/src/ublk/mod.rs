@@ -341,17 +341,21 @@ impl<R: Reader> UblkTransport<R> {
     pub fn remove(&self, id: u32, when: Removal) -> Result<(), UblkError> {
         let bound = self.options.control_timeout;
         let served = self.devices().get(&id).map(Arc::clone);
-        let Some(info) = self.control.info(id, bound)? else {
+        let info = match &served {
+            Some(_) => self.control.info(id, bound)?,
+            // This process does not, whatever it was before it became this program.
+            None => Some(abandoned(&self.control, id, bound, |info| {
+                info.is_served() && info.daemon.cast_unsigned() != std::process::id()
+            })?),
+        };
+        let Some(info) = info else {
             self.devices().remove(&id);
             return Err(unsuitable(id, "there is no such device"));
         };
-        if served.is_none() && info.state == DeviceState::Live {
-            return Err(unsuitable(id, format!("process {} serves it", info.daemon)));
-        }
         let mut stop = ControlOp::StopDev;
         // Nobody may mount it between the test and the stop.
         let mut _exclusive = None;
-        if when == Removal::IfUnused && info.state == DeviceState::Live {
+        if when == Removal::IfUnused && info.state != DeviceState::Stopped {
             if self.features.contains(Features::SAFE_STOP_DEV) {
                 stop = ControlOp::TryStopDev;
             } else {
@@ -520,6 +524,29 @@ impl<R: Reader> UblkTransport<R> {
     ) -> Result<(), UblkError> {
         self.stop(id, served.as_deref(), op)?;
         self.delete(id, served)
+    }
+}
+
+/// The device, when the driver has seen that nobody serves it; an error if somebody
+/// `serves` it, or the driver does not see it in time.
+fn abandoned(
+    control: &Control,
+    id: u32,
+    bound: Duration,
+    serves: impl Fn(&DeviceInfo) -> bool,
+) -> Result<DeviceInfo, UblkError> {
+    let since = Instant::now();
+    loop {
+        let Some(info) = control.info(id, bound)? else {
+            return Err(unsuitable(id, "there is no such device"));
+        };
+        if info.state != DeviceState::Live {
+            return Ok(info);
+        }
+        if serves(&info) || since.elapsed() > bound {
+            return Err(unsuitable(id, format!("process {} serves it", info.daemon)));
+        }
+        thread::sleep(Duration::from_millis(5));
     }
 }
 
