@@ -12,7 +12,7 @@ use crate::orphans;
 use crate::paths::Paths;
 use crate::protocol::{Holder, Orphan};
 use accel_client::system::is_mount_point;
-use accel_transport::ublk::{DeviceInfo, DeviceState, Inventory, Removal};
+use accel_transport::ublk::{DeviceInfo, DeviceState, Inventory, Removal, UblkError};
 use anyhow::{Context, Result, bail};
 use std::collections::HashSet;
 use std::fs;
@@ -147,14 +147,7 @@ impl Registry {
                     let mut devices = devices.lock().unwrap_or_else(PoisonError::into_inner);
                     devices.next()
                 } {
-                    let device = entry.device;
-                    if let Err(error) = self.recover_ublk(entry) {
-                        tracing::error!(
-                            device,
-                            error = format!("{error:#}"),
-                            "cannot see to a device of an earlier daemon"
-                        );
-                    }
+                    self.recover_or_note(entry);
                 }
             };
             let threads = (1..TOGETHER).map_while(|_| {
@@ -195,39 +188,6 @@ impl Registry {
         Ok(())
     }
 
-    fn recover_ublk(&self, entry: Entry) -> Result<()> {
-        let Some(ublk) = self.devices.ublk() else {
-            bail!("no ublk");
-        };
-        let (id, name) = (entry.device, entry.name());
-        let info = match ublk.state(id) {
-            Ok(info) => info,
-            Err(error) => {
-                tracing::error!(device = id, layer = %name, %error, "cannot look at a device");
-                return Ok(());
-            }
-        };
-        let Some(info) = info else {
-            tracing::info!(device = id, layer = %name, "a device is gone; dropping its entry");
-            self.journal.remove(entry.root)?;
-            return Ok(());
-        };
-        if entry.state != JournalState::Live || info.state == DeviceState::Stopped {
-            match ublk.remove(id, Removal::Always) {
-                Ok(()) => {
-                    tracing::info!(device = id, layer = %name, "removed an unfinished device");
-                    self.journal.remove(entry.root)?;
-                }
-                Err(error) => {
-                    tracing::error!(device = id, layer = %name, %error, "cannot remove a device");
-                }
-            }
-            return Ok(());
-        }
-        self.recover_or_note(entry);
-        Ok(())
-    }
-
     pub(super) fn unrecovered(&self) -> MutexGuard<'_, Vec<Entry>> {
         self.unrecovered
             .lock()
@@ -235,7 +195,7 @@ impl Registry {
     }
 
     fn recover_or_note(&self, entry: Entry) {
-        if let Err(error) = self.recover_one(&entry) {
+        if let Err(error) = self.recover_ublk(entry.clone()) {
             tracing::error!(device = entry.device, layer = %entry.name(),
                 error = format!("{error:#}"),
                 "cannot recover a device; who reads it waits until another attempt succeeds");
@@ -257,16 +217,41 @@ impl Registry {
         self.all_recovered()
     }
 
-    fn recover_one(&self, entry: &Entry) -> Result<()> {
+    fn recover_ublk(&self, mut entry: Entry) -> Result<()> {
         let Some(ublk) = self.devices.ublk() else {
             bail!("no ublk");
         };
-        let export = Export::recovered(entry.name(), entry.root, entry.size);
-        let export = Arc::new(export);
+        let (id, name) = (entry.device, entry.name());
+        let Some(info) = ublk.state(id)? else {
+            tracing::info!(device = id, layer = %name, "a device is gone; dropping its entry");
+            return Ok(self.journal.remove(entry.root)?);
+        };
+        // Nobody has been told of a device that was being made. One that was being removed
+        // may be in use: then its daemon died before it could take that back.
+        let removal = match (entry.state, info.state) {
+            (JournalState::Intent, _) | (_, DeviceState::Stopped) => Some(Removal::Always),
+            (JournalState::Deleting, _) => Some(Removal::IfUnused),
+            (JournalState::Live, _) => None,
+        };
+        match removal.map(|when| ublk.remove(id, when)) {
+            None => {}
+            Some(Ok(())) => {
+                tracing::info!(device = id, layer = %name, "removed an unfinished device");
+                return Ok(self.journal.remove(entry.root)?);
+            }
+            Some(Err(UblkError::InUse { .. })) => {
+                tracing::warn!(device = id, layer = %name,
+                    "a device was to be removed, but is in use: going on with it");
+                entry.state = JournalState::Live;
+                self.journal.write(&entry)?;
+            }
+            Some(Err(error)) => return Err(error.into()),
+        }
+        let export = Arc::new(Export::recovered(name, entry.root, entry.size));
         let reader = Arc::new(ExportReader::new(&self.engine, &export));
-        let device = ublk.recover(entry.device, reader)?;
-        tracing::info!(device = entry.device, layer = %export.name, "recovered");
-        self.recovered(export, Device::Ublk(device), entry.clone());
+        let device = ublk.recover(id, reader)?;
+        tracing::info!(device = id, layer = %name, "recovered");
+        self.recovered(export, Device::Ublk(device), entry);
         Ok(())
     }
 
