@@ -67,6 +67,14 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             "lifecycle::device_not_noted_is_removed_at_start",
             lifecycle::device_not_noted_is_removed_at_start,
         ),
+        (
+            "lifecycle::removal_of_a_device_in_use_is_taken_back",
+            lifecycle::removal_of_a_device_in_use_is_taken_back,
+        ),
+        (
+            "lifecycle::reads_go_on_when_memory_is_short",
+            lifecycle::reads_go_on_when_memory_is_short,
+        ),
     ];
     let others: [(&str, Check); 22] = [
         (

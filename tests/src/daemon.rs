@@ -202,6 +202,14 @@ impl Daemon {
         Ok(())
     }
 
+    /// Whether it has ended by itself, or was ended by somebody else.
+    ///
+    /// # Errors
+    /// When that cannot be seen.
+    pub fn has_ended(&self) -> Result<bool> {
+        Ok(self.child().try_wait()?.is_some())
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child().id()

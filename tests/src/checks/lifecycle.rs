@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use accel_transport::ublk::Inventory;
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::daemon::{Daemon, Succession};
 use crate::fixture::image;
@@ -281,6 +281,50 @@ pub fn device_not_noted_is_removed_at_start(setting: &Setting) -> Result<()> {
     before.check_same_now(setting)
 }
 
+/// `detach` of a device that somebody has mounted is refused, and the daemon is killed
+/// before it can say so: the next one goes on with the device.
+pub fn removal_of_a_device_in_use_is_taken_back(setting: &Setting) -> Result<()> {
+    let image = image(setting, "tiny")?;
+    let before = State::now(setting)?;
+    let daemon = Daemon::start(setting, &setting.ufs())?;
+    let devices = daemon.attach(&image.source)?;
+    let root = setting.scratch_dir()?;
+    let flags = rustix::mount::MountFlags::RDONLY;
+    rustix::mount::mount(&devices[0], root.path(), "erofs", flags, None)?;
+    let wanted = tree::manifest(root.path())?;
+    let checked = (|| -> Result<()> {
+        let being_removed = || -> Result<bool> {
+            for entry in std::fs::read_dir(daemon.run().join("journal"))? {
+                let text = std::fs::read_to_string(entry?.path()).unwrap_or_default();
+                if text.contains("\"deleting\"") {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        };
+        std::thread::scope(|scope| -> Result<()> {
+            let detaching = scope.spawn(|| daemon.client(["detach", &image.source]));
+            while !being_removed()? && !detaching.is_finished() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            daemon.kill()?;
+            let detached = detaching.join();
+            let detached = detached.map_err(|_| crate::fail("the client panicked"))??;
+            ensure!(!detached.status.success(), "detached: {detached:?}");
+            Ok(())
+        })?;
+        ensure!(being_removed()?, "it was not killed in time");
+        daemon.start_again()?;
+        compare(&wanted, root.path(), "a detach that was refused")
+    })();
+    rustix::mount::unmount(root.path(), rustix::mount::UnmountFlags::empty())?;
+    checked.with_context(|| daemon.log())?;
+    daemon.detach(&image.source)?;
+    daemon.stop()?;
+    drop(root);
+    before.check_same_now(setting)
+}
+
 /// The daemon's program is broken, and its supervisor gives up: `ublk-rescue` has
 /// readers get errors, what is mounted can be unmounted, and the node is of use.
 pub fn broken_program_is_rescued(setting: &Setting) -> Result<()> {
@@ -379,6 +423,80 @@ pub fn serves_in_a_sandbox(setting: &Setting) -> Result<()> {
     }
     mounted.unmount()?;
     daemon.stop()?;
+    drop(script);
+    before.check_same_now(setting)
+}
+
+/// Daemon and workers share little memory with a program that takes all there is: that
+/// one is ended, again and again, and reads go on.
+pub fn reads_go_on_when_memory_is_short(setting: &Setting) -> Result<()> {
+    /// Ends of that program.
+    const ENDS: usize = 3;
+    let image = image(setting, "tiny")?;
+    let before = State::now(setting)?;
+    let root = Path::new("/sys/fs/cgroup");
+    std::fs::write(root.join("cgroup.subtree_control"), "+memory")?;
+    let group = root.join(format!("accel-memory-{}", std::process::id()));
+    std::fs::create_dir(&group)?;
+    let script = setting.scratch_dir()?;
+    let program = script.path().join("limited");
+    let enter = format!("echo $$ >{}/cgroup.procs", group.display());
+    // Scored as by deploy/systemd/ublk-server.service.
+    let text = format!(
+        "#!/bin/sh\nset -e\nif [ \"$1\" = serve ]; then {enter}; echo -999 >/proc/self/oom_score_adj; fi\n\
+         exec {} \"$@\"\n",
+        setting.ublk_server().display()
+    );
+    std::fs::write(&program, text)?;
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&program, executable)?;
+    let checked = (|| -> Result<()> {
+        std::fs::write(group.join("memory.max"), "128M")?;
+        let daemon = Daemon::start_program(setting, &program, &setting.ufs())?;
+        let mounted = daemon.mount(&image.source)?;
+        let wanted = image.tree()?;
+        let (ends, over) = (AtomicUsize::new(0), AtomicBool::new(false));
+        std::thread::scope(|scope| -> Result<()> {
+            let hog = scope.spawn(|| -> Result<()> {
+                while !over.load(Relaxed) {
+                    let hog = format!("{enter}; exec tail /dev/zero");
+                    let ended = Command::new("sh").args(["-c", &hog]).output()?;
+                    let signal = std::os::unix::process::ExitStatusExt::signal(&ended.status);
+                    ensure!(signal == Some(9), "it was not short of memory: {ended:?}");
+                    ends.fetch_add(1, Relaxed);
+                }
+                Ok(())
+            });
+            let read = (|| -> Result<()> {
+                while ends.load(Relaxed) < ENDS && !hog.is_finished() {
+                    compare(&wanted, mounted.path(), "memory was short")?;
+                }
+                Ok(())
+            })();
+            over.store(true, Relaxed);
+            hog.join().map_err(|_| crate::fail("a thread panicked"))??;
+            read
+        })?;
+        ensure!(mounted.run(&image.program)? == image.output()?);
+        ensure!(
+            !daemon.has_ended()?,
+            "the daemon has ended\n{}",
+            daemon.log()
+        );
+        mounted.unmount()?;
+        daemon.stop()
+    })();
+    // The last worker may take a moment to end.
+    let mut removed = std::fs::remove_dir(&group);
+    for _ in 0..1000 {
+        if removed.is_ok() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+        removed = std::fs::remove_dir(&group);
+    }
+    checked?;
+    removed?;
     drop(script);
     before.check_same_now(setting)
 }
