@@ -3,6 +3,8 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -387,6 +389,22 @@ fn spawn(program: &Path, ufs: &Path, transport: &str, directory: &Path) -> Resul
         .stderr(log)
         .spawn()
         .with_context(|| format!("starting {}", program.display()))
+}
+
+/// One request to the daemon at this socket, past the client program.
+///
+/// # Errors
+/// When it does not answer, or refuses.
+pub fn ask(socket: &Path, request: &serde_json::Value) -> Result<serde_json::Value> {
+    let mut stream = UnixStream::connect(socket)?;
+    writeln!(stream, "{request}")?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    let answer: serde_json::Value = serde_json::from_str(&text)?;
+    let ok = answer
+        .get("ok")
+        .with_context(|| format!("{request}: {text}"))?;
+    Ok(ok.clone())
 }
 
 /// A mounted image.

@@ -73,6 +73,8 @@ struct Aside {
 #[derive(Debug)]
 pub(crate) struct Health {
     aside: Option<Aside>,
+    /// It owes somebody an answer for longer than usual, and has given none since.
+    slow: bool,
     /// The next pause, and when the source last came back.
     pause: Duration,
     returned: Option<Instant>,
@@ -90,6 +92,7 @@ impl Default for Health {
     fn default() -> Self {
         Self {
             aside: None,
+            slow: false,
             pause: FIRST_PAUSE,
             returned: None,
             times: 0,
@@ -100,6 +103,21 @@ impl Default for Health {
 impl Health {
     pub(crate) fn is_good(&self) -> bool {
         self.aside.is_none()
+    }
+
+    /// Whether it is in use and not slow either.
+    pub(crate) fn is_prompt(&self) -> bool {
+        self.is_good() && !self.slow
+    }
+
+    /// It has not answered as soon as others might have.
+    pub(crate) fn is_slow(&mut self) {
+        self.slow = true;
+    }
+
+    /// It has answered, whatever.
+    pub(crate) fn answered(&mut self) {
+        self.slow = false;
     }
 
     /// Whether asking costs little, although others come first.
@@ -116,6 +134,7 @@ impl Health {
         why: String,
         probe: Probe,
     ) -> bool {
+        self.slow = false;
         if let Some(aside) = &mut self.aside {
             if fault >= aside.fault {
                 (aside.fault, aside.why, aside.probe) = (fault, why, probe);

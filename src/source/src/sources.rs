@@ -10,8 +10,10 @@
 //! * Sources have an order: the first that is in use is asked. One that is set
 //!   aside because it *answers* badly is asked when no other can be; one that does
 //!   *not answer* is waited for, but not asked until a probe of ours came back.
-//! * One attempt at a time, but one that is late is not called off: its answer, if
-//!   it is good, still counts.
+//! * One attempt at a time; but when one takes longer than half a second, and another
+//!   source is prompt, that is asked as well, and until the slow one has answered
+//!   something it is asked after those that are prompt. An attempt that is late is not
+//!   called off: its answer, if it is good, still counts.
 //! * Bytes that the caller rejects are asked for once more from the same source,
 //!   afresh (what this machine had cached may have been the fault), and then from
 //!   the others.
@@ -34,7 +36,7 @@ use crate::{
 };
 use pending::{Pending, Try, Verdict};
 use rustix::io::Errno;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -85,6 +87,8 @@ pub struct Tally {
 struct State {
     operations: BTreeMap<u64, Pending>,
     health: Vec<Health>,
+    /// Attempts that have not ended, those of requests that are over among them.
+    out: BTreeSet<u64>,
     last_id: u64,
     /// When the timer wakes; `None`: not by itself.
     wake: Option<Instant>,
@@ -107,6 +111,7 @@ impl Sources {
             state: Mutex::new(State {
                 operations: BTreeMap::new(),
                 health: members.iter().map(|_| Health::default()).collect(),
+                out: BTreeSet::new(),
                 last_id: 0,
                 wake: None,
                 closed: false,
@@ -289,6 +294,7 @@ impl Shared {
         let State {
             operations,
             health,
+            out,
             last_id,
             ..
         } = state;
@@ -296,9 +302,16 @@ impl Shared {
             return;
         };
         let waits = pending.until.is_some_and(|until| now < until);
-        if waits || pending.tries.iter().any(|attempt| attempt.live.is_some()) {
+        let mut live = pending
+            .tries
+            .iter()
+            .filter(|attempt| attempt.live.is_some());
+        if waits || live.any(|attempt| !attempt.slow) {
             return;
         }
+        // One that is slow may still answer; beside it only such are asked that may be
+        // quicker.
+        let beside = pending.tries.iter().any(|attempt| attempt.live.is_some());
         pending.until = None;
         // From when each may be asked; `None`: never.
         let (started, patient) = (pending.started, pending.patience.await_file);
@@ -317,26 +330,38 @@ impl Shared {
                 .find_map(|(member, ((attempt, health), when))| {
                     let due = when.is_some_and(|(late, when)| late == last && now >= when);
                     let open = match attempt.verdict {
-                        Verdict::Open => true,
+                        Verdict::Open => attempt.live.is_none(),
                         Verdict::Late => health.is_good() && attempt.out < UNANSWERED,
                         Verdict::Failed | Verdict::Final => false,
                     };
                     (due && open && usable(health)).then_some(member)
                 })
         };
-        let found = find(false, Health::is_good)
-            .or_else(|| find(false, Health::answers))
-            .or_else(|| find(true, Health::answers));
+        let mut found = find(false, Health::is_prompt);
+        if !beside {
+            found = found
+                .or_else(|| find(false, Health::is_good))
+                .or_else(|| find(false, Health::answers))
+                .or_else(|| find(true, Health::answers));
+        }
         if let Some(member) = found {
             let slot = pending.slot.take();
             let Some(slot) = slot.or_else(|| pending.pool.take_reserved()) else {
+                if beside {
+                    return;
+                }
                 pending.until = Some(now + MEMORY_PAUSE);
                 let until = pending.until;
                 return self.wake_by(state, until);
             };
             *last_id += 1;
             let attempt = *last_id;
+            out.insert(attempt);
             actions.push(self.attempt(pending, id, member, attempt, slot));
+            let next = pending.next();
+            return self.wake_by(state, next);
+        }
+        if beside {
             return;
         }
         let mut tries = pending.tries.iter().zip(&whens);
@@ -376,6 +401,7 @@ impl Shared {
     ) -> Action {
         let this = &mut pending.tries[member];
         this.live = Some(attempt);
+        (this.asked, this.slow) = (Some(Instant::now()), false);
         this.out += 1;
         this.verdict = Verdict::Open;
         let operation = match pending.operation {
@@ -389,12 +415,12 @@ impl Shared {
         let (me, shared, asker) = (Weak::clone(&self.me), Weak::clone(&self.me), pending.id);
         let name = self.members[member].name();
         tracing::debug!(request = %pending.id, source = name, file = %pending.file, ?operation, "asked");
-        let asked = Instant::now();
+        let (asked, probe) = (Instant::now(), pending.probe());
         let request = Request {
             id: pending.id,
             late: Some(Box::new(move || {
                 if let Some(shared) = shared.upgrade() {
-                    shared.late(id, member, attempt);
+                    shared.late(id, member, attempt, probe);
                 }
             })),
             ..Request::new(pending.file.clone(), operation, slot, pending.patience)
@@ -412,25 +438,27 @@ impl Shared {
     }
 
     /// An attempt was not answered in time.
-    fn late(&self, id: u64, member: usize, attempt: u64) {
+    fn late(&self, id: u64, member: usize, attempt: u64, probe: Probe) {
         let now = Instant::now();
         let mut actions = Vec::new();
         let mut state = self.lock();
-        let Some(pending) = state.operations.get_mut(&id) else {
-            return;
-        };
-        let this = &mut pending.tries[member];
-        if this.live != Some(attempt) {
+        if !state.out.contains(&attempt) {
             return;
         }
         let why = format!(
             "{}: no answer within {:?}",
-            pending.file, pending.patience.attempt
+            probe.file, probe.patience.attempt
         );
-        this.live = None;
-        this.verdict = Verdict::Late;
-        this.last = Some(why.clone());
-        let probe = pending.probe();
+        // Another source may have answered the request meanwhile.
+        if let Some(pending) = state.operations.get_mut(&id) {
+            let this = &mut pending.tries[member];
+            if this.live != Some(attempt) {
+                return;
+            }
+            this.live = None;
+            this.verdict = Verdict::Late;
+            this.last = Some(why.clone());
+        }
         self.set_aside(&mut state, member, now, Fault::Stalled, &why, probe);
         self.step(&mut state, id, now, &mut actions);
         drop(state);
@@ -442,6 +470,8 @@ impl Shared {
         let now = Instant::now();
         let mut actions = Vec::new();
         let mut state = self.lock();
+        state.out.remove(&attempt);
+        state.health[member].answered();
         match outcome {
             Ok(mut filled) => {
                 if state.health[member].gave(now) {
@@ -562,6 +592,12 @@ impl Shared {
         });
         let due: Vec<_> = due.map(|(id, _)| *id).collect();
         for id in due {
+            let pending = state.operations.get_mut(&id);
+            for member in pending.map_or_else(Vec::new, |pending| pending.slowed(now)) {
+                let name = self.members[member].name();
+                tracing::debug!(source = name, "slow; others are asked as well");
+                state.health[member].is_slow();
+            }
             if let Some(pending) = state.operations.get_mut(&id)
                 && pending.is_over(now)
             {

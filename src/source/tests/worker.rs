@@ -27,7 +27,7 @@ fn main() -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         };
     }
-    let tests: [(&str, fn()); 19] = [
+    let tests: [(&str, fn()); 21] = [
         ("reads_every_range", reads_every_range),
         ("small_files_and_listings", small_files_and_listings),
         (
@@ -47,6 +47,11 @@ fn main() -> ExitCode {
         ("the_next_source_is_asked", next_source),
         ("wrong_bytes_are_asked_for_elsewhere", wrong_bytes),
         ("a_stalled_source_stops_nobody", stalled_source),
+        ("a_slow_source_is_not_waited_for", slow_source),
+        (
+            "a_stall_is_noticed_although_another_answers",
+            stalled_beside_another,
+        ),
         ("late_answers_count", late_answers),
         ("all_stalled_ends_at_the_deadline", all_stalled),
         ("the_last_resort_is_asked_last_and_awaited", last_resort),
@@ -434,6 +439,12 @@ const HASTY: Patience = Patience {
     ..Patience::DATA
 };
 
+/// Attempts that are never late.
+const LASTING: Patience = Patience {
+    attempt: Duration::from_secs(300),
+    ..Patience::DATA
+};
+
 impl Two {
     fn read(&self) -> Filled {
         let read = submit(&self.arena, &self.sources, "file", at(0, CHUNK), HASTY);
@@ -646,6 +657,50 @@ fn stalled_source() {
     }
     fs::rename(&away, &file).unwrap();
     assert!(waiting.recv().unwrap().unwrap().bytes() == noise(CHUNK));
+}
+
+/// One that takes its time is not set aside, but waited for no longer than need be.
+fn slow_source() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    let two = two(move |_, _| match count.fetch_add(1, Ordering::Relaxed) {
+        0 => Fault::Delay(Duration::from_secs(10)),
+        _ => Fault::None,
+    });
+    two.second.wait_ready(Duration::from_secs(30)).unwrap();
+    let read = || {
+        let read = submit(&two.arena, &two.sources, "file", at(0, CHUNK), LASTING);
+        read.recv().unwrap().unwrap()
+    };
+    for _ in 0..4 {
+        let filled = read();
+        assert_eq!(&*filled.origin.name, "second");
+        assert!(filled.bytes() == noise(CHUNK));
+        // The first owes an answer, and is asked for no more.
+        assert_eq!(asked.load(Ordering::Relaxed), 1);
+        assert_eq!(two.first_fault(), None);
+    }
+    // When it has given that, it comes first again.
+    while &*read().origin.name != "first" {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(two.sources.standings()[0].times, 0);
+}
+
+/// What another source has answered for it meanwhile hides nothing.
+fn stalled_beside_another() {
+    let two = two(|_, _| Fault::Stall);
+    two.second.wait_ready(Duration::from_secs(30)).unwrap();
+    // Longer than another is waited for.
+    let patience = Patience {
+        attempt: Duration::from_secs(3),
+        ..Patience::DATA
+    };
+    let read = submit(&two.arena, &two.sources, "file", at(0, CHUNK), patience);
+    assert_eq!(&*read.recv().unwrap().unwrap().origin.name, "second");
+    while two.first_fault() != Some(SourceFault::Stalled) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 fn late_answers() {

@@ -2,7 +2,7 @@
 //! `tools/bench-recovery` and `tools/bench-many` run it. Everything that is read is
 //! compared with what was published.
 
-use accel_tests::daemon::{Daemon, Succession};
+use accel_tests::daemon::{Daemon, Succession, ask};
 use accel_tests::fixture::{self, Layer};
 use accel_tests::random::Random;
 use accel_tests::{Setting, fail};
@@ -10,9 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, Subcommand};
 use rustix::fs::OFlags;
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -249,19 +247,6 @@ fn recovery(setting: &Setting, ufs: &Path, rounds: usize, count: usize) -> Resul
     daemon.stop()
 }
 
-/// One request to the daemon, past the client program.
-fn ask(socket: &Path, request: &serde_json::Value) -> Result<serde_json::Value> {
-    let mut stream = UnixStream::connect(socket)?;
-    writeln!(stream, "{request}")?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text)?;
-    let answer: serde_json::Value = serde_json::from_str(&text)?;
-    let ok = answer
-        .get("ok")
-        .with_context(|| format!("{request}: {text}"))?;
-    Ok(ok.clone())
-}
-
 fn attach(socket: &Path, layer: &Layer) -> Result<PathBuf> {
     let request = serde_json::json!({"op": "attach", "image": layer.diff_id, "holder": null});
     let answer = ask(socket, &request)?;
@@ -284,6 +269,19 @@ fn resources(pid: u32) -> Result<(u64, u64, usize)> {
     };
     let files = fs::read_dir(format!("/proc/{pid}/fd"))?.count();
     Ok((field("VmRSS:")?, field("Threads:")?, files))
+}
+
+/// The same once there are as few threads as there were: those that answered who asked
+/// last may be counted a moment longer.
+fn settled(pid: u32, idle_threads: u64) -> Result<(u64, u64, usize)> {
+    let started = Instant::now();
+    loop {
+        let found = resources(pid)?;
+        if found.1 == idle_threads || started.elapsed() > Duration::from_secs(30) {
+            return Ok(found);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
 }
 
 fn same(device: &Path, layer: &Layer) -> Result<()> {
@@ -332,7 +330,8 @@ fn many(setting: &Setting, ufs: &Path, count: usize) -> Result<()> {
         devices.push(attach(&socket, layer)?);
         times.push(micros(start.elapsed()));
         if number % 100 == 0 || number == count || number == 10 {
-            let (memory, threads, files) = resources(pid)?;
+            let (memory, threads, files) = settled(pid, idle_threads)?;
+            ensure!(threads == idle_threads, "{threads} threads");
             println!(
                 "| {number} | {} ms | {} ms | {} MiB | {threads} | {files} |",
                 quantile(&mut times.clone(), 500),
@@ -351,10 +350,13 @@ fn many(setting: &Setting, ufs: &Path, count: usize) -> Result<()> {
     );
     // Killed and recovered, with all of them.
     let start = Instant::now();
-    daemon.succeed(Succession::Kill, || {})?;
+    daemon.kill()?;
+    let died = start.elapsed();
+    daemon.start_again()?;
     println!(
-        "Killed; the next one serves all: {:.1} s.",
-        start.elapsed().as_secs_f64()
+        "Killed: dead after {:.1} s; the next one serves all {:.1} s later.",
+        died.as_secs_f64(),
+        (start.elapsed() - died).as_secs_f64()
     );
     for (device, layer) in devices.iter().zip(layers).step_by(25) {
         same(device, layer)?;
@@ -376,15 +378,7 @@ fn many(setting: &Setting, ufs: &Path, count: usize) -> Result<()> {
         "{} devices are left",
         devices_left()?
     );
-    // Those who asked may be counted a moment longer.
-    let started = Instant::now();
-    let (mut memory, mut threads, mut files) = resources(pid)?;
-    while (threads, files) != (idle_threads, idle_files)
-        && started.elapsed() < Duration::from_secs(30)
-    {
-        std::thread::sleep(Duration::from_millis(100));
-        (memory, threads, files) = resources(pid)?;
-    }
+    let (memory, threads, files) = settled(pid, idle_threads)?;
     println!(
         "Then {} MiB resident, {threads} threads, {files} open files; no device is left.",
         memory >> 10

@@ -165,7 +165,8 @@ impl Node {
         Ok(self.command(words).output()?)
     }
 
-    fn socket(&self) -> PathBuf {
+    /// Its admin socket.
+    pub fn socket(&self) -> PathBuf {
         self.serve.directory.join("socket")
     }
 

@@ -10,6 +10,10 @@ use rustix::io::Errno;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// How long one source is waited for before another is asked as well, if there is one
+/// that is prompt.
+pub(super) const PROMPT: Duration = Duration::from_millis(500);
+
 /// A request that is not answered yet.
 pub(super) struct Pending {
     pub(super) id: RequestId,
@@ -35,8 +39,11 @@ pub(super) struct Pending {
 pub(super) struct Try {
     /// Attempts that are out.
     pub(super) out: usize,
-    /// The one that has time left.
+    /// The one that has time left, and when it began.
     pub(super) live: Option<u64>,
+    pub(super) asked: Option<Instant>,
+    /// It has taken so long that another source may be asked beside it.
+    pub(super) slow: bool,
     pub(super) verdict: Verdict,
     /// It gave wrong bytes: it is to look again.
     pub(super) fresh: bool,
@@ -58,7 +65,29 @@ pub(super) enum Verdict {
     Final,
 }
 
+impl Try {
+    /// When a live attempt becomes slow.
+    fn slow_at(&self) -> Option<Instant> {
+        let asked = self.asked.filter(|_| self.live.is_some() && !self.slow)?;
+        Some(asked + PROMPT)
+    }
+}
+
 impl Pending {
+    /// Notes attempts that have become slow; the sources that make them.
+    pub(super) fn slowed(&mut self, now: Instant) -> Vec<usize> {
+        let mut slowed = Vec::new();
+        if self.tries.len() > 1 {
+            for (member, attempt) in self.tries.iter_mut().enumerate() {
+                if attempt.slow_at().is_some_and(|at| now >= at) {
+                    attempt.slow = true;
+                    slowed.push(member);
+                }
+            }
+        }
+        slowed
+    }
+
     pub(super) fn deadline(&self) -> Option<Instant> {
         let deadline = self.started + self.patience.whole?;
         Some(self.extended.map_or(deadline, |later| later.max(deadline)))
@@ -70,7 +99,10 @@ impl Pending {
 
     /// When it is to be looked at.
     pub(super) fn next(&self) -> Option<Instant> {
-        self.until.into_iter().chain(self.deadline()).min()
+        let slow = self.tries.iter().filter_map(Try::slow_at);
+        let slow = slow.filter(|_| self.tries.len() > 1);
+        let known = self.until.into_iter().chain(self.deadline());
+        known.chain(slow).min()
     }
 
     pub(super) fn probe(&self) -> Probe {
