@@ -68,6 +68,10 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             lifecycle::device_not_noted_is_removed_at_start,
         ),
         (
+            "lifecycle::damaged_entry_costs_its_device_alone",
+            lifecycle::damaged_entry_costs_its_device_alone,
+        ),
+        (
             "lifecycle::removal_of_a_device_in_use_is_taken_back",
             lifecycle::removal_of_a_device_in_use_is_taken_back,
         ),

@@ -284,6 +284,19 @@ impl Journal {
         Ok(entries)
     }
 
+    /// Removes entries that cannot be read: when there is no device that one of them
+    /// could be about, all that they do is to keep their layers from being exported.
+    pub fn forget_damaged(&self) -> io::Result<()> {
+        for path in self.files()? {
+            if let Err(error) = self.parse(&fs::read(&path)?) {
+                tracing::warn!(path = %path.display(), %error,
+                    "dropping a journal entry that cannot be read: it has no device");
+                fs::remove_file(&path)?;
+            }
+        }
+        Ok(())
+    }
+
     fn parse(&self, json: &[u8]) -> serde_json::Result<Found> {
         let head: Head = serde_json::from_slice(json)?;
         Ok(match head {
@@ -356,6 +369,10 @@ mod tests {
         assert_eq!(journal.forget_earlier_boots().unwrap(), [entry.clone()]);
         assert!(!journal.path(entry.root).exists());
         assert!(nonsense.exists());
+        journal.write(&entry).unwrap();
+        journal.forget_damaged().unwrap();
+        assert!(journal.path(entry.root).exists());
+        assert!(!nonsense.exists());
     }
 
     #[test]

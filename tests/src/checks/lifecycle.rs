@@ -1,6 +1,6 @@
 //! What is mounted can be unmounted, and then nothing of it is left.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
@@ -277,6 +277,57 @@ pub fn device_not_noted_is_removed_at_start(setting: &Setting) -> Result<()> {
         "the device is still there\n{}",
         daemon.log()
     );
+    daemon.stop()?;
+    before.check_same_now(setting)
+}
+
+/// A journal entry that is cut short costs its device, and no other; once `gc` has
+/// removed that, its layer can be exported again.
+pub fn damaged_entry_costs_its_device_alone(setting: &Setting) -> Result<()> {
+    let image = image(setting, "foreign")?;
+    let before = State::now(setting)?;
+    let daemon = Daemon::start(setting, &setting.ufs())?;
+    let devices = daemon.attach(&image.source)?;
+    ensure!(devices.len() > 1, "an image of one layer shows nothing");
+    let read = |devices: &[PathBuf]| -> Result<Vec<Vec<u8>>> {
+        crate::drop_caches()?;
+        let read = |device: &PathBuf| {
+            std::fs::read(device).with_context(|| format!("reading {}", device.display()))
+        };
+        devices.iter().map(read).collect()
+    };
+    let wanted = read(&devices)?;
+    let number = devices[0].to_string_lossy().replace("/dev/ublkb", "");
+    let mut damaged = None;
+    for entry in std::fs::read_dir(daemon.run().join("journal"))? {
+        let path = entry?.path();
+        let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+        if json["device"].to_string() == number {
+            let file = std::fs::File::options().write(true).open(&path)?;
+            file.set_len(file.metadata()?.len() / 2)?;
+            damaged = Some(path);
+        }
+    }
+    let damaged = damaged.ok_or_else(|| crate::fail("no entry is about the device"))?;
+    daemon.kill()?;
+    daemon.start_again()?;
+    let log = std::fs::read_to_string(daemon.socket().with_file_name("log"))?;
+    ensure!(
+        log.contains(&damaged.display().to_string()),
+        "the entry is not named: {log}"
+    );
+    ensure!(
+        read(&devices[1..])? == wanted[1..],
+        "the others' bytes differ"
+    );
+    ensure!(damaged.exists(), "all that is known of a device is gone");
+    let said = daemon.ask(["gc"])?;
+    let removed = format!("removed: device {} ", devices[0].display());
+    ensure!(said.contains(&removed), "gc says: {said}");
+    ensure!(!damaged.exists(), "the damaged entry is in the way");
+    daemon.detach(&image.source)?;
+    ensure!(read(&daemon.attach(&image.source)?)? == wanted);
+    daemon.detach(&image.source)?;
     daemon.stop()?;
     before.check_same_now(setting)
 }

@@ -74,10 +74,13 @@ impl Registry {
     }
 
     fn end_orphans(&self, remove: impl Fn(&DeviceInfo) -> bool) -> Result<Vec<Orphan>> {
-        let Some(_) = self.devices.ublk() else {
-            return Ok(Vec::new());
-        };
         let _one = self.operate();
+        let damaged = || self.journal.forget_damaged();
+        if self.devices.ublk().is_none() {
+            // Connections that no journal knows were closed at the start.
+            damaged().context("cannot tidy the journal")?;
+            return Ok(Vec::new());
+        }
         let entries = self.journal.load().context("cannot read the journal")?;
         let mut known: HashSet<_> = entries.iter().map(|entry| entry.device).collect();
         for served in self.state().exports.values() {
@@ -87,7 +90,11 @@ impl Registry {
         }
         let inventory = Inventory::open(orphans::BOUND)?;
         let found = orphans::find(&inventory, self.mark, &known)?;
-        Ok(orphans::end(&inventory, found, remove))
+        let left = orphans::end(&inventory, found, remove);
+        if left.is_empty() {
+            damaged().context("cannot tidy the journal")?;
+        }
+        Ok(left)
     }
 
     /// Ends what mounts held of which the clients have no note any more: they
