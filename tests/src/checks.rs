@@ -79,6 +79,10 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             "lifecycle::reads_go_on_when_memory_is_short",
             lifecycle::reads_go_on_when_memory_is_short,
         ),
+        (
+            "lifecycle::lost_device_in_use_is_in_nobodys_way",
+            lifecycle::lost_device_in_use_is_in_nobodys_way,
+        ),
     ];
     let others: [(&str, Check); 22] = [
         (

@@ -36,6 +36,7 @@ pub struct Daemon {
     program: PathBuf,
     ufs: PathBuf,
     transport: String,
+    further: Vec<String>,
     child: Mutex<Child>,
     directory: tempfile::TempDir,
 }
@@ -54,12 +55,27 @@ impl Daemon {
     /// # Errors
     /// As [`Daemon::start`].
     pub fn start_program(setting: &Setting, program: &Path, ufs: &Path) -> Result<Self> {
+        Self::start_with(setting, program, ufs, &[])
+    }
+
+    /// The same with further words of `serve`.
+    ///
+    /// # Errors
+    /// As [`Daemon::start`].
+    pub fn start_with(
+        setting: &Setting,
+        program: &Path,
+        ufs: &Path,
+        further: &[&str],
+    ) -> Result<Self> {
         let directory = setting.scratch_dir()?;
-        let child = spawn(program, ufs, &setting.transport, directory.path())?;
+        let further: Vec<_> = further.iter().map(|word| (*word).to_owned()).collect();
+        let child = spawn(program, ufs, &setting.transport, &further, directory.path())?;
         let daemon = Self {
             program: program.to_owned(),
             ufs: ufs.to_owned(),
             transport: setting.transport.clone(),
+            further,
             child: Mutex::new(child),
             directory,
         };
@@ -130,8 +146,15 @@ impl Daemon {
     /// # Errors
     /// When that does not serve.
     pub fn start_again(&self) -> Result<()> {
-        let (ufs, transport) = (&self.ufs, &self.transport);
-        *self.child() = spawn(&self.program, ufs, transport, self.directory.path())?;
+        let (ufs, transport, further) = (&self.ufs, &self.transport, &self.further);
+        let child = spawn(
+            &self.program,
+            ufs,
+            transport,
+            further,
+            self.directory.path(),
+        )?;
+        *self.child() = child;
         self.await_answer()
     }
 
@@ -372,7 +395,13 @@ impl Drop for Daemon {
     }
 }
 
-fn spawn(program: &Path, ufs: &Path, transport: &str, directory: &Path) -> Result<Child> {
+fn spawn(
+    program: &Path,
+    ufs: &Path,
+    transport: &str,
+    further: &[String],
+    directory: &Path,
+) -> Result<Child> {
     let log = File::options()
         .create(true)
         .append(true)
@@ -384,6 +413,7 @@ fn spawn(program: &Path, ufs: &Path, transport: &str, directory: &Path) -> Resul
         .arg("--socket")
         .arg(directory.join("socket"))
         .args(["--cache-size", "256M", "--transport", transport])
+        .args(further)
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)

@@ -376,6 +376,34 @@ pub fn removal_of_a_device_in_use_is_taken_back(setting: &Setting) -> Result<()>
     before.check_same_now(setting)
 }
 
+/// A device is lost for good while it is mounted: the next daemon waits for nobody who
+/// still uses it, and the same image can be mounted again beside it.
+pub fn lost_device_in_use_is_in_nobodys_way(setting: &Setting) -> Result<()> {
+    let image = image(setting, "tiny")?;
+    let before = State::now(setting)?;
+    let further = ["--without-recovery"];
+    let program = setting.ublk_server();
+    let daemon = Daemon::start_with(setting, &program, &setting.ufs(), &further)?;
+    let lost = daemon.mount(&image.source)?;
+    ensure!(lost.run(&image.program)? == image.output()?);
+    daemon.kill()?;
+    daemon.start_again()?;
+    let left = std::fs::read_dir(daemon.run().join("journal"))?.count();
+    ensure!(
+        left == 0,
+        "the journal has {left} entries\n{}",
+        daemon.log()
+    );
+    let mounted = daemon.mount(&image.source)?;
+    ensure!(mounted.run(&image.program)? == image.output()?);
+    compare(&image.tree()?, mounted.path(), "a device was lost")?;
+    lost.unmount()?;
+    ensure!(mounted.run(&image.program)? == image.output()?);
+    mounted.unmount()?;
+    daemon.stop()?;
+    before.check_same_now(setting)
+}
+
 /// The daemon's program is broken, and its supervisor gives up: `ublk-rescue` has
 /// readers get errors, what is mounted can be unmounted, and the node is of use.
 pub fn broken_program_is_rescued(setting: &Setting) -> Result<()> {

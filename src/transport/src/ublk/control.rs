@@ -205,6 +205,34 @@ impl Control {
         self.start(op, device, 0, Payload::None).wait(bound)?;
         Ok(())
     }
+
+    /// Deletes a stopped device. Who still has it open or mounted, which may be for ever,
+    /// is not waited for: the driver frees it with its last user.
+    pub fn delete(&self, device: u32, bound: Duration) -> Result<(), UblkError> {
+        match self.plain(ControlOp::DelDevAsync, device, bound) {
+            Err(UblkError::Control { errno, .. }) if is_unknown(errno) => {}
+            result => return result,
+        }
+        self.delete_giving_up(device)
+    }
+
+    /// The same where the driver lacks DEL_DEV_ASYNC (before Linux 6.9). The device is gone
+    /// at once here, too, but the command waits for the last user; that can be given up.
+    pub fn delete_giving_up(&self, device: u32) -> Result<(), UblkError> {
+        const LAST_USER: Duration = Duration::from_secs(1);
+        match self.plain(ControlOp::DelDev, device, LAST_USER) {
+            Err(UblkError::Timeout {
+                interrupted: true, ..
+            }) => Ok(()),
+            result => result,
+        }
+    }
+}
+
+/// The driver's answer to a command that it does not know; 524 is the kernel's own
+/// ENOTSUPP, which was never meant to be seen.
+fn is_unknown(errno: Errno) -> bool {
+    [Errno::OPNOTSUPP, Errno::from_raw_os_error(524)].contains(&errno)
 }
 
 impl Drop for Control {
@@ -325,6 +353,20 @@ fn run(file: &File, mut ring: ControlRing, wake: &Wake, inbox: &Receiver<Order>)
                 // The caller may have given up.
                 let _ = answer.try_send(Answer { result, payload });
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_that_older_drivers_lack_is_told_from_one_that_failed() {
+        assert!(is_unknown(Errno::OPNOTSUPP));
+        assert!(is_unknown(Errno::from_raw_os_error(524)));
+        for failed in [Errno::BUSY, Errno::NODEV, Errno::INTR, Errno::INVAL] {
+            assert!(!is_unknown(failed), "{failed}");
         }
     }
 }

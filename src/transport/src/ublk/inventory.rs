@@ -18,18 +18,13 @@ use super::{Removal, abandoned, open_exclusive, probe};
 /// Where the driver lists its devices, started or not.
 const CLASS: &str = "/sys/class/ublk-char";
 
-/// How long the last user of a device that was stopped is waited for, where the driver
-/// can only delete with waiting.
-const LAST_USER: Duration = Duration::from_secs(1);
-
 /// Looks at all devices, and removes such that nobody serves.
 #[derive(Debug)]
 pub struct Inventory {
     control: Control,
     features: Features,
     bound: Duration,
-    /// How devices are deleted that somebody may still use.
-    deletion: ControlOp,
+    async_deletion: bool,
 }
 
 impl Inventory {
@@ -41,14 +36,14 @@ impl Inventory {
             control,
             features,
             bound,
-            deletion: ControlOp::DelDevAsync,
+            async_deletion: true,
         })
     }
 
     /// Deletes as where the driver lacks DEL_DEV_ASYNC (before Linux 6.9): for a test.
     #[must_use]
     pub fn without_async_deletion(mut self) -> Self {
-        self.deletion = ControlOp::DelDev;
+        self.async_deletion = false;
         self
     }
 
@@ -89,31 +84,11 @@ impl Inventory {
             Err(error) => return Err(error),
         }
         drop(_exclusive);
-        if when == Removal::IfUnused {
-            return self.control.plain(ControlOp::DelDev, id, self.bound);
-        }
-        // Who has it mounted is not waited for: the driver frees it with its last user.
-        if self.deletion == ControlOp::DelDevAsync {
-            match self.control.plain(self.deletion, id, self.bound) {
-                Err(UblkError::Control { errno, .. }) if is_unknown(errno) => {}
-                result => return result,
-            }
-        }
-        // Here it is gone at once, too, but the command waits for the last user; that can
-        // be given up.
-        match self.control.plain(ControlOp::DelDev, id, LAST_USER) {
-            Err(UblkError::Timeout {
-                interrupted: true, ..
-            }) => Ok(()),
-            result => result,
+        match self.async_deletion {
+            true => self.control.delete(id, self.bound),
+            false => self.control.delete_giving_up(id),
         }
     }
-}
-
-/// The driver's answer to a command that it does not know; 524 is the kernel's own
-/// ENOTSUPP, which was never meant to be seen.
-fn is_unknown(errno: Errno) -> bool {
-    [Errno::OPNOTSUPP, Errno::from_raw_os_error(524)].contains(&errno)
 }
 
 fn ids(class: &Path) -> io::Result<Vec<u32>> {
@@ -135,15 +110,6 @@ fn ids(class: &Path) -> io::Result<Vec<u32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_command_that_older_drivers_lack_is_told_from_one_that_failed() {
-        assert!(is_unknown(Errno::OPNOTSUPP));
-        assert!(is_unknown(Errno::from_raw_os_error(524)));
-        for failed in [Errno::BUSY, Errno::NODEV, Errno::INTR, Errno::INVAL] {
-            assert!(!is_unknown(failed), "{failed}");
-        }
-    }
 
     #[test]
     fn ids_are_read_from_names() {

@@ -508,12 +508,11 @@ impl<R: Reader> UblkTransport<R> {
         }
     }
 
-    /// Deletes a stopped device. Its character device is closed with the last
-    /// `served`, which the driver waits for.
+    /// Deletes a stopped device, which goes when the last `served`, and with it the
+    /// character device, and everybody's files and mounts of it are closed.
     fn delete(&self, id: u32, served: Option<Arc<Served>>) -> Result<(), UblkError> {
         drop(served);
-        self.control
-            .plain(ControlOp::DelDev, id, self.options.control_timeout)
+        self.control.delete(id, self.options.control_timeout)
     }
 
     fn stop_and_delete(
