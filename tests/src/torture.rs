@@ -64,6 +64,9 @@ const READERS: usize = 3;
 /// A read that takes longer will never end: no stall is nearly as long.
 const HANG: Duration = Duration::from_secs(300);
 
+/// So many times longer a run may take if too little has happened.
+const SLOW: u64 = 4;
+
 /// What the command line says.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -217,17 +220,28 @@ fn verdict(scene: &Scene) -> bool {
         get(&tally.refused),
     );
     let bad = get(&tally.wrong) + get(&tally.errors);
-    let seconds = scene.options.seconds;
-    let enough = get(&tally.reads) >= 20 + seconds
-        && get(&tally.kills) >= 2.max(seconds / 30)
-        && get(&tally.kills_in_flight) * 2 >= get(&tally.kills)
-        && get(&tally.repaired) > 0
-        && (seconds < 60 || get(&tally.refused) > 0);
+    let enough = is_enough(scene);
     if !enough {
         println!("torture: too little has happened to mean anything");
     }
     println!("{}", tally.line());
     bad == 0 && enough
+}
+
+/// Whether as much has happened as the time asked for has to bring.
+fn is_enough(scene: &Scene) -> bool {
+    let tally = &scene.tally;
+    let get = |figure: &AtomicU64| figure.load(Relaxed);
+    let seconds = scene.options.seconds;
+    if scene.options.without_recovery {
+        // Nothing more happens after some kills.
+        return get(&tally.errors) > 0 && get(&tally.kills) > 1;
+    }
+    get(&tally.reads) >= 20 + seconds
+        && get(&tally.kills) >= 2.max(seconds / 30)
+        && get(&tally.kills_in_flight) * 2 >= get(&tally.kills)
+        && get(&tally.repaired) > 0
+        && (seconds < 60 || get(&tally.refused) > 0)
 }
 
 fn prepare_stores(options: &Options, scratch: &Path) -> Result<Vec<Store>> {
@@ -419,11 +433,14 @@ fn watch(scene: &Scene) {
                 scene.tally.line()
             );
         }
-        // Without recovery nothing more happens after some kills.
-        let enough = scene.options.without_recovery
-            && scene.tally.errors.load(Relaxed) > 0
-            && scene.tally.kills.load(Relaxed) > 1;
-        if !scene.is_calm() && (scene.milliseconds() / 1000 >= scene.options.seconds || enough) {
+        let elapsed = scene.milliseconds() / 1000;
+        let (seconds, enough) = (scene.options.seconds, is_enough(scene));
+        let is_time = match scene.options.without_recovery {
+            true => enough || elapsed >= seconds,
+            // A slow machine gets more time for as much to happen.
+            false => elapsed >= seconds && (enough || elapsed >= SLOW * seconds),
+        };
+        if !scene.is_calm() && is_time {
             scene.calm.store(true, Relaxed);
             since = Instant::now();
         }

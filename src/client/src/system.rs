@@ -16,7 +16,7 @@ use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -39,7 +39,7 @@ pub struct MountedLayer {
 }
 
 /// Mounts a layer's device, or file, at `point`, which is made; nothing happens
-/// if it is there already. Read-only, and with these flags.
+/// if that is mounted there already. Read-only, and with these flags.
 pub fn mount_layer(
     device: &Path,
     point: &Path,
@@ -48,7 +48,11 @@ pub fn mount_layer(
 ) -> Result<MountedLayer> {
     let mut mounted = MountedLayer::default();
     if is_mounted(point, "erofs")? {
-        return Ok(mounted);
+        if is_of(device, point) {
+            return Ok(mounted);
+        }
+        // The device was lost; mounts of it that containers have stay as they are.
+        detach(point)?;
     }
     fs::create_dir_all(point).with_context(|| format!("cannot make {}", point.display()))?;
     let failed = || format!("cannot mount {} at {}", device.display(), point.display());
@@ -76,6 +80,17 @@ pub fn mount_layer(
         "{} is not the layer it should be: {wrong}",
         device.display()
     );
+}
+
+/// Whether what is mounted at `point` is this block device. Files are taken to be what
+/// is mounted: before one is served anew, what is mounted of it is taken away.
+fn is_of(device: &Path, point: &Path) -> bool {
+    match (fs::metadata(device), fs::symlink_metadata(point)) {
+        (Ok(device), Ok(root)) if device.file_type().is_block_device() => {
+            root.dev() == device.rdev()
+        }
+        (_, root) => root.is_ok(),
+    }
 }
 
 fn mount_erofs(device: &Path, point: &Path, flags: MountFlags) -> rustix::io::Result<()> {

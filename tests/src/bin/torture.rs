@@ -80,7 +80,7 @@ impl Place {
 struct Run {
     #[command(flatten)]
     place: Place,
-    /// How long
+    /// How long; up to four times as long if too little has happened by then
     #[arg(long, default_value_t = 60)]
     seconds: u64,
     /// What happens follows from it, as far as time allows
