@@ -9,16 +9,16 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 use std::{env, fs, io, thread};
 
-use accel_transport::Reader;
 use accel_transport::ublk::{
     self, DeviceState, Features, Inventory, Removal, UblkError, UblkOptions, UblkSpec,
     UblkTransport,
 };
+use accel_transport::{Reader, Request};
 use common::{
     Answers, CHUNK, Image, Lazy, PatternReader, Random, assert_pattern, buffered,
     check_random_reads, contents, direct, open_files, read_at,
@@ -623,6 +623,67 @@ fn a_killed_daemon_is_succeeded_and_its_readers_go_on() {
         drop(file);
         remove(&transport, id);
     }
+    assert_eq!(nodes(), Vec::<String>::new());
+}
+
+const MORTAL: &str = "ACCEL_TEST_UBLK_MORTAL";
+
+/// Whoever serves it is killed when its size is asked for this many times more.
+struct Mortal {
+    reader: PatternReader,
+    lives: AtomicU64,
+}
+
+impl Reader for Mortal {
+    fn size(&self) -> u64 {
+        if self.lives.fetch_sub(1, Ordering::Relaxed) == 1 {
+            let myself = rustix::process::getpid();
+            rustix::process::kill_process(myself, rustix::process::Signal::KILL).unwrap();
+        }
+        self.reader.size()
+    }
+
+    fn read<R: Request>(&self, offset: u64, len: usize, request: R) {
+        self.reader.read(offset, len, request);
+    }
+}
+
+/// Not a test: a successor that is killed when it has the device's descriptors mapped
+/// and the driver has none of its tags.
+#[test]
+fn mortal_process() {
+    if env::var(MORTAL).is_err() {
+        return;
+    }
+    let transport: UblkTransport<Mortal> = UblkTransport::start(UblkOptions::default()).unwrap();
+    let reader = PatternReader::new(SEED, SIZE, Answers::Inline);
+    // Recovery compares the size, then the queue thread wants it.
+    let lives = AtomicU64::new(2);
+    let recovered = transport.recover(200, Arc::new(Mortal { reader, lives }));
+    panic!("it lives: {recovered:?}");
+}
+
+#[test]
+fn successors_that_die_while_they_recover_are_succeeded() {
+    let Some(_machine) = machine() else { return };
+    let mut daemon = Daemon::spawn(1);
+    let reader = thread::spawn(|| read_at(&direct("/dev/ublkb200".as_ref()), HELD.start, 4096));
+    daemon.wait_for("held");
+    daemon.kill();
+    for _ in 0..2 {
+        let mortal = Command::new(env::current_exe().unwrap())
+            .args(["--exact", "mortal_process"])
+            .env(MORTAL, "1")
+            .output()
+            .unwrap();
+        let signal = std::os::unix::process::ExitStatusExt::signal(&mortal.status);
+        assert_eq!(signal, Some(9), "{mortal:?}");
+    }
+    let transport = start();
+    let again = PatternReader::new(SEED, SIZE, Answers::Inline);
+    transport.recover(200, Arc::new(again)).unwrap();
+    assert_pattern(SEED, HELD.start, &reader.join().unwrap().unwrap());
+    remove(&transport, 200);
     assert_eq!(nodes(), Vec::<String>::new());
 }
 

@@ -28,6 +28,7 @@ mod inventory;
 mod probe;
 mod queue;
 mod ring;
+mod unfinished;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -317,12 +318,26 @@ impl<R: Reader> UblkTransport<R> {
             }
             match self.control.plain(ControlOp::StartUserRecovery, id, bound) {
                 Ok(()) => return Ok((info, size)),
-                // A successor before us got this far and died: 6.12 does not
-                // start a recovery twice, and need not.
+                // A successor before us got this far and died.
                 Err(UblkError::Control {
                     errno: Errno::INVAL,
                     ..
-                }) if info.state == DeviceState::Quiesced => return Ok((info, size)),
+                }) if info.state == DeviceState::Quiesced
+                    && since.elapsed() < self.options.recovery_timeout =>
+                {
+                    let path = char_path(id);
+                    match unfinished::complete(&path, info.queue_depth) {
+                        Err(error) if error.raw_os_error() != Some(Errno::BUSY.raw_os_error()) => {
+                            return Err(UblkError::Node {
+                                device: id,
+                                action: "completing an unfinished recovery by",
+                                path: path.display().to_string(),
+                                source: error,
+                            });
+                        }
+                        _ => thread::sleep(Duration::from_millis(5)),
+                    }
+                }
                 Err(UblkError::Control {
                     errno: Errno::BUSY, ..
                 }) if since.elapsed() < self.options.recovery_timeout => {
