@@ -3,7 +3,8 @@
 
 usage: mount_needs.py [--probed] MKFS-ACCEL UFS IMAGE FILE...
 
-For each layer: its index, the chunk with the superblock and the chunks with its metadata.
+The image's record, which tells its layers. For each layer: its index, the chunk with the
+superblock and the chunks with its metadata.
 For each file its chunks. --probed: udev looks what is on a new block device, and reads
 the first half MiB and the last quarter for that.
 """
@@ -29,7 +30,9 @@ def main():
     chunks = set()
     indexes = {}
     sizes = {}
-    for layer in inspect()["layers"]:
+    record = inspect()
+    told = os.path.getsize(os.path.join(ufs, "images", record["manifest"].replace(":", "/") + ".json"))
+    for layer in record["layers"]:
         path = layer["erofs"]["path"]
         sizes[path] = layer["erofs"]["size"]
         indexes[path] = layer["erofs"]["index_size"]
@@ -45,7 +48,7 @@ def main():
         first, last = data["offset"] // CHUNK, (data["offset"] + data["length"] - 1) // CHUNK
         chunks |= {(data["image"], n) for n in range(first, last + 1)}
     needed = sum(min(CHUNK, sizes[path] - n * CHUNK) for path, n in chunks)
-    print(needed + sum(indexes.values()), sum(sizes.values()))
+    print(told + needed + sum(indexes.values()), sum(sizes.values()))
 
 
 main()

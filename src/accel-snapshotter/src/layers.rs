@@ -65,8 +65,17 @@ pub struct Layers {
     places: Places,
     server: Paths,
     one: Mutex<()>,
-    /// Images that have a layer, for the daemon to make it again from.
-    origins: Mutex<HashMap<Root, String>>,
+    /// Where layers are from.
+    origins: Mutex<HashMap<Root, LayerOrigin>>,
+}
+
+/// Where a layer is from: hints for the daemon.
+#[derive(Debug, Clone, Default)]
+struct LayerOrigin {
+    /// An image that has it, to make it again from.
+    source: Option<String>,
+    /// What that image's record is called.
+    image: Option<Digest>,
 }
 
 impl Layers {
@@ -80,14 +89,15 @@ impl Layers {
         }
     }
 
-    fn origins(&self) -> MutexGuard<'_, HashMap<Root, String>> {
+    fn origins(&self) -> MutexGuard<'_, HashMap<Root, LayerOrigin>> {
         self.origins.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Notes which image a layer is of, if containerd's labels of its snapshot say so.
     pub fn note_origin(&self, root: Root, labels: &Labels) {
-        if let Some(origin) = remote::origin(labels) {
-            self.origins().insert(root, origin);
+        let (source, image) = (remote::origin(labels), remote::image(labels));
+        if source.is_some() || image.is_some() {
+            self.origins().insert(root, LayerOrigin { source, image });
         }
     }
 
@@ -168,12 +178,14 @@ impl Layers {
 
     fn mount(&self, layer: &Layer, point: &Path, mounted: bool) -> Result<(), LayerFailure> {
         let holder = self.holder(layer.root);
+        let origin = self.origins().get(&layer.root).cloned().unwrap_or_default();
         let command = Command::AttachLayer {
             diff_id: layer.diff_id,
             chain_id: layer.chain_id,
             root: layer.root,
             size: layer.size,
-            origin: self.origins().get(&layer.root).cloned(),
+            origin: origin.source,
+            image: origin.image,
             holder: holder.clone(),
             by_ufs: layer.trust == Trust::Ufs,
         };

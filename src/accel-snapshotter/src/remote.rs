@@ -18,7 +18,7 @@
 
 use crate::snapshot::{Labels, Lazy, SNAPSHOT_REF, Trust};
 use accel_oci::{ChainId, Digest, ImageSource, Version};
-use accel_ufs::annotations::LayerAnnotations;
+use accel_ufs::annotations::{IMAGE_KEY, LayerAnnotations};
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -75,19 +75,33 @@ pub struct Fallback {
     pub detail: String,
 }
 
+/// CRI's label with the digest of the image's manifest.
+const MANIFEST_DIGEST: &str = "containerd.io/snapshot/cri.manifest-digest";
+
 /// The image that a layer is of, as `mkfs-accel convert` takes it, if CRI has said so
 /// in the snapshot's labels. By its manifest's digest where that is known: a tag may
 /// move.
 pub fn origin(labels: &Labels) -> Option<String> {
     let image = labels.get("containerd.io/snapshot/cri.image-ref")?;
     let mut source: ImageSource = format!("docker://{image}").parse().ok()?;
-    let digest = labels.get("containerd.io/snapshot/cri.manifest-digest");
+    let digest = labels.get(MANIFEST_DIGEST);
     if let (ImageSource::Registry(reference), Some(digest)) =
         (&mut source, digest.and_then(|digest| digest.parse().ok()))
     {
         reference.version = Version::Digest(digest);
     }
     Some(source.to_string())
+}
+
+/// What the record on UFS is called that has the layer, as the manifest says, or for an
+/// image that is not an accelerated one, CRI.
+pub fn image(labels: &Labels) -> Option<Digest> {
+    let said = labels.get(IMAGE_KEY);
+    let said = said.or_else(|| match wanted(labels) {
+        Ok(None) => labels.get(MANIFEST_DIGEST),
+        _ => None,
+    });
+    said?.parse().ok()
 }
 
 impl Fallback {

@@ -45,6 +45,10 @@ pub enum Command {
         /// again from if it is lost.
         #[serde(default)]
         origin: Option<String>,
+        /// The name of an image record on UFS that has the layer: those on top of it will
+        /// be asked for next. A hint.
+        #[serde(default)]
+        image: Option<Digest>,
         /// Who needs it; a text that does not begin with `/`.
         holder: String,
         /// The root comes from a [`Command::FindLayer`]: nobody but UFS vouches for it.

@@ -1,6 +1,8 @@
 //! For threads that may wait: whole small files and directory listings.
 
-use crate::{FileName, Filled, Operation, Patience, Pool, Rejected, Request, Source, SourceError};
+use crate::{
+    FileName, Filled, Operation, Origin, Patience, Pool, Rejected, Request, Source, SourceError,
+};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -57,7 +59,7 @@ pub fn read_file(
     limit: usize,
     patience: Patience,
 ) -> Result<Vec<u8>, SourceError> {
-    let read = read_checked(source, pool, file, limit, patience, |bytes| {
+    let read = read_checked(source, pool, file, limit, patience, |bytes, _| {
         Ok::<_, std::convert::Infallible>(bytes.to_vec())
     });
     read.map(|read| match read {
@@ -67,7 +69,7 @@ pub fn read_file(
 }
 
 /// Reads the file from its start, at most `limit` bytes, and makes of it what
-/// `check` does. What fails the check counts as a wrong answer: other sources are
+/// `check` does, which also learns who gave the last of it. What fails the check counts as a wrong answer: other sources are
 /// asked as long as there are any. The inner error is that of the first check.
 pub fn read_checked<T, E: fmt::Display>(
     source: &dyn Source,
@@ -75,7 +77,7 @@ pub fn read_checked<T, E: fmt::Display>(
     file: &FileName,
     limit: usize,
     patience: Patience,
-    mut check: impl FnMut(&[u8]) -> Result<T, E>,
+    mut check: impl FnMut(&[u8], &Origin) -> Result<T, E>,
 ) -> Result<Result<T, E>, SourceError> {
     // A file of which nothing is wanted has no source to blame.
     let limit = limit.max(1);
@@ -84,7 +86,7 @@ pub fn read_checked<T, E: fmt::Display>(
     loop {
         let mut bytes = Vec::new();
         let mut origins = Vec::new();
-        while bytes.len() < limit {
+        let last = loop {
             let want = pool.slot_size().min(limit - bytes.len());
             let operation = Operation::Read {
                 offset: bytes.len() as u64,
@@ -102,15 +104,15 @@ pub fn read_checked<T, E: fmt::Display>(
                 (Err(error), None) => return Err(error),
             };
             bytes.extend_from_slice(filled.bytes());
-            let ended = filled.len < want;
+            let ended = filled.len < want || bytes.len() == limit;
             if !origins.contains(&(filled.origin.clone(), filled.asked)) {
-                origins.push((filled.origin, filled.asked));
+                origins.push((filled.origin.clone(), filled.asked));
             }
             if ended {
-                break;
+                break filled.origin;
             }
-        }
-        match check(&bytes) {
+        };
+        match check(&bytes, &last) {
             Ok(good) => return Ok(Ok(good)),
             Err(problem) => {
                 for (origin, asked) in origins {

@@ -611,7 +611,7 @@ fn wrong_bytes() {
     );
     // Whole files are read in the same way.
     let name = FileName::new("file");
-    let check = |bytes: &[u8]| match bytes == noise(CHUNK) {
+    let check = |bytes: &[u8], _: &_| match bytes == noise(CHUNK) {
         true => Ok(()),
         false => Err("no"),
     };
@@ -619,7 +619,7 @@ fn wrong_bytes() {
     read_checked(&two.sources, pool, &name, CHUNK, Patience::LOOKUP, check)
         .unwrap()
         .unwrap();
-    let never = |_: &[u8]| Err::<(), _>("never");
+    let never = |_: &[u8], _: &_| Err::<(), _>("never");
     let read = read_checked(&two.sources, pool, &name, CHUNK, Patience::LOOKUP, never);
     assert_eq!(read.unwrap(), Err("never"));
 }

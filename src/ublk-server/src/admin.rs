@@ -62,11 +62,13 @@ fn answer(daemon: &Daemon, stream: &UnixStream) -> Result<()> {
             root,
             size,
             origin,
+            image,
             holder,
             by_ufs,
         } => {
             let layer = (root, size);
-            let answer = registry.attach_layer(diff_id, chain_id, layer, origin, &holder, by_ufs);
+            let from = (origin, image);
+            let answer = registry.attach_layer(diff_id, chain_id, layer, from, &holder, by_ufs);
             reply_or_again(stream, answer, registry.is_closed())
         }
         Command::FindLayer {

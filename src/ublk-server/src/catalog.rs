@@ -62,17 +62,6 @@ pub struct Layer {
     pub size: ImageSize,
 }
 
-/// What there is of a layer whose root is known.
-#[derive(Debug, Clone, Copy)]
-pub enum RootedLayer {
-    /// The layer.
-    Found(Layer),
-    /// A layer of that name with this root or another size.
-    Other(Root),
-    /// Nothing.
-    Absent,
-}
-
 /// Where an image's layers came from. Of a registry's image the manifest's digest counts:
 /// a tag may have moved since.
 fn origins(record: &ImageRecord) -> HashMap<Root, Origin> {
@@ -145,28 +134,6 @@ impl Catalog<'_, dyn Source> {
             }
         }
         Ok(None)
-    }
-
-    /// The layer with this diffID on top of others, as long as its image has this
-    /// root and size.
-    pub fn layer_with_root(
-        &self,
-        diff_id: DiffId,
-        chain_id: ChainId,
-        root: Root,
-        size: ImageSize,
-    ) -> Result<RootedLayer, CatalogError> {
-        let mut other = None;
-        for layer in self.named(chain_id, diff_id) {
-            match layer? {
-                Some(layer) if (layer.root, layer.size) == (root, size) => {
-                    return Ok(RootedLayer::Found(layer));
-                }
-                Some(layer) => other = other.or(Some(layer.root)),
-                None => {}
-            }
-        }
-        Ok(other.map_or(RootedLayer::Absent, RootedLayer::Other))
     }
 
     /// The layer with this chain ID on top of `below`, whatever its root is. `digest`
@@ -245,7 +212,7 @@ impl Catalog<'_, dyn Source> {
     }
 
     /// The record of the image that `name` means.
-    fn record(&self, name: &ImageName) -> Result<ImageRecord, CatalogError> {
+    pub(crate) fn record(&self, name: &ImageName) -> Result<ImageRecord, CatalogError> {
         let not_converted = || UfsError::NotConverted {
             image: name.to_string(),
             ufs: self.ufs.to_owned(),

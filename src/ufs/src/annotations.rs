@@ -9,6 +9,7 @@
 //! | `containerd.io/snapshot/accel.diff-id` | the layer's diffID |
 //! | `containerd.io/snapshot/accel.root` | BLAKE3 of its EROFS image, 64 hex digits |
 //! | `containerd.io/snapshot/accel.size` | size of its EROFS image in bytes |
+//! | `containerd.io/snapshot/accel.image` | digest of the manifest that the image was made from, which names its record on UFS; a hint, may be missing |
 
 use crate::index::{ImageSize, Root};
 use accel_oci::DiffId;
@@ -20,6 +21,9 @@ const LAYOUT_KEY: &str = "containerd.io/snapshot/accel.layout";
 const DIFF_ID_KEY: &str = "containerd.io/snapshot/accel.diff-id";
 const ROOT_KEY: &str = "containerd.io/snapshot/accel.root";
 const SIZE_KEY: &str = "containerd.io/snapshot/accel.size";
+
+/// On each layer: what its image's record on UFS is called.
+pub const IMAGE_KEY: &str = "containerd.io/snapshot/accel.image";
 
 /// On an accelerated image's manifest: the digest of the manifest it was made from.
 pub const ORIGINAL_KEY: &str = "io.image-accel.original";

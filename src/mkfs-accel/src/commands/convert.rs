@@ -8,7 +8,7 @@ use crate::{interrupt, jobs};
 use accel_image::{Accelerated, Image, Images, Platforms, Target};
 use accel_oci::{Digest, ImageSource, Platform, PlatformError};
 use accel_ufs::UfsError;
-use accel_ufs::annotations::{LayerAnnotations, ORIGINAL_KEY};
+use accel_ufs::annotations::{IMAGE_KEY, LayerAnnotations, ORIGINAL_KEY};
 use accel_ufs::names;
 use accel_ufs::publish::{Outcome, Ufs};
 use accel_ufs::record::{self, ImageRecord, LayerRecord, NameRecord, Process};
@@ -285,12 +285,14 @@ fn accelerate(
     let images = done.iter().map(|(image, layers)| {
         let annotations = layers.iter().map(|done| {
             let record = &done.record;
-            LayerAnnotations {
+            let layer = LayerAnnotations {
                 diff_id: record.diff_id,
                 root: record.erofs.root,
                 size: record.erofs.size,
-            }
-            .to_map()
+            };
+            let mut annotations = layer.to_map();
+            annotations.insert(IMAGE_KEY.to_owned(), image.manifest.to_string());
+            annotations
         });
         Accelerated {
             image,

@@ -5,7 +5,7 @@ use super::pending::{KernelRequest, Pending as _, Piece};
 use super::verify::ZEROS;
 use super::{ChunkLoad, Engine};
 use accel_cache::Guard;
-use accel_source::{FileName, Patience, RequestId, Slot, SourceError, read_checked};
+use accel_source::{FileName, Origin, Patience, RequestId, Slot, SourceError, read_checked};
 use accel_transport::{ReadError, Reader, Request};
 use accel_ufs::index::{
     ByteRange, CHUNK_SIZE, ChunkNo, Header, HeaderError, ImageSize, Layout, PAGE_SIZE, Page, Root,
@@ -14,7 +14,7 @@ use accel_ufs::names::LayerName;
 use std::fmt;
 use std::io::{self, IoSlice};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 /// Largest zero map that is kept: of an image of 128 GiB. Chunks beyond are read
@@ -49,7 +49,7 @@ pub enum OpenError {
         source: HeaderError,
     },
     /// The index is of another image than the record.
-    #[error("{layer}: {file} is the index of another image: {what} differs from the image record")]
+    #[error("{layer}: {file} is the index of another image: {what} differs from what is wanted")]
     Differs {
         /// Which layer.
         layer: LayerName,
@@ -57,6 +57,8 @@ pub enum OpenError {
         file: FileName,
         /// What differs.
         what: &'static str,
+        /// The root that the index has.
+        found: Root,
     },
 }
 
@@ -78,6 +80,9 @@ pub struct Export {
     pub(super) zeros: Zeros,
     /// What it has done.
     pub counters: Arc<ExportCounters>,
+    /// The topmost page of its index, unverified, and who gave it, until it is in the
+    /// cache: it came with the header.
+    top: Mutex<Option<(Box<Page>, Origin)>>,
     /// When its metadata had been fetched.
     complete: OnceLock<Instant>,
 }
@@ -90,8 +95,8 @@ impl fmt::Debug for Export {
 
 impl Export {
     /// Opens the layer `name` whose image has this root and size: reads the
-    /// index's header and zero map, both of which are only hints. Waits for the
-    /// source.
+    /// index's header and zero map, both of which are only hints, and in the same
+    /// operation the page that every read needs first. Waits for the source.
     pub fn open(
         engine: &Engine,
         name: LayerName,
@@ -102,9 +107,15 @@ impl Export {
         let index = FileName::new(name.index().as_str());
         let layout = Layout::new(size);
         let map = usize::try_from(layout.zero_map().length).unwrap_or(ZERO_MAP);
-        let limit = PAGE_SIZE + map.min(ZERO_MAP);
+        let map = map.min(ZERO_MAP);
+        // It follows the zero map, if that is read to its end.
+        let top = layout
+            .top_page(root)
+            .map(|(page, _)| layout.page_range(page));
+        let top = top.filter(|range| range.offset == (PAGE_SIZE + map) as u64);
+        let limit = PAGE_SIZE + map + top.map_or(0, |_| PAGE_SIZE);
         let (source, pool) = (engine.source(), engine.arena().chunks());
-        let check = |bytes: &[u8]| {
+        let check = |bytes: &[u8], origin: &Origin| {
             let wrong = |source| OpenError::Header {
                 layer: name,
                 file: index.clone(),
@@ -119,14 +130,18 @@ impl Export {
                 ("its size", header.image_size() == size),
             ] {
                 if !same {
-                    let (layer, file) = (name, index.clone());
-                    return Err(OpenError::Differs { layer, file, what });
+                    return Err(OpenError::Differs {
+                        layer: name,
+                        file: index.clone(),
+                        what,
+                        found: header.root(),
+                    });
                 }
             }
-            Ok((header, bytes.to_vec()))
+            Ok((header, bytes.to_vec(), origin.clone()))
         };
         let read = read_checked(source, pool, &index, limit, patience, check);
-        let (header, bytes) = read.map_err(|source| OpenError::Source {
+        let (header, bytes, origin) = read.map_err(|source| OpenError::Source {
             layer: name,
             source,
         })??;
@@ -140,7 +155,12 @@ impl Export {
             layout,
             root,
             metadata: header.metadata(),
-            zeros: Zeros::new(&bytes[PAGE_SIZE..]),
+            // One that is cut off is read like other pages.
+            top: Mutex::new(top.and_then(|_| {
+                let page = bytes.get(PAGE_SIZE + map..)?;
+                Some((Box::new(*<&Page>::try_from(page).ok()?), origin))
+            })),
+            zeros: Zeros::new(&bytes[PAGE_SIZE..bytes.len().min(PAGE_SIZE + map)]),
             counters: Arc::new(counters),
             complete: OnceLock::new(),
         })
@@ -158,6 +178,7 @@ impl Export {
             root,
             metadata: ByteRange::default(),
             zeros: Zeros::new(&[]),
+            top: Mutex::default(),
             counters: Arc::default(),
             complete: OnceLock::new(),
         }
@@ -172,9 +193,20 @@ impl Export {
         let _ = self.complete.set(Instant::now());
     }
 
+    /// The topmost page of its index, if it came with the header; once.
+    pub(super) fn take_top(&self) -> Option<(Box<Page>, Origin)> {
+        let mut top = self.top.lock().unwrap_or_else(PoisonError::into_inner);
+        top.take()
+    }
+
     /// Names what the daemon does for the export by itself.
     pub(super) fn background(&self) -> RequestId {
         RequestId::new(self.number, 0)
+    }
+
+    /// Names what is read before the kernel asks for it, as it soon will.
+    pub(super) fn expected(&self) -> RequestId {
+        RequestId::new(self.number, u64::MAX)
     }
 
     /// Size of the image.

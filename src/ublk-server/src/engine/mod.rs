@@ -24,6 +24,7 @@
 //! Nothing here blocks the thread that brings a request. Pages of the index live
 //! in a cache of their own, in page slots of the same shared memory.
 
+mod ahead;
 mod content;
 mod counters;
 mod export;

@@ -1,18 +1,50 @@
 //! What has to be known of UFS before anything is exported: no lock is held meanwhile.
 
+use super::ahead::each_of;
 use super::{Found, PREPARED, Prepared, Registry};
 use crate::catalog::{Catalog, Image, Layer};
-use crate::engine::Export;
+use crate::engine::{Engine, Export, OpenError};
 use crate::protocol::FindAnswer;
-use accel_oci::{ChainId, Digest};
+use accel_oci::{ChainId, DiffId, Digest};
 use accel_source::Source;
-use accel_ufs::index::Root;
+use accel_ufs::index::{ImageSize, Root};
+use accel_ufs::names::LayerName;
 use accel_ufs::resolve::ImageName;
 use anyhow::Result;
 use std::cell::Cell;
 use std::collections::HashMap;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
+
+/// What there is of a layer whose root is known.
+pub(super) enum Rooted {
+    /// The layer.
+    Found(Arc<Export>),
+    /// A layer of that name with this root or another size.
+    Other(Root),
+    /// Nothing.
+    Absent,
+}
+
+/// Opens a layer, and begins to read what mounting it takes.
+pub(super) fn open_layer(engine: &Arc<Engine>, layer: Layer) -> Result<Arc<Export>, OpenError> {
+    let Layer { name, root, size } = layer;
+    let patience = engine.patience().lookup();
+    let export = Arc::new(Export::open(engine, name, root, size, patience)?);
+    engine.expect_mount(&export);
+    Ok(export)
+}
+
+/// A catalog of what `engine` reads from; `ufs` is for messages.
+pub(super) fn catalog<'a>(engine: &'a Engine, ufs: &'a Path) -> Catalog<'a, dyn Source> {
+    Catalog {
+        source: &**engine.source(),
+        pool: engine.arena().chunks(),
+        ufs,
+        fetched: Cell::new(0),
+    }
+}
 
 impl Registry {
     /// Looks `image` up, so that attaching it soon does not wait for UFS.
@@ -48,21 +80,57 @@ impl Registry {
 
     /// Opens the layers of `image` that are not exported yet.
     pub(super) fn open(&self, image: &Image) -> Result<HashMap<Root, Arc<Export>>> {
-        let mut opened = HashMap::new();
-        for layer in &image.layers {
-            let known = self.state().exports.contains_key(&layer.root);
-            if !known && !opened.contains_key(&layer.root) {
-                opened.insert(layer.root, self.open_layer(*layer)?);
+        let mut wanted: HashMap<Root, Layer> = HashMap::new();
+        {
+            let state = self.state();
+            for layer in &image.layers {
+                if !state.exports.contains_key(&layer.root) {
+                    wanted.insert(layer.root, *layer);
+                }
             }
         }
-        Ok(opened)
+        let opened = Mutex::new(Ok(HashMap::new()));
+        each_of(wanted.into_values(), |layer| {
+            let lock = || opened.lock().unwrap_or_else(PoisonError::into_inner);
+            if lock().is_err() {
+                return;
+            }
+            let export = open_layer(&self.engine, layer);
+            let mut all = lock();
+            match (&mut *all, export) {
+                (Ok(opened), Ok(export)) => {
+                    opened.insert(layer.root, export);
+                }
+                (Ok(_), Err(error)) => *all = Err(error),
+                (Err(_), _) => {}
+            }
+        });
+        let opened = opened.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok(opened?)
     }
 
     pub(super) fn open_layer(&self, layer: Layer) -> Result<Arc<Export>> {
-        let Layer { name, root, size } = layer;
-        let patience = self.engine.patience().lookup();
-        let export = Export::open(&self.engine, name, root, size, patience)?;
-        Ok(Arc::new(export))
+        Ok(open_layer(&self.engine, layer)?)
+    }
+
+    /// The layer with this diffID on top of others, as long as its image has this root
+    /// and size. Most layers go by their diffID, so that is looked for first.
+    pub(super) fn open_rooted(
+        &self,
+        diff_id: DiffId,
+        chain_id: ChainId,
+        (root, size): (Root, ImageSize),
+    ) -> Result<Rooted, OpenError> {
+        let mut other = None;
+        for name in [LayerName::Layer(diff_id), LayerName::Chain(chain_id)] {
+            match open_layer(&self.engine, Layer { name, root, size }) {
+                Ok(export) => return Ok(Rooted::Found(export)),
+                Err(OpenError::Differs { found, .. }) => other = other.or(Some(found)),
+                Err(OpenError::Source { source, .. }) if source.is_not_found() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(other.map_or(Rooted::Absent, Rooted::Other))
     }
 
     /// What UFS has for a chain ID on top of `below`.
@@ -85,11 +153,6 @@ impl Registry {
     }
 
     pub(super) fn catalog(&self) -> Catalog<'_, dyn Source> {
-        Catalog {
-            source: &**self.engine.source(),
-            pool: self.engine.arena().chunks(),
-            ufs: &self.ufs,
-            fetched: Cell::new(0),
-        }
+        catalog(&self.engine, &self.ufs)
     }
 }

@@ -9,7 +9,7 @@
 //! taken first. What has to be known of UFS is looked up before either: a UFS that
 //! stalls holds up who asks for it, and nobody else.
 
-use crate::catalog::{CatalogError, Image, RootedLayer};
+use crate::catalog::{Image, Layer};
 use crate::devices::{Device, Devices};
 use crate::engine::{Engine, Export, ExportReader, Warmer};
 use crate::journal::{Entry, HolderEntry, Journal, State as JournalState};
@@ -20,6 +20,7 @@ use crate::protocol::{
 use crate::remake::{Origin, Recipe, Remake};
 use accel_oci::{ChainId, DiffId, Digest, Platform};
 use accel_ufs::index::{ImageSize, Root};
+use accel_ufs::names::LayerName;
 use anyhow::{Context, Result, anyhow, bail};
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
@@ -28,6 +29,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
+mod ahead;
 mod look_up;
 mod observe;
 mod ready;
@@ -35,6 +37,8 @@ mod recovery;
 
 pub use observe::Counted;
 
+use ahead::Ahead;
+use look_up::Rooted;
 use ready::Readiness;
 
 /// Every export of the daemon.
@@ -51,6 +55,8 @@ pub struct Registry {
     state: Mutex<State>,
     /// Images that were looked up and are about to be attached.
     prepared: Mutex<Vec<Prepared>>,
+    /// Layers that are about to be asked for.
+    ahead: Ahead,
     /// Exports that were taken over from an earlier daemon.
     recovered: AtomicU64,
     /// What makes layers again.
@@ -123,6 +129,7 @@ impl Registry {
     ) -> Result<Self> {
         let warmer = Warmer::start(&engine).context("cannot start a thread")?;
         Ok(Self {
+            ahead: Ahead::new(&engine, &ufs),
             engine,
             journal,
             warmer,
@@ -191,28 +198,34 @@ impl Registry {
     }
 
     /// Exports one layer, whose root is known, for `holder`. `by_ufs`: only UFS vouches
-    /// for that.
+    /// for that. `image`: the name of a record that has the layer; the layers on top of it
+    /// there are looked up in the background, to be asked for next.
     pub fn attach_layer(
         &self,
         diff_id: DiffId,
         chain_id: ChainId,
         (root, size): (Root, ImageSize),
-        origin: Option<String>,
+        (origin, image): (Option<String>, Option<Digest>),
         holder: &str,
         by_ufs: bool,
     ) -> Result<LayerAnswer> {
         self.check_open()?;
-        let (began, catalog) = (Instant::now(), self.catalog());
-        let found = catalog.layer_with_root(diff_id, chain_id, root, size);
-        let layer = match found {
-            Ok(RootedLayer::Found(layer)) => layer,
-            Ok(RootedLayer::Other(root)) => return Ok(LayerAnswer::OtherRoot(root)),
-            Ok(RootedLayer::Absent) => return Ok(LayerAnswer::Absent),
-            Err(error @ (CatalogError::Source(_) | CatalogError::Index { .. })) => {
-                return Ok(LayerAnswer::Unreadable(error.to_string()));
-            }
-            Err(error) => return Err(error.into()),
+        let began = Instant::now();
+        if let Some(image) = image {
+            let exported = self.state().exports.keys().copied().collect();
+            self.ahead.begin(image, root, exported);
+        }
+        let names = [LayerName::Layer(diff_id), LayerName::Chain(chain_id)];
+        let export = match self.ahead.take(names, root, size) {
+            Some(export) => export,
+            None => match self.open_rooted(diff_id, chain_id, (root, size)) {
+                Ok(Rooted::Found(export)) => export,
+                Ok(Rooted::Other(root)) => return Ok(LayerAnswer::OtherRoot(root)),
+                Ok(Rooted::Absent) => return Ok(LayerAnswer::Absent),
+                Err(error) => return Ok(LayerAnswer::Unreadable(error.to_string())),
+            },
         };
+        let name = export.name;
         // What the client knows; else nothing.
         let origins = origin.map(|source| Origin {
             source,
@@ -223,18 +236,16 @@ impl Registry {
         let origins = origins.map(|origin| (root, origin)).into_iter().collect();
         let image = Image {
             digest: diff_id.0,
-            layers: vec![layer],
+            layers: vec![Layer { name, root, size }],
             origins,
         };
-        let name = layer.name.to_string();
-        let opened = self.open(&image)?;
         let found = Found {
             image,
-            opened,
+            opened: [(root, export)].into(),
             began,
-            looked_up: catalog.fetched.get(),
+            looked_up: 0,
         };
-        let layers = self.attach_found(found, &name, holder, !by_ufs)?;
+        let layers = self.attach_found(found, &name.to_string(), holder, !by_ufs)?;
         let layer = layers.into_iter().next().context("no layer")?;
         Ok(LayerAnswer::Attached(layer))
     }

@@ -1,0 +1,213 @@
+//! Layers that will be asked for soon.
+//!
+//! containerd asks for one layer of an image after the other, and each takes several
+//! turns to UFS. So when the first is asked for, the image's record is read, and the
+//! layers on top of it are opened in the background, many at a time. The record is only
+//! a hint: what was opened serves if it is what is asked for then, with that name, root
+//! and size.
+
+use super::look_up::{catalog, open_layer};
+use crate::catalog::{CatalogError, Layer};
+use crate::engine::{Engine, Export};
+use accel_oci::Digest;
+use accel_ufs::index::{ImageSize, Root};
+use accel_ufs::names::LayerName;
+use accel_ufs::resolve::ImageName;
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Layers that are opened at the same time.
+const AT_ONCE: usize = 16;
+/// How long what was opened counts, and an image is not looked at again.
+const FRESH: Duration = Duration::from_secs(30);
+/// Images whose layers are opened at the same time, lest they take all memory.
+const IMAGES: usize = 4;
+
+/// What is opened ahead.
+#[derive(Debug)]
+pub(super) struct Ahead {
+    engine: Arc<Engine>,
+    ufs: PathBuf,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    /// A layer was opened, or cannot be.
+    opened: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    images: HashMap<Digest, Instant>,
+    running: usize,
+    /// What was asked for.
+    asked: HashMap<Root, Instant>,
+    layers: HashMap<Root, (Instant, Progress)>,
+}
+
+#[derive(Debug)]
+enum Progress {
+    UnderWay,
+    Open(Arc<Export>),
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Ahead {
+    pub(super) fn new(engine: &Arc<Engine>, ufs: &Path) -> Self {
+        Self {
+            engine: Arc::clone(engine),
+            ufs: ufs.to_owned(),
+            shared: Arc::default(),
+        }
+    }
+
+    /// Has the layers of `image` opened that are on top of `from`, but for those that are
+    /// exported. Waits for nothing.
+    pub(super) fn begin(&self, image: Digest, from: Root, exported: HashSet<Root>) {
+        let mut state = self.shared.state();
+        state.images.retain(|_, at| at.elapsed() < FRESH);
+        state.asked.retain(|_, at| at.elapsed() < FRESH);
+        state.layers.retain(|_, (at, progress)| {
+            at.elapsed() < FRESH || matches!(progress, Progress::UnderWay)
+        });
+        if state.images.contains_key(&image) || state.running >= IMAGES {
+            return;
+        }
+        let (engine, ufs) = (Arc::clone(&self.engine), self.ufs.clone());
+        let shared = Arc::clone(&self.shared);
+        let run = move || {
+            if let Err(error) = look_ahead(&engine, &ufs, &shared, image, from, &exported) {
+                tracing::debug!(%image, %error, "its layers are not looked up ahead");
+            }
+            shared.state().running -= 1;
+        };
+        let started = thread::Builder::new().name("ahead".to_owned()).spawn(run);
+        match started {
+            Ok(_) => {
+                state.images.insert(image, Instant::now());
+                state.running += 1;
+            }
+            Err(error) => tracing::warn!(%error, "cannot look layers up ahead"),
+        }
+    }
+
+    /// The layer with one of these names, this root and size, if it was opened ahead. If
+    /// that is under way, waits for it. Else it is not opened ahead any more.
+    pub(super) fn take(
+        &self,
+        names: [LayerName; 2],
+        root: Root,
+        size: ImageSize,
+    ) -> Option<Arc<Export>> {
+        let patience = self.engine.patience().lookup();
+        let under_way =
+            |state: &mut State| matches!(state.layers.get(&root), Some((_, Progress::UnderWay)));
+        let mut state = self.shared.state();
+        state.asked.insert(root, Instant::now());
+        let waited = self.shared.opened.wait_timeout_while(
+            state,
+            patience.whole.unwrap_or(patience.attempt),
+            under_way,
+        );
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if under_way(&mut state) {
+            return None;
+        }
+        match state.layers.remove(&root)? {
+            (at, Progress::Open(export))
+                if at.elapsed() < FRESH
+                    && names.contains(&export.name)
+                    && export.image_size() == size =>
+            {
+                Some(export)
+            }
+            _ => None,
+        }
+    }
+}
+
+fn look_ahead(
+    engine: &Arc<Engine>,
+    ufs: &Path,
+    shared: &Shared,
+    image: Digest,
+    from: Root,
+    exported: &HashSet<Root>,
+) -> Result<(), CatalogError> {
+    let found = catalog(engine, ufs).find(&ImageName::Manifest(image))?;
+    let mut seen = exported.clone();
+    let on_top = found
+        .layers
+        .into_iter()
+        .skip_while(|layer| layer.root != from);
+    let wanted: Vec<Layer> = on_top
+        .skip(1)
+        .filter(|layer| seen.insert(layer.root))
+        .collect();
+    each_of(wanted.into_iter(), |layer| {
+        {
+            let mut state = shared.state();
+            if state.layers.contains_key(&layer.root) || state.asked.contains_key(&layer.root) {
+                return;
+            }
+            let under_way = (Instant::now(), Progress::UnderWay);
+            state.layers.insert(layer.root, under_way);
+        }
+        let opened = open_layer(engine, layer);
+        let mut state = shared.state();
+        match opened {
+            Ok(export) => {
+                let open = (Instant::now(), Progress::Open(export));
+                state.layers.insert(layer.root, open);
+            }
+            // Whoever asks for it meets the same error, and says so.
+            Err(_) => {
+                state.layers.remove(&layer.root);
+            }
+        }
+        drop(state);
+        shared.opened.notify_all();
+    });
+    Ok(())
+}
+
+/// Does `work` for each of `layers`, many at a time, the first of them first. Returns when
+/// all is done.
+pub(super) fn each_of(
+    layers: impl ExactSizeIterator<Item = Layer> + Send,
+    work: impl Fn(Layer) + Sync,
+) {
+    let threads = layers.len().min(AT_ONCE);
+    let layers = Mutex::new(layers);
+    let run = || {
+        loop {
+            let next = layers.lock().unwrap_or_else(PoisonError::into_inner).next();
+            match next {
+                Some(layer) => work(layer),
+                None => return,
+            }
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 1..threads {
+            let started = thread::Builder::new()
+                .name("look-up".to_owned())
+                .spawn_scoped(scope, run);
+            // The others do its part.
+            if started.is_err() {
+                break;
+            }
+        }
+        run();
+    });
+}
