@@ -282,6 +282,22 @@ mod tests {
     }
 
     #[test]
+    fn the_record_is_named_by_the_manifest_or_else_by_the_cri() {
+        let digest = |text: &str| Digest::of(text.as_bytes());
+        let mut labels = annotations("top").to_map();
+        labels.insert(SNAPSHOT_REF.to_owned(), digest("chain").to_string());
+        labels.insert(MANIFEST_DIGEST.to_owned(), digest("pulled").to_string());
+        // The accelerated manifest itself has no record.
+        assert_eq!(image(&labels), None);
+        labels.insert(IMAGE_KEY.to_owned(), digest("original").to_string());
+        assert_eq!(image(&labels), Some(digest("original")));
+        labels.insert(IMAGE_KEY.to_owned(), "no digest".to_owned());
+        assert_eq!(image(&labels), None);
+        labels.retain(|key, _| key == MANIFEST_DIGEST);
+        assert_eq!(image(&labels), Some(digest("pulled")));
+    }
+
+    #[test]
     fn only_the_chain_that_containerd_wants_is_taken() {
         let base = ChainId::new(None, diff("base"));
         let top = ChainId::new(Some(base), diff("top"));

@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 const ORIGINAL: &str = "io.image-accel.original";
 const ROOT: &str = "containerd.io/snapshot/accel.root";
+const IMAGE: &str = "containerd.io/snapshot/accel.image";
 
 /// An image for `architecture` whose first layer all of them have.
 fn image_for(os: &str, architecture: &str, seed: u64) -> Image {
@@ -165,6 +166,7 @@ fn every_platform_is_converted_and_pushed_as_an_index() {
         for (number, layer) in manifest["layers"].as_array().unwrap().iter().enumerate() {
             assert_eq!(layer["digest"], original.layer(number));
             assert!(layer["annotations"][ROOT].is_string(), "{layer}");
+            assert_eq!(layer["annotations"][IMAGE], digest(original));
         }
     }
     // All of it is there: others can copy it, and the same comes into a layout.

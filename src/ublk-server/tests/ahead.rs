@@ -170,8 +170,18 @@ fn node() -> Node {
 impl Node {
     /// Asks for a layer as the snapshotter does, with this root.
     fn attach(&self, number: usize, root: Root, image: Option<Digest>) -> LayerAnswer {
+        self.attach_named(self.layers[number].name, number, root, image)
+    }
+
+    fn attach_named(
+        &self,
+        name: LayerName,
+        number: usize,
+        root: Root,
+        image: Option<Digest>,
+    ) -> LayerAnswer {
         let layer = &self.layers[number];
-        let LayerName::Layer(diff_id) = layer.name else {
+        let LayerName::Layer(diff_id) = name else {
             panic!("a chain");
         };
         let chain_id = ChainId(Digest::of(b"any"));
@@ -208,7 +218,11 @@ fn layers_on_top_are_opened_before_they_are_asked_for() {
         let times = before.iter().filter(|(file, ..)| file == index.as_str());
         assert_eq!(times.count(), 1, "{index} in {before:?}");
     }
-    // What was opened ahead vouches for nothing: another root is another layer.
+    // What was opened ahead vouches for nothing: neither for another name,
+    let lowest = node.layers[0].name;
+    let other = node.attach_named(lowest, 2, root(2), Some(node.image));
+    assert!(matches!(other, LayerAnswer::OtherRoot(_)), "{other:?}");
+    // nor for another root.
     let other = node.attach(2, Root([7; 32]), Some(node.image));
     assert!(matches!(other, LayerAnswer::OtherRoot(_)), "{other:?}");
 }

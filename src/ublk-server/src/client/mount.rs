@@ -13,7 +13,7 @@
 use super::{check_daemon, image_name, lock, prepare};
 use crate::lock::Lock;
 use crate::paths::Paths;
-use crate::protocol::{Attached, Command, Holder, Status};
+use crate::protocol::{Attached, AttachedLayer, Command, Holder, Status};
 use crate::wire;
 use accel_client::exports::{device, release};
 use accel_client::system::{self, MountFlags, MountedLayer, Overlay};
@@ -24,10 +24,15 @@ use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 /// An empty directory below the only layer of an image: an overlay has two.
 const EMPTY: &str = "empty";
+
+/// Layers that are mounted at the same time.
+const AT_ONCE: usize = 4;
 
 /// One mounted image.
 #[derive(Debug, Serialize, Deserialize)]
@@ -134,13 +139,7 @@ fn mount_attached(
     fs::write(&unfinished, serde_json::to_vec_pretty(note)?)
         .and_then(|()| fs::rename(&unfinished, &path))
         .with_context(|| format!("cannot write {}", path.display()))?;
-    let mounted = attached.layers.iter().map(|layer| {
-        let device = device(paths, layer)?;
-        let flags = MountFlags::NODEV | MountFlags::NOSUID;
-        system::mount_layer(&device, &paths.layer(layer.root), layer.uuid, flags)
-            .with_context(|| format!("cannot mount {}", layer.name))
-    });
-    let mounted = mounted.collect::<Result<Vec<_>>>()?;
+    let mounted = mount_layers(paths, &attached.layers)?;
     // Topmost first. Of a layer that comes twice, the lower one shows nothing
     // that the upper one does not hide or show as well; overlayfs takes it once.
     let mut seen = HashSet::new();
@@ -159,6 +158,37 @@ fn mount_attached(
     };
     system::mount_overlay(&overlay, &note.directory)?;
     Ok(mounted)
+}
+
+/// Mounts layers, several at a time: each waits for the daemon in between. When this
+/// returns, nobody mounts any more, also after an error.
+fn mount_layers(paths: &Paths, layers: &[AttachedLayer]) -> Result<Vec<MountedLayer>> {
+    let mut seen = HashSet::new();
+    let once = layers.iter().filter(|layer| seen.insert(layer.root));
+    let once: Vec<_> = once.collect();
+    let mount = |layer: &AttachedLayer| {
+        let device = device(paths, layer)?;
+        let flags = MountFlags::NODEV | MountFlags::NOSUID;
+        system::mount_layer(&device, &paths.layer(layer.root), layer.uuid, flags)
+            .with_context(|| format!("cannot mount {}", layer.name))
+    };
+    let (once, mount) = (&once, &mount);
+    let some = |first: usize| -> Result<Vec<MountedLayer>> {
+        let layers = once.iter().skip(first).step_by(AT_ONCE);
+        layers.map(|layer| mount(layer)).collect()
+    };
+    let mounted = thread::scope(|scope| {
+        let others = 1..AT_ONCE.min(once.len());
+        let others = others.map(|first| scope.spawn(move || some(first)));
+        let others: Vec<_> = others.collect();
+        let mut mounted = vec![some(0)];
+        for other in others {
+            mounted.push(other.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        }
+        mounted
+    });
+    let mounted = mounted.into_iter().collect::<Result<Vec<_>>>()?;
+    Ok(mounted.into_iter().flatten().collect())
 }
 
 fn upper_directories(upper: &Path) -> Result<(PathBuf, PathBuf)> {
