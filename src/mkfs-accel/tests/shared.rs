@@ -6,6 +6,7 @@ use common::{Image, Tar, Ufs, bad, files, good, mkfs_accel, noise, sample_tar};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -88,15 +89,27 @@ fn killed_converters_leave_nothing_half_and_nothing_for_ever() {
     assert!(killed >= 2, "{killed} converters were killed at work");
 }
 
+/// A converter that does not outlive its test, whatever becomes of that.
+struct Living(Option<Child>);
+
+impl Drop for Living {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
 /// One is at work, stopped so that it stays so; gc must leave it alone.
 #[test]
 fn gc_leaves_living_converters_alone() {
     let image = image();
     let ufs = Ufs::new();
-    let converter = start(&image, ufs.path());
+    let mut living = Living(Some(start(&image, ufs.path())));
+    let pid = living.0.as_ref().unwrap().id().to_string();
     let tmp = ufs.path().join("tmp");
     let signal = |name: &str| {
-        let pid = converter.id().to_string();
         common::services::tool("kill", &[name, &pid]);
     };
     let has_temporaries = || fs::read_dir(&tmp).is_ok_and(|mut all| all.next().is_some());
@@ -106,6 +119,16 @@ fn gc_leaves_living_converters_alone() {
         thread::sleep(Duration::from_millis(1));
     }
     signal("-STOP");
+    // Threads that are in a system call stop when they come out of it.
+    let tasks = format!("/proc/{pid}/task");
+    let is_stopped = |task: io::Result<fs::DirEntry>| {
+        let status = fs::read_to_string(task.unwrap().path().join("status"));
+        status.unwrap().contains("State:\tT")
+    };
+    while !fs::read_dir(&tasks).unwrap().all(is_stopped) {
+        assert!(Instant::now() < deadline, "the converter does not stop");
+        thread::sleep(Duration::from_millis(1));
+    }
     let before = files(&tmp);
     assert!(
         gc(ufs.path(), &[])["removed"]
@@ -115,6 +138,7 @@ fn gc_leaves_living_converters_alone() {
     );
     assert_eq!(files(&tmp), before);
     signal("-CONT");
+    let converter = living.0.take().unwrap();
     let output = converter.wait_with_output().unwrap();
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{error}");
