@@ -346,8 +346,11 @@ pub fn removal_of_a_device_in_use_is_taken_back(setting: &Setting) -> Result<()>
     let checked = (|| -> Result<()> {
         let being_removed = || -> Result<bool> {
             for entry in std::fs::read_dir(daemon.run().join("journal"))? {
-                let text = std::fs::read_to_string(entry?.path()).unwrap_or_default();
-                if text.contains("\"deleting\"") {
+                let path = entry?.path();
+                let text = std::fs::read_to_string(&path).unwrap_or_default();
+                // What is not written whole does not count.
+                let whole = path.extension().is_some_and(|end| end == "json");
+                if whole && text.contains("\"deleting\"") {
                     return Ok(true);
                 }
             }
