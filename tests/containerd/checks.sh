@@ -129,16 +129,21 @@ one"
 }
 stopped() { k8s tasks ls | grep -q "^$1 .*STOPPED"; }
 
+# Their output goes to files: on a busy machine `ctr run` loses that of a container that
+# ends before ctr has opened its pipes (it cancels their opening when the task is over).
 ten_at_once() {
     local n pids=()
+    mkdir -p "$work/ten"
     for n in {1..10}; do
-        container "ten$n" "$tiny" -- /bin/sh -c "$program" >"$work/ten$n" &
+        container "ten$n" "$tiny" --mount "type=bind,src=$work/ten,dst=/ten,options=rbind:rw" -- \
+            /bin/sh -c "exec >/ten/$n; $program" &
         pids+=($!)
     done
     for n in {1..10}; do
         wait "${pids[n - 1]}"
-        same "$(cat "$work/ten$n")" "$(cat "$images/output")"
+        same "$(cat "$work/ten/$n")" "$(cat "$images/output")"
     done
+    rm -r "$work/ten"
 }
 
 # `ctr` of 1.x downloads all layers before it asks a snapshotter.
@@ -554,7 +559,8 @@ survives_death_while_pulling() {
 survives_a_ufs_that_goes_while_pulling() {
     local moment how reason slow=$work/slow slow_pid
     mkdir -p "$slow"
-    "$bin/slow-ufs" "$images/ufs" "$slow" &
+    # Layers are looked up ahead: far enough away, so that not all of them have been.
+    "$bin/slow-ufs" "$images/ufs" "$slow" --delay 50 &
     slow_pid=$!
     at_exit stop_process "$slow_pid"
     wait_until mountpoint -q "$slow"

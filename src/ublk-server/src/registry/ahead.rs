@@ -114,11 +114,10 @@ impl Ahead {
             |state: &mut State| matches!(state.layers.get(&root), Some((_, Progress::UnderWay)));
         let mut state = self.shared.state();
         state.asked.insert(root, Instant::now());
-        let waited = self.shared.opened.wait_timeout_while(
-            state,
-            patience.whole.unwrap_or(patience.attempt),
-            under_way,
-        );
+        let waited = self
+            .shared
+            .opened
+            .wait_timeout_while(state, patience.attempt, under_way);
         let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if under_way(&mut state) {
             return None;
