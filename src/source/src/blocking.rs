@@ -69,8 +69,9 @@ pub fn read_file(
 }
 
 /// Reads the file from its start, at most `limit` bytes, and makes of it what
-/// `check` does, which also learns who gave the last of it. What fails the check counts as a wrong answer: other sources are
-/// asked as long as there are any. The inner error is that of the first check.
+/// `check` does, which also learns who gave the last of it. What fails the check
+/// counts as a wrong answer: other sources are asked as long as there are any. The
+/// inner error is that of the first check.
 pub fn read_checked<T, E: fmt::Display>(
     source: &dyn Source,
     pool: &Arc<Pool>,

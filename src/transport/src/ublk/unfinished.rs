@@ -2,7 +2,7 @@
 //!
 //! `START_USER_RECOVERY` makes the driver forget the dead daemon. A successor that is
 //! killed after it, and before the driver has all of its tags, leaves a device in
-//! between. Before Linux 6.16 that state has no way out of its own: recovery cannot be
+//! between. On Linux 6.12 that state has no way out of its own: recovery cannot be
 //! started again (EINVAL), as there is no complete set of tags to forget, and the
 //! descriptors cannot be mapped (EINVAL), as the driver remembers whose memory had them
 //! first. Once it has had all tags of somebody who then ends, recovery starts as ever.
