@@ -298,11 +298,12 @@ pub fn damaged_entry_costs_its_device_alone(setting: &Setting) -> Result<()> {
     };
     let wanted = read(&devices)?;
     let number = devices[0].to_string_lossy().replace("/dev/ublkb", "");
+    let number: u64 = number.parse()?;
     let mut damaged = None;
     for entry in std::fs::read_dir(daemon.run().join("journal"))? {
         let path = entry?.path();
         let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;
-        if json["device"].to_string() == number {
+        if json["device"].as_u64() == Some(number) {
             let file = std::fs::File::options().write(true).open(&path)?;
             file.set_len(file.metadata()?.len() / 2)?;
             damaged = Some(path);
