@@ -557,7 +557,11 @@ survives_death_while_pulling() {
 # UFS goes away while layers are being pulled, without an answer or with the answer that
 # there is nothing: what is missing is unpacked. When it is back all is lazy again.
 survives_a_ufs_that_goes_while_pulling() {
-    local moment how reason slow=$work/slow slow_pid
+    local moment how reason slow=$work/slow slow_pid deep=$deep
+    # Without a word of what it was made from nothing is looked up ahead: then UFS is
+    # asked for one layer after the other.
+    without_look_ahead "$deep" "$registry/test/deep:alone"
+    deep=$registry/test/deep:alone
     mkdir -p "$slow"
     # Layers are looked up ahead: far enough away, so that not all of them have been.
     "$bin/slow-ufs" "$images/ufs" "$slow" --delay 50 &
@@ -598,6 +602,19 @@ survives_a_ufs_that_goes_while_pulling() {
     umount -l "$slow"
     stop_process "$slow_pid"
     start_server
+}
+# without_look_ahead IMAGE COPY: as converters made it before there was any.
+without_look_ahead() {
+    skopeo copy --quiet --src-tls-verify=false "docker://$1" "dir:$work/alone"
+    image_has manifest "$1" >"$work/raw.json"
+    /usr/bin/python3 - "$work/raw.json" >"$work/alone/manifest.json" <<'PY'
+import json, sys
+manifest = json.load(open(sys.argv[1]))
+for layer in manifest["layers"]:
+    del layer["annotations"]["containerd.io/snapshot/accel.image"]
+json.dump(manifest, sys.stdout)
+PY
+    push_image "dir:$work/alone" "$2"
 }
 # begin_pull N: until that many layers are mounted; sets pull_pid.
 begin_pull() {

@@ -21,8 +21,10 @@ use std::time::{Duration, Instant};
 
 /// Layers that are opened at the same time.
 const AT_ONCE: usize = 16;
-/// How long what was opened counts, and an image is not looked at again.
+/// How long what was opened counts.
 const FRESH: Duration = Duration::from_secs(30);
+/// How long an image is not looked at again: of layers that are not there, each asks.
+const PAUSE: Duration = Duration::from_secs(1);
 /// Images whose layers are opened at the same time, lest they take all memory.
 const IMAGES: usize = 4;
 
@@ -43,10 +45,12 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
+    /// Images that were looked at.
     images: HashMap<Digest, Instant>,
-    running: usize,
-    /// What was asked for.
-    asked: HashMap<Root, Instant>,
+    /// Those whose layers are being opened.
+    running: HashSet<Digest>,
+    /// Layers that were asked for meanwhile.
+    asked: HashSet<Root>,
     layers: HashMap<Root, (Instant, Progress)>,
 }
 
@@ -75,13 +79,17 @@ impl Ahead {
     /// exported. Waits for nothing.
     pub(super) fn begin(&self, image: Digest, from: Root, exported: HashSet<Root>) {
         let mut state = self.shared.state();
-        state.images.retain(|_, at| at.elapsed() < FRESH);
-        state.asked.retain(|_, at| at.elapsed() < FRESH);
+        state.images.retain(|_, at| at.elapsed() < PAUSE);
         state.layers.retain(|_, (at, progress)| {
             at.elapsed() < FRESH || matches!(progress, Progress::UnderWay)
         });
-        if state.images.contains_key(&image) || state.running >= IMAGES {
+        let known = exported.contains(&from) || state.layers.contains_key(&from);
+        let looked_at = state.images.contains_key(&image) || state.running.contains(&image);
+        if known || looked_at || state.running.len() >= IMAGES {
             return;
+        }
+        if state.running.is_empty() {
+            state.asked.clear();
         }
         let (engine, ufs) = (Arc::clone(&self.engine), self.ufs.clone());
         let shared = Arc::clone(&self.shared);
@@ -89,13 +97,14 @@ impl Ahead {
             if let Err(error) = look_ahead(&engine, &ufs, &shared, image, from, &exported) {
                 tracing::debug!(%image, %error, "its layers are not looked up ahead");
             }
-            shared.state().running -= 1;
+            let mut state = shared.state();
+            state.running.remove(&image);
+            state.images.insert(image, Instant::now());
         };
         let started = thread::Builder::new().name("ahead".to_owned()).spawn(run);
         match started {
             Ok(_) => {
-                state.images.insert(image, Instant::now());
-                state.running += 1;
+                state.running.insert(image);
             }
             Err(error) => tracing::warn!(%error, "cannot look layers up ahead"),
         }
@@ -113,7 +122,9 @@ impl Ahead {
         let under_way =
             |state: &mut State| matches!(state.layers.get(&root), Some((_, Progress::UnderWay)));
         let mut state = self.shared.state();
-        state.asked.insert(root, Instant::now());
+        if !state.running.is_empty() {
+            state.asked.insert(root);
+        }
         let waited = self
             .shared
             .opened
@@ -156,7 +167,7 @@ fn look_ahead(
     each_of(wanted.into_iter(), |layer| {
         {
             let mut state = shared.state();
-            if state.layers.contains_key(&layer.root) || state.asked.contains_key(&layer.root) {
+            if state.layers.contains_key(&layer.root) || state.asked.contains(&layer.root) {
                 return;
             }
             let under_way = (Instant::now(), Progress::UnderWay);
