@@ -35,7 +35,9 @@ pub fn publish(ufs: &Path, name: &str, image: &[u8]) -> Layer {
         builder.add(ChunkNo(number), chunk).unwrap();
     }
     let size = image.len() as u64;
-    let metadata = ByteRange::new(size - 4096, 4096);
+    // Of a large one more than what is read of it for the mount.
+    let metadata = if size > 1 << 20 { 3 << 17 } else { 4096 };
+    let metadata = ByteRange::new(size - metadata, metadata);
     let (root, index) = builder.finish(size, metadata).unwrap();
     for (path, bytes) in [(name.image(), image), (name.index(), &*index)] {
         let path = path.beneath(ufs);
