@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::node::{Node, base, big, check_big, check_one, drop_caches, kill};
+use common::node::{Node, await_that, base, big, check_big, check_one, drop_caches, kill};
 use common::{Stalled, publish_image};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -67,17 +67,6 @@ impl Metrics {
 
 fn metrics(node: &Node) -> Metrics {
     Metrics::parse(&node.ask(&["metrics"]))
-}
-
-/// Waits for something that is to happen soon.
-fn await_that(what: impl Fn() -> bool) {
-    for _ in 0..6000 {
-        if what() {
-            return;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
-    panic!("it did not happen");
 }
 
 /// The metrics that the documentation lists.

@@ -283,3 +283,14 @@ pub fn kill(pid: &serde_json::Value, signal: Signal) {
     let pid = Pid::from_raw(i32::try_from(pid.as_i64().unwrap()).unwrap()).unwrap();
     kill_process(pid, signal).unwrap();
 }
+
+/// Waits for something that is to happen soon.
+pub fn await_that(what: impl Fn() -> bool) {
+    for _ in 0..6000 {
+        if what() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    panic!("it did not happen");
+}
