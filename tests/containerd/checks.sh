@@ -129,8 +129,7 @@ one"
 }
 stopped() { k8s tasks ls | grep -q "^$1 .*STOPPED"; }
 
-# Their output goes to files: on a busy machine `ctr run` loses that of a container that
-# ends before ctr has opened its pipes (it cancels their opening when the task is over).
+# Their output goes to files: `ctr run` can lose that of a container that ends at once.
 ten_at_once() {
     local n pids=()
     mkdir -p "$work/ten"
