@@ -562,8 +562,7 @@ survives_a_ufs_that_goes_while_pulling() {
     without_look_ahead "$deep" "$registry/test/deep:alone"
     deep=$registry/test/deep:alone
     mkdir -p "$slow"
-    # Layers are looked up ahead: far enough away, so that not all of them have been.
-    "$bin/slow-ufs" "$images/ufs" "$slow" --delay 50 &
+    "$bin/slow-ufs" "$images/ufs" "$slow" &
     slow_pid=$!
     at_exit stop_process "$slow_pid"
     wait_until mountpoint -q "$slow"
