@@ -84,6 +84,10 @@ impl Inventory {
             Err(error) => return Err(error),
         }
         drop(_exclusive);
+        // A stopped one may be mounted all the same, for ever.
+        if when == Removal::IfUnused && info.state != DeviceState::Stopped {
+            return self.control.plain(ControlOp::DelDev, id, self.bound);
+        }
         match self.async_deletion {
             true => self.control.delete(id, self.bound),
             false => self.control.delete_giving_up(id),

@@ -198,12 +198,18 @@ impl<R: Reader> UblkTransport<R> {
 
     /// Flags that a new device will be asked to have.
     pub fn device_features(&self) -> Features {
-        let required = match self.options.recovery {
-            true => Features::REQUIRED,
-            false => Features::REQUIRED
-                .without(Features::USER_RECOVERY.union(Features::USER_RECOVERY_REISSUE)),
+        let (required, wanted) = match self.options.recovery {
+            true => (
+                Features::REQUIRED,
+                Features::NO_AUTO_PART_SCAN.union(Features::QUIESCE),
+            ),
+            // What cannot be recovered cannot be quiesced.
+            false => (
+                Features::REQUIRED
+                    .without(Features::USER_RECOVERY.union(Features::USER_RECOVERY_REISSUE)),
+                Features::NO_AUTO_PART_SCAN,
+            ),
         };
-        let wanted = Features::NO_AUTO_PART_SCAN.union(Features::QUIESCE);
         required.union(self.features.intersection(wanted))
     }
 
@@ -380,7 +386,8 @@ impl<R: Reader> UblkTransport<R> {
         self.stop(id, served.as_deref(), stop)?;
         drop(_exclusive);
         self.devices().remove(&id);
-        self.delete(id, served)
+        drop(served);
+        self.delete(id, when)
     }
 
     /// What the driver knows of a device; `None` if there is none of this id.
@@ -523,11 +530,14 @@ impl<R: Reader> UblkTransport<R> {
         }
     }
 
-    /// Deletes a stopped device, which goes when the last `served`, and with it the
-    /// character device, and everybody's files and mounts of it are closed.
-    fn delete(&self, id: u32, served: Option<Arc<Served>>) -> Result<(), UblkError> {
-        drop(served);
-        self.control.delete(id, self.options.control_timeout)
+    /// Deletes a stopped device, which goes when its character device and everybody's
+    /// files and mounts of it are closed. That is waited for unless somebody may use it.
+    fn delete(&self, id: u32, when: Removal) -> Result<(), UblkError> {
+        let bound = self.options.control_timeout;
+        match when {
+            Removal::IfUnused => self.control.plain(ControlOp::DelDev, id, bound),
+            Removal::Always => self.control.delete(id, bound),
+        }
     }
 
     fn stop_and_delete(
@@ -537,7 +547,8 @@ impl<R: Reader> UblkTransport<R> {
         op: ControlOp,
     ) -> Result<(), UblkError> {
         self.stop(id, served.as_deref(), op)?;
-        self.delete(id, served)
+        drop(served);
+        self.delete(id, Removal::IfUnused)
     }
 }
 
