@@ -368,6 +368,9 @@ pub struct SourceStatus {
     pub dying: usize,
     /// Reads that went well.
     pub reads: u64,
+    /// What its files were asked for: neighbours are read in one operation.
+    #[serde(default)]
+    pub operations: u64,
     /// Bytes that it gave.
     pub bytes: u64,
     /// Attempts that failed or ran out of time.

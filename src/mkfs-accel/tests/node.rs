@@ -320,9 +320,18 @@ fn lost_layers_are_made_again_under_readers() {
         });
         said += &node.ask(&["status"]);
         said += &node.ask(&["status", "--json"]);
+        said += &node.ask(&["metrics"]);
         stop.store(true, Relaxed);
     });
     assert!(said.contains("made again from docker://"), "{said}");
+    assert!(
+        said.contains("\nimage_accel_remake_known_layers 3\n"),
+        "{said}"
+    );
+    assert!(
+        said.contains("\nimage_accel_remade_layers_total "),
+        "{said}"
+    );
     let errors = node.status()["exports"].clone();
     for export in errors.as_array().unwrap() {
         assert_eq!(export["errors"], 0, "{export}");

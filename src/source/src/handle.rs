@@ -81,6 +81,9 @@ pub struct Counters {
     pub bytes: AtomicU64,
     /// Requests answered well.
     pub reads: AtomicU64,
+    /// Reads and writes of files that its worker has sent: fewer than requests where
+    /// neighbours were read together.
+    pub operations: AtomicU64,
     /// Attempts that failed or ran out of time.
     pub failed_attempts: AtomicU64,
     /// Workers started.
@@ -347,6 +350,8 @@ impl State {
 
     /// Takes in what the worker answered.
     pub(crate) fn answered(&mut self, reply: &WireReply, shared: &Shared) -> Option<Event> {
+        let operations = u64::from(reply.operations);
+        shared.counters.operations.fetch_add(operations, Relaxed);
         let Sent { pending, late } = self.sent.remove(&reply.id)?;
         let origin = Arc::clone(&shared.name);
         match &reply.result {

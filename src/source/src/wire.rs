@@ -7,8 +7,8 @@
 //! len u32, file offset u64, place in the arena u64, what it is called in the log
 //! u64, path (the rest).
 //!
-//! Reply: id u64, errno u32 (0: none), len u32, text (the rest, with an errno
-//! that needs one). The first reply has [`HELLO`] as its id: the worker is ready,
+//! Reply: id u64, errno u32 (0: none), len u32, operations u32, text (the rest, with an
+//! errno that needs one). The first reply has [`HELLO`] as its id: the worker is ready,
 //! or why not.
 
 use crate::{Operation, RequestId};
@@ -22,7 +22,7 @@ pub(crate) const MAX_REPLY: usize = REPLY_HEAD + 1024;
 pub(crate) const HELLO: u64 = u64::MAX;
 
 const REQUEST_HEAD: usize = 40;
-const REPLY_HEAD: usize = 16;
+const REPLY_HEAD: usize = 20;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct WireRequest {
@@ -39,6 +39,9 @@ pub(crate) struct WireRequest {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct WireReply {
     pub id: u64,
+    /// Reads and writes of files that the worker has sent since its last reply. Several
+    /// requests may share one, and one may need several.
+    pub operations: u32,
     pub result: Result<usize, (Errno, String)>,
 }
 
@@ -106,6 +109,7 @@ impl WireReply {
         };
         bytes.extend(errno.to_le_bytes());
         bytes.extend(u32::try_from(len).unwrap_or(u32::MAX).to_le_bytes());
+        bytes.extend(self.operations.to_le_bytes());
         let text = text.as_bytes();
         bytes.extend(&text[..text.len().min(MAX_REPLY - REPLY_HEAD)]);
         bytes
@@ -121,6 +125,7 @@ impl WireReply {
         };
         Some(Self {
             id: u64_at(bytes, 0)?,
+            operations: u32_at(bytes, 16)?,
             result,
         })
     }
@@ -155,7 +160,11 @@ mod tests {
             assert_eq!(WireRequest::decode(&request.encode()), Some(request));
         }
         for result in [Ok(4096), Err((Errno::STALE, "why".to_owned()))] {
-            let reply = WireReply { id: HELLO, result };
+            let reply = WireReply {
+                id: HELLO,
+                operations: 3,
+                result,
+            };
             assert_eq!(WireReply::decode(&reply.encode()), Some(reply));
         }
     }
@@ -176,6 +185,7 @@ mod tests {
         for len in 0..REPLY_HEAD {
             let reply = WireReply {
                 id: 1,
+                operations: 1,
                 result: Ok(1),
             };
             assert_eq!(WireReply::decode(&reply.encode()[..len]), None);

@@ -38,6 +38,10 @@ const RING_ENTRIES: u32 = 256;
 const OPEN_FILES: usize = 256;
 /// Kernel threads for operations that block.
 const KERNEL_WORKERS: u32 = 64;
+/// Reads of neighbouring ranges that come together become one, of at most so many bytes.
+const LONGEST_READ: usize = 1 << 20;
+/// Marks the completion of a read for several jobs; the rest is the number of the [`Run`].
+const RUN: u64 = 1 << 62;
 /// Marks the completion that says "the socket has something".
 const SOCKET: u64 = u64::MAX;
 /// Marks that of opening the directory anew.
@@ -110,6 +114,7 @@ pub(crate) fn run_with(
         &socket,
         &WireReply {
             id: HELLO,
+            operations: 0,
             result: hello,
         },
     ) {
@@ -209,6 +214,8 @@ struct Job {
     filled: usize,
     /// Bytes go from the slot into the file.
     write: bool,
+    /// It is not read together with its neighbours.
+    alone: bool,
     /// It failed, and is repeated with the directory opened anew.
     again: bool,
     /// A read ended here, which is no whole block: the file's end, if another says
@@ -216,10 +223,35 @@ struct Job {
     ended: Option<usize>,
 }
 
+/// A read into the slots of several jobs, whose ranges follow each other.
+struct Run {
+    /// Their places, in the order of the file.
+    jobs: Vec<usize>,
+    /// Where their bytes go. The kernel may look at it until the read is done.
+    parts: Box<[libc::iovec]>,
+}
+
 impl Job {
     /// What to read: `want` rounded up to whole blocks.
     fn span(&self) -> usize {
         self.want.next_multiple_of(ALIGNMENT)
+    }
+
+    /// Whether it is a read of which nothing has been tried yet, and whose file is open.
+    fn may_join(&self) -> bool {
+        let begun = self.filled > 0 || self.ended.is_some();
+        self.file.is_some() && !(begun || self.write || self.fresh || self.alone)
+    }
+
+    /// Whether `next` begins in the same file where this ends, and is as urgent.
+    fn is_followed_by(&self, next: &Self) -> bool {
+        let same = match (&self.file, &next.file) {
+            (Some(one), Some(other)) => Rc::ptr_eq(one, other),
+            _ => false,
+        };
+        same && self.want == self.span()
+            && self.offset + self.want as u64 == next.offset
+            && self.request.is_background() == next.request.is_background()
     }
 
     /// Sets how the file is to be opened.
@@ -253,6 +285,12 @@ struct Worker {
     arena: Arc<Mapping>,
     jobs: Vec<Option<Box<Job>>>,
     free: Vec<usize>,
+    /// Places of jobs that are to be read next, together with their neighbours.
+    ready: Vec<usize>,
+    runs: Vec<Option<Run>>,
+    free_runs: Vec<usize>,
+    /// Reads and writes sent since the last answer.
+    operations: u32,
     files: HashMap<Rc<str>, Rc<OpenFile>>,
     /// Paths in the order in which they were opened.
     order: VecDeque<Rc<str>>,
@@ -289,6 +327,7 @@ impl Worker {
             .map_err(failed("cannot ask what io_uring supports"))?;
         for (name, code) in [
             ("READ", opcode::Read::CODE),
+            ("READV", opcode::Readv::CODE),
             ("WRITE", opcode::Write::CODE),
             ("OPENAT2", opcode::OpenAt2::CODE),
             ("POLL_ADD", opcode::PollAdd::CODE),
@@ -316,6 +355,10 @@ impl Worker {
             arena: Arc::new(arena),
             jobs: Vec::new(),
             free: Vec::new(),
+            ready: Vec::new(),
+            runs: Vec::new(),
+            free_runs: Vec::new(),
+            operations: 0,
             files: HashMap::new(),
             order: VecDeque::new(),
         })
@@ -324,6 +367,7 @@ impl Worker {
     fn serve(&mut self) -> Result<(), WorkerError> {
         self.watch_socket()?;
         loop {
+            self.send_ready()?;
             match self.ring.submit_and_wait(1) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -342,6 +386,8 @@ impl Worker {
                     self.watch_socket()?;
                 } else if tag == ROOT {
                     self.reopened(result)?;
+                } else if tag & RUN != 0 {
+                    self.run_ended(usize::try_from(tag & !RUN).unwrap_or(usize::MAX), result)?;
                 } else {
                     self.advance(usize::try_from(tag).unwrap_or(usize::MAX), result)?;
                 }
@@ -359,8 +405,8 @@ impl Worker {
     fn push(&mut self, entry: &squeue::Entry) -> Result<(), WorkerError> {
         // SAFETY: what entries point to outlives their operation: the directory's
         // path and its `OpenHow` in this worker, which is never dropped; paths and
-        // `OpenHow` in a boxed job that stays in `jobs` until its completion,
-        // slots in the arena's mapping, which is never unmapped while the
+        // `OpenHow` in a boxed job that stays in `jobs` until its completion, and so
+        // do the parts of a run in `runs`; slots in the arena's mapping, which is never unmapped while the
         // worker runs, and files in the job's `Rc`.
         while unsafe { self.ring.submission().push(entry) }.is_err() {
             self.ring
@@ -429,6 +475,7 @@ impl Worker {
             want,
             filled: 0,
             write,
+            alone: false,
             again: false,
             ended: None,
         });
@@ -437,8 +484,124 @@ impl Worker {
         self.issue(index, job)
     }
 
-    /// Sends the next operation of `job` and keeps it at `index` meanwhile.
+    /// Sends the next operation of `job`, soon, and keeps it at `index` meanwhile.
     fn issue(&mut self, index: usize, job: Box<Job>) -> Result<(), WorkerError> {
+        if job.may_join() {
+            self.jobs[index] = Some(job);
+            self.ready.push(index);
+            return Ok(());
+        }
+        self.send(index, job)
+    }
+
+    /// Sends the reads that have gathered: neighbours in one. What a daemon asks for in
+    /// one breath (a request of the kernel that spans chunks, metadata that is fetched
+    /// ahead) has come together, and to a server each read is a round trip.
+    fn send_ready(&mut self) -> Result<(), WorkerError> {
+        let mut ready = std::mem::take(&mut self.ready);
+        let place = |index: &usize| {
+            let job = self.jobs[*index].as_deref();
+            job.map(|job| (job.file.as_ref().map(Rc::as_ptr), job.offset))
+        };
+        ready.sort_by_key(place);
+        let mut rest = ready.into_iter().peekable();
+        while let Some(first) = rest.next() {
+            let (mut jobs, mut last) = (vec![first], first);
+            let span = |at: usize| self.jobs[at].as_ref().map_or(0, |job| job.span());
+            let mut bytes = span(first);
+            while let Some(&next) = rest.peek() {
+                let follows = match (&self.jobs[last], &self.jobs[next]) {
+                    (Some(last), Some(next)) => last.is_followed_by(next),
+                    _ => false,
+                };
+                bytes += span(next);
+                if !follows || bytes > LONGEST_READ {
+                    break;
+                }
+                rest.next();
+                jobs.push(next);
+                last = next;
+            }
+            if jobs.len() > 1 {
+                self.send_run(jobs)?;
+            } else if let Some(job) = self.jobs[first].take() {
+                self.send(first, job)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends one read for all these jobs.
+    fn send_run(&mut self, jobs: Vec<usize>) -> Result<(), WorkerError> {
+        let parts = jobs.iter().filter_map(|&index| {
+            let job = self.jobs[index].as_ref()?;
+            Some(libc::iovec {
+                iov_base: self.arena.at(job.position, job.span())?.as_ptr().cast(),
+                iov_len: job.span(),
+            })
+        });
+        let parts: Box<[libc::iovec]> = parts.collect();
+        let first = jobs.first().and_then(|&first| self.jobs[first].as_ref());
+        // The places were looked at when the requests came.
+        let (
+            Some(Job {
+                file: Some(file),
+                offset,
+                ..
+            }),
+            true,
+        ) = (first.map(|job| &**job), parts.len() == jobs.len())
+        else {
+            return self.send_alone(&jobs);
+        };
+        // At most one part for each block of the longest read.
+        let count = u32::try_from(parts.len()).unwrap_or(0);
+        let entry = opcode::Readv::new(types::Fd(file.fd.as_raw_fd()), parts.as_ptr(), count)
+            .offset(*offset)
+            .build();
+        let number = self.free_runs.pop().unwrap_or_else(|| {
+            self.runs.push(None);
+            self.runs.len() - 1
+        });
+        self.runs[number] = Some(Run { jobs, parts });
+        self.operations += 1;
+        self.push(&entry.user_data(RUN | number as u64))
+    }
+
+    /// Sends a read for each of these jobs.
+    fn send_alone(&mut self, jobs: &[usize]) -> Result<(), WorkerError> {
+        for &index in jobs {
+            if let Some(mut job) = self.jobs[index].take() {
+                job.alone = true;
+                self.send(index, job)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The read for several jobs has ended with `result`.
+    fn run_ended(&mut self, number: usize, result: i32) -> Result<(), WorkerError> {
+        let Some(Run { jobs, parts }) = self.runs.get_mut(number).and_then(Option::take) else {
+            return Ok(());
+        };
+        self.free_runs.push(number);
+        // An error may be one job's alone.
+        let mut left = usize::try_from(result).unwrap_or(0);
+        for (at, (&index, part)) in jobs.iter().zip(&*parts).enumerate() {
+            let read = left.min(part.iov_len);
+            if read == 0 {
+                // It ended before these: they find out whether that is the file's end.
+                return self.send_alone(&jobs[at..]);
+            }
+            left -= read;
+            // No longer than a slot.
+            self.advance(index, i32::try_from(read).unwrap_or(i32::MAX))?;
+        }
+        Ok(())
+    }
+
+    /// Sends the next operation of `job` and keeps it at `index` meanwhile.
+    fn send(&mut self, index: usize, job: Box<Job>) -> Result<(), WorkerError> {
         let entry = match &job.file {
             None => opcode::OpenAt2::new(
                 types::Fd(self.root.as_raw_fd()),
@@ -457,6 +620,7 @@ impl Worker {
                     types::Fd(file.fd.as_raw_fd()),
                     job.offset + job.filled as u64,
                 );
+                self.operations += 1;
                 if job.write {
                     opcode::Write::new(fd, address.as_ptr(), len)
                         .offset(offset)
@@ -636,9 +800,15 @@ impl Worker {
         self.answer(job.id, result)
     }
 
-    fn answer(&self, id: u64, result: Result<usize, Errno>) -> Result<(), WorkerError> {
+    fn answer(&mut self, id: u64, result: Result<usize, Errno>) -> Result<(), WorkerError> {
         let result = result.map_err(|errno| (errno, String::new()));
-        reply(&self.socket, &WireReply { id, result }).map_err(failed("cannot answer the daemon"))
+        let operations = std::mem::take(&mut self.operations);
+        let answer = WireReply {
+            id,
+            operations,
+            result,
+        };
+        reply(&self.socket, &answer).map_err(failed("cannot answer the daemon"))
     }
 
     /// Lists a directory on a thread of its own: io_uring cannot.
@@ -654,7 +824,12 @@ impl Worker {
             });
             let result = result.map_err(|errno| (errno, String::new()));
             let id = request.id;
-            if let Err(error) = reply(&socket, &WireReply { id, result }) {
+            let answer = WireReply {
+                id,
+                operations: 0,
+                result,
+            };
+            if let Err(error) = reply(&socket, &answer) {
                 tracing::warn!(%error, "cannot answer the daemon");
             }
         });

@@ -27,8 +27,9 @@ fn main() -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         };
     }
-    let tests: [(&str, fn()); 21] = [
+    let tests: [(&str, fn()); 22] = [
         ("reads_every_range", reads_every_range),
+        ("neighbours_are_read_together", neighbours),
         ("small_files_and_listings", small_files_and_listings),
         (
             "nothing_outside_the_directory",
@@ -147,6 +148,52 @@ fn reads_every_range() {
         }
     }
     assert_eq!(source.counters().workers.load(Ordering::Relaxed), 1);
+}
+
+fn neighbours() {
+    const CHUNKS: usize = 10;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("file");
+    let data = noise(CHUNKS * CHUNK + 5000);
+    fs::write(&path, &data).unwrap();
+    let arena = Arc::new(Arena::new(64, 64).unwrap());
+    let source = source("the test's directory", directory.path(), &arena);
+    source.wait_ready(Duration::from_secs(30)).unwrap();
+    let worker = source.worker_pid().unwrap();
+    let ask = |chunk: usize| {
+        let read = at((chunk * CHUNK) as u64, CHUNK);
+        (
+            chunk,
+            submit(&arena, &*source, "file", read, Patience::DATA),
+        )
+    };
+    // These wait at the worker's door, in no order, and come in together.
+    let together = |chunks: &[usize], size: usize| {
+        let before = source.counters().operations.load(Ordering::Relaxed);
+        kill(worker, rustix::process::Signal::STOP);
+        let asked: Vec<_> = chunks.iter().map(|&chunk| ask(chunk)).collect();
+        kill(worker, rustix::process::Signal::CONT);
+        for (chunk, receiver) in asked {
+            let filled = receiver.recv().unwrap().unwrap();
+            let (from, to) = (chunk * CHUNK, (chunk + 1) * CHUNK);
+            let expected = &data[from.min(size)..to.min(size)];
+            assert!(&filled.slot.bytes()[..filled.len] == expected, "{chunk}");
+        }
+        source.counters().operations.load(Ordering::Relaxed) - before
+    };
+    // The first of a file opens it.
+    together(&[0], data.len());
+    // 1 MiB each at most.
+    assert_eq!(together(&[7, 0, 3, 9, 1, 2, 6, 5, 4, 8], data.len()), 2);
+    assert_eq!(together(&[4, 2, 9, 3], data.len()), 2);
+    assert_eq!(together(&[5, 1, 3], data.len()), 3);
+    together(&[9, 10], data.len());
+    // What a file that became shorter still has is given, and no more.
+    for size in [6 * CHUNK, 5 * CHUNK + 8192, 5 * CHUNK + 100, 0] {
+        let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len(size as u64).unwrap();
+        together(&[8, 7, 4, 5, 6, 3], size);
+    }
 }
 
 fn small_files_and_listings() {

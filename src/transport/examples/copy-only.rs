@@ -5,7 +5,11 @@
 //!
 //! ```text
 //! copy-only IMAGE [--queues N] [--spin MICROSECONDS] [--ring defer|coop|plain]
+//!           [--memory heap|shared|huge]
 //! ```
+//!
+//! `--memory shared` has the image in a memfd, as `ublk-server` has its cache, and `huge`
+//! has the kernel put that together from huge pages.
 //!
 //! Prints the block device; ends with standard input.
 
@@ -14,7 +18,6 @@
 use std::error::Error;
 use std::io::{self, Read as _, Write as _};
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, types};
@@ -30,6 +33,7 @@ struct Options {
     queues: u16,
     spin: Duration,
     ring: String,
+    memory: String,
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -38,6 +42,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         queues: 1,
         spin: Duration::ZERO,
         ring: "defer".to_owned(),
+        memory: "heap".to_owned(),
     };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
@@ -46,11 +51,16 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--queues" => options.queues = value()?.parse()?,
             "--spin" => options.spin = Duration::from_micros(value()?.parse()?),
             "--ring" => options.ring = value()?,
+            "--memory" => options.memory = value()?,
             _ => path = Some(arg),
         }
     }
     let path = path.ok_or("usage: copy-only IMAGE [OPTIONS]")?;
-    let image: Arc<[u8]> = std::fs::read(path)?.into();
+    let image: Box<[u8]> = std::fs::read(path)?.into();
+    let image: &'static [u8] = match options.memory.as_str() {
+        "heap" => Box::leak(image),
+        kind => shared(&image, kind == "huge")?,
+    };
     let size = image.len() as u64;
     let ctrl = UblkCtrlBuilder::default()
         .name("copy-only")
@@ -74,7 +84,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             Ok(())
         },
         move |queue, dev| {
-            if let Err(error) = serve(queue, dev, &image, &options) {
+            if let Err(error) = serve(queue, dev, image, &options) {
                 eprintln!("copy-only: {error}");
             }
         },
@@ -87,6 +97,35 @@ fn main() -> Result<(), Box<dyn Error>> {
     )?;
     ctrl.del_dev()?;
     Ok(())
+}
+
+/// A copy of the image in shared memory, mapped for good.
+fn shared(image: &[u8], huge: bool) -> io::Result<&'static [u8]> {
+    let fd = rustix::fs::memfd_create("copy-only", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let mut file = std::fs::File::from(fd);
+    file.write_all(image)?;
+    // SAFETY: a new mapping at an address of the kernel's choice, which nobody unmaps
+    // and nobody writes: the file is not given to anybody.
+    let memory = unsafe {
+        rustix::mm::mmap(
+            std::ptr::null_mut(),
+            image.len(),
+            ProtFlags::READ,
+            MapFlags::SHARED | MapFlags::POPULATE,
+            &file,
+            0,
+        )?
+    };
+    if huge {
+        const MADV_COLLAPSE: i32 = 25;
+        // SAFETY: it changes where the pages lie, and none of their bytes.
+        let result = unsafe { libc::madvise(memory, image.len(), MADV_COLLAPSE) };
+        if result != 0 {
+            eprintln!("copy-only: no huge pages: {}", io::Error::last_os_error());
+        }
+    }
+    // SAFETY: as above: `image.len()` bytes, mapped for good, and written by nobody.
+    Ok(unsafe { std::slice::from_raw_parts(memory.cast(), image.len()) })
 }
 
 /// The mapping of the descriptors. As long as it is there the driver counts the device's

@@ -194,6 +194,7 @@ fn source(worker: &WorkerSource, standing: &Standing) -> SourceStatus {
         workers: counters.workers.load(Relaxed),
         dying: counters.dying.load(Relaxed),
         reads: counters.reads.load(Relaxed),
+        operations: counters.operations.load(Relaxed),
         bytes: counters.bytes.load(Relaxed),
         failed_attempts: counters.failed_attempts.load(Relaxed),
     }

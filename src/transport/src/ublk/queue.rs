@@ -9,21 +9,22 @@
 //! 3. with one system call, submit them all and wait for a tag to come out;
 //! 4. for each tag that came out, call the reader.
 //!
-//! A reader that serves from memory finishes inside step 4; its result lies in
-//! the mailbox at the next step 1, and is committed together with those of all
-//! other tags that came out with it. A result from another thread wakes the queue
-//! thread only if it waits.
+//! A reader that serves from memory finishes inside step 4; its result is kept by
+//! the thread itself, and is committed at the next step 2 together with those of all
+//! other tags that came out with it. A result from another thread lies in the mailbox,
+//! and wakes the queue thread only if it waits.
 //!
 //! # Invariant
 //!
 //! A tag is either with the driver (its command is under way), or with the
-//! reader (exactly one [`UblkRequest`] stands for it), or in the mailbox. So a
+//! reader (exactly one [`UblkRequest`] stands for it), or its result is kept. So a
 //! device whose `depth` tags have all been taken back by the driver has no
 //! request left, and is forgotten.
 
+use std::cell::{Cell, RefCell};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -39,7 +40,7 @@ use super::ring::{Descriptors, QueueEvent, QueueRing, Wake};
 use crate::request::{ReadError, Reader, Request};
 
 /// A result on its way to the driver.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 struct Done {
     slot: u32,
     tag: u16,
@@ -51,14 +52,16 @@ struct Mail {
     done: Vec<Done>,
     /// Orders wait in their channel.
     orders: bool,
-    /// The queue thread has emptied this and waits in its ring, or is about to.
-    asleep: bool,
 }
 
 /// Where other threads leave work for a queue thread.
 #[derive(Debug)]
 struct Mailbox {
     mail: Mutex<Mail>,
+    /// There is mail.
+    full: AtomicBool,
+    /// The queue thread waits in its ring, or is about to.
+    asleep: AtomicBool,
     wake: Wake,
 }
 
@@ -68,30 +71,97 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Mailbox {
+    fn new() -> io::Result<Self> {
+        Ok(Mailbox {
+            mail: Mutex::default(),
+            full: AtomicBool::new(false),
+            asleep: AtomicBool::new(false),
+            wake: Wake::new()?,
+        })
+    }
+
     fn leave(&self, put: impl FnOnce(&mut Mail)) {
-        let mut mail = lock(&self.mail);
-        put(&mut mail);
-        let wake = mem::take(&mut mail.asleep);
-        drop(mail);
-        if wake {
+        put(&mut lock(&self.mail));
+        // This store and the load that follows, against those in `may_sleep`: at least
+        // one of the two threads sees what the other has stored.
+        self.full.store(true, Ordering::SeqCst);
+        if self.asleep.load(Ordering::SeqCst) && self.asleep.swap(false, Ordering::SeqCst) {
             self.wake.wake();
         }
     }
 
-    /// Takes the results; says whether there are orders. If there are none the
-    /// mailbox is empty from here on, and the thread may wait in its ring: who
-    /// leaves something wakes it.
+    /// Leaves a result, whichever thread this is.
+    fn answer(self: &Arc<Self>, result: Done) {
+        if !Own::keep(self, result) {
+            self.leave(|mail| mail.done.push(result));
+        }
+    }
+
+    /// Adds the results that were left to `done`; says whether there are orders. Takes no
+    /// lock if nothing was left.
     fn collect(&self, done: &mut Vec<Done>) -> bool {
+        if !self.full.load(Ordering::SeqCst) {
+            return false;
+        }
+        // Whoever leaves something that is not taken here says so after this.
+        self.full.store(false, Ordering::SeqCst);
         let mut mail = lock(&self.mail);
-        mem::swap(&mut mail.done, done);
-        let orders = mem::take(&mut mail.orders);
-        mail.asleep = !orders;
-        orders
+        done.append(&mut mail.done);
+        mem::take(&mut mail.orders)
+    }
+
+    /// Whether the queue thread may wait in its ring: if so, who leaves something from
+    /// here on wakes it.
+    fn may_sleep(&self) -> bool {
+        self.asleep.store(true, Ordering::SeqCst);
+        if self.full.load(Ordering::SeqCst) {
+            self.asleep.store(false, Ordering::SeqCst);
+            return false;
+        }
+        true
     }
 
     /// The thread has waited, for whatever reason it woke.
     fn awake(&self) {
-        lock(&self.mail).asleep = false;
+        self.asleep.store(false, Ordering::Relaxed);
+    }
+}
+
+/// Results of requests that a queue thread has finished itself: they need neither lock
+/// nor wake-up.
+#[derive(Default)]
+struct Own {
+    /// Address of this thread's mailbox; 0 if it is no queue thread.
+    mailbox: Cell<usize>,
+    done: RefCell<Vec<Done>>,
+}
+
+thread_local! {
+    static OWN: Own = const { Own { mailbox: Cell::new(0), done: RefCell::new(Vec::new()) } };
+}
+
+impl Own {
+    /// This thread is the queue thread of `mailbox`, which it keeps alive.
+    fn begin(mailbox: &Arc<Mailbox>) {
+        OWN.with(|own| own.mailbox.set(Arc::as_ptr(mailbox).addr()));
+    }
+
+    /// Keeps a result, if this is the queue thread of `mailbox`; says whether it is.
+    fn keep(mailbox: &Arc<Mailbox>, result: Done) -> bool {
+        let keep = |own: &Own| {
+            let mine = own.mailbox.get() == Arc::as_ptr(mailbox).addr();
+            if mine {
+                own.done.borrow_mut().push(result);
+            }
+            mine
+        };
+        // A thread that ends is no queue thread any more.
+        OWN.try_with(keep).unwrap_or(false)
+    }
+
+    /// Takes the results that were kept.
+    fn take(done: &mut Vec<Done>) {
+        OWN.with(|own| done.append(&mut own.done.borrow_mut()));
     }
 }
 
@@ -175,17 +245,13 @@ pub struct UblkRequest {
 impl UblkRequest {
     fn commit(&mut self, result: i32) {
         self.finished = true;
-        self.device.mailbox.leave(|mail| {
-            mail.done.push(Done {
-                slot: self.slot,
-                tag: self.tag,
-                result,
-            });
+        self.device.mailbox.answer(Done {
+            slot: self.slot,
+            tag: self.tag,
+            result,
         });
     }
-}
 
-impl UblkRequest {
     fn misfit(&self, at: usize, len: usize) -> io::Error {
         io::Error::new(
             io::ErrorKind::InvalidInput,
@@ -333,10 +399,7 @@ pub(super) struct Queue<R> {
 impl<R: Reader> Queue<R> {
     pub fn start(index: usize) -> Result<Self, Unavailable> {
         let ring_error = |source| Unavailable::Ring { source };
-        let mailbox = Arc::new(Mailbox {
-            mail: Mutex::default(),
-            wake: Wake::new().map_err(ring_error)?,
-        });
+        let mailbox = Arc::new(Mailbox::new().map_err(ring_error)?);
         let devices = Arc::new(AtomicUsize::new(0));
         let (orders, inbox) = mpsc::channel();
         let (ready, started) = mpsc::sync_channel(1);
@@ -459,7 +522,9 @@ impl<R: Reader> Worker<R> {
     fn run(&mut self, inbox: &Receiver<Order<R>>) -> io::Result<()> {
         let mut done = Vec::new();
         let mut events = Vec::new();
+        Own::begin(&self.mailbox);
         loop {
+            Own::take(&mut done);
             let orders = self.mailbox.collect(&mut done);
             for Done { slot, tag, result } in done.drain(..) {
                 if let Some(Some(served)) = self.slots.get(slot as usize) {
@@ -480,8 +545,9 @@ impl<R: Reader> Worker<R> {
                     }
                 }
             }
-            self.ring.turn(&self.mailbox.wake, !orders, &mut events)?;
-            if !orders {
+            let sleep = !orders && self.mailbox.may_sleep();
+            self.ring.turn(&self.mailbox.wake, sleep, &mut events)?;
+            if sleep {
                 self.mailbox.awake();
             }
             for event in events.drain(..) {
@@ -560,12 +626,10 @@ impl<R: Reader> Slot<R> {
             return;
         };
         let answer = |result| {
-            self.served.mailbox.leave(|mail| {
-                mail.done.push(Done {
-                    slot: number,
-                    tag,
-                    result,
-                });
+            self.served.mailbox.answer(Done {
+                slot: number,
+                tag,
+                result,
             });
         };
         match ask {

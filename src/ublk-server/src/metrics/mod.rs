@@ -12,7 +12,9 @@ pub use http::start;
 use crate::admin;
 use crate::engine::Totals;
 use crate::registry::Counted;
+use crate::remake::Remake;
 use crate::serve::Daemon;
+use accel_source::DiskCache;
 use std::fs;
 use std::sync::atomic::Ordering::Relaxed;
 use text::Exposition;
@@ -29,6 +31,12 @@ pub fn render(daemon: &Daemon) -> String {
     devices(&mut text, &exports);
     cache(&mut text, daemon);
     sources(&mut text, daemon);
+    if let Some(cache) = &daemon.disk_cache {
+        disk_cache(&mut text, cache);
+    }
+    if let Some(remake) = &daemon.remake {
+        remakes(&mut text, remake);
+    }
     process(&mut text);
     text.finish()
 }
@@ -288,6 +296,11 @@ fn sources(text: &mut Exposition, daemon: &Daemon) {
                 source.reads,
             ),
             (
+                "image_accel_source_operations_total",
+                "Reads of files that the source was asked for; neighbours are read in one.",
+                source.operations,
+            ),
+            (
                 "image_accel_source_bytes_total",
                 "Bytes that the source gave, look-ups and probes included.",
                 source.bytes,
@@ -322,6 +335,89 @@ fn sources(text: &mut Exposition, daemon: &Daemon) {
             &tally.latency.snapshot(),
         );
     }
+}
+
+fn disk_cache(text: &mut Exposition, cache: &DiskCache) {
+    let status = crate::disk_cache::status(cache);
+    text.gauge(
+        "image_accel_disk_cache_in_use",
+        "1 if the disk cache is read and written, 0 if it is left alone.",
+        &[],
+        u8::from(status.in_use),
+    );
+    text.gauge(
+        "image_accel_disk_cache_capacity_bytes",
+        "How large the disk cache may become.",
+        &[],
+        status.size,
+    );
+    text.gauge(
+        "image_accel_disk_cache_used_bytes",
+        "What of it holds content.",
+        &[],
+        status.used,
+    );
+    for (name, help, value) in [
+        (
+            "image_accel_disk_cache_hits_total",
+            "Requests answered from the disk cache.",
+            status.hits,
+        ),
+        (
+            "image_accel_disk_cache_misses_total",
+            "Requests for what the disk cache does not hold.",
+            status.misses,
+        ),
+        (
+            "image_accel_disk_cache_written_total",
+            "Chunks and pages written to the disk cache.",
+            status.written,
+        ),
+        (
+            "image_accel_disk_cache_skipped_total",
+            "Chunks and pages not written: too many were on their way.",
+            status.skipped,
+        ),
+        (
+            "image_accel_disk_cache_evictions_total",
+            "What had to leave the disk cache.",
+            status.evicted,
+        ),
+        (
+            "image_accel_disk_cache_damaged_total",
+            "What had changed on disk: dropped, and fetched again.",
+            status.damaged,
+        ),
+        (
+            "image_accel_disk_cache_failures_total",
+            "Reads and writes of the disk cache that failed or took too long.",
+            status.failed,
+        ),
+    ] {
+        text.counter(name, help, &[], value);
+    }
+}
+
+fn remakes(text: &mut Exposition, remake: &Remake) {
+    let status = remake.status();
+    text.gauge(
+        "image_accel_remake_known_layers",
+        "Exported layers that could be made again.",
+        &[],
+        status.known,
+    );
+    text.counter(
+        "image_accel_remade_layers_total",
+        "Layers made again from where they came from.",
+        &[],
+        status.made,
+    );
+    text.counter(
+        "image_accel_remake_failures_total",
+        "Attempts at that which failed.",
+        &[],
+        status.failed,
+    );
 }
 
 /// The daemon's process, by the names that all exporters use. What cannot be read is
