@@ -9,6 +9,7 @@ Times are in microseconds, rates in operations or bytes per second, sizes in byt
 """
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -44,6 +45,15 @@ def settle():
     """udev looks at new devices, where there is one."""
     if shutil.which("udevadm"):
         run("udevadm", "settle")
+
+
+def mount_erofs(path, point, options):
+    """mount(2), as ublk-server's client does it: mount(8) makes a loop device of a file."""
+    read_only = 1
+    libc = ctypes.CDLL(None, use_errno=True)
+    words = [os.fsencode(word) for word in (path, point, "erofs")]
+    if libc.mount(*words, ctypes.c_ulong(read_only), options.encode() if options else None):
+        raise SystemExit(f"cannot mount {path} ({options or 'no options'}): {os.strerror(ctypes.get_errno())}")
 
 
 def drop_caches():
@@ -153,7 +163,7 @@ class Target:
     name = "?"
     path = None
     process = None
-    mount_options = "ro"
+    mount_options = ""
     # Whether it is worth measuring without a file system on it.
     is_device = True
 
@@ -251,7 +261,7 @@ class Nbd(Target):
 
 
 class Ours(Target):
-    def __init__(self, options, scratch, transport, program="ublk-server", name=None, mount_options="ro"):
+    def __init__(self, options, scratch, transport, program="ublk-server", name=None, mount_options=""):
         super().__init__(options, scratch)
         self.mount_options = mount_options
         self.transport, self.name = transport, name or f"ours, {transport}"
@@ -292,11 +302,11 @@ def targets_of(options, scratch):
         "loop": lambda: Loop(options, scratch),
         "copy-only": lambda: CopyOnly(options, scratch),
         "ublk": lambda: Ours(options, scratch, "ublk"),
-        "fuse": lambda: Ours(options, scratch, "fuse"),
-        "fuse-directio": lambda: Ours(options, scratch, "fuse", name="ours, fuse, directio", mount_options="ro,directio"),
+        "fuse": lambda: Ours(options, scratch, "fuse", mount_options="directio"),
+        "fuse-buffered": lambda: Ours(options, scratch, "fuse", name="ours, fuse, buffered"),
         "nbd": lambda: Nbd(options, scratch),
-        "file": lambda: PlainFile(options, scratch, "file", "ro"),
-        "file-directio": lambda: PlainFile(options, scratch, "file, directio", "ro,directio"),
+        "file": lambda: PlainFile(options, scratch, "file", ""),
+        "file-directio": lambda: PlainFile(options, scratch, "file, directio", "directio"),
     }
     targets = []
     for word in options.targets.split(","):
@@ -396,11 +406,11 @@ class Bench:
                 # The kernel's cache of the file below is part of the mount.
                 with open(target.path, "rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            run("mount", "-t", "erofs", "-o", target.mount_options, target.path, point)
+            mount_erofs(target.path, point, target.mount_options)
             walk = self.timed("find", point, "-newermt", "2099-01-01")
             self.note(target, number, part, "walk the tree", seconds=walk)
             run("umount", point)
-            run("mount", "-t", "erofs", "-o", target.mount_options, target.path, point)
+            mount_erofs(target.path, point, target.mount_options)
             read = self.timed("sh", "-c", f"find {point} -type f -print0 | xargs -0 cat")
             self.note(target, number, part, "read every file", seconds=read)
             run("umount", point)
