@@ -664,3 +664,73 @@ impl<R: Reader> Slot<R> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use std::sync::atomic::AtomicI32;
+
+    /// A result that is left while the queue thread makes up its mind to sleep must wake
+    /// it: whoever reads would otherwise wait until something else happens.
+    #[test]
+    fn no_result_is_slept_over() {
+        const RESULTS: i32 = 100_000;
+        let mailbox = Arc::new(Mailbox::new().unwrap());
+        let seen = Arc::new(AtomicI32::new(0));
+        let (its, taken) = (Arc::clone(&mailbox), Arc::clone(&seen));
+        // One at a time, as soon as the last was taken: about when its taker falls asleep.
+        let other = thread::spawn(move || {
+            for result in 0..RESULTS {
+                let (slot, tag) = (0, 1);
+                its.answer(Done { slot, tag, result });
+                for turn in 0.. {
+                    match taken.load(Ordering::Relaxed) {
+                        ended if ended < 0 => return,
+                        count if count > result => break,
+                        _ if turn % 1024 == 1023 => thread::yield_now(),
+                        _ => std::hint::spin_loop(),
+                    }
+                }
+            }
+        });
+        Own::begin(&mailbox);
+        // The thread's own come without a wake-up.
+        let (slot, tag) = (0, 0);
+        let result = 0;
+        mailbox.answer(Done { slot, tag, result });
+        let (mut done, mut own, mut next) = (Vec::new(), 0, 0);
+        while next < RESULTS {
+            Own::take(&mut done);
+            assert!(!mailbox.collect(&mut done));
+            for Done { tag, result, .. } in done.drain(..) {
+                if tag == 0 {
+                    own += 1;
+                } else {
+                    assert_eq!(result, next);
+                    next += 1;
+                }
+            }
+            seen.store(next, Ordering::Relaxed);
+            for _ in 0..next % 256 {
+                std::hint::spin_loop();
+            }
+            if next < RESULTS && mailbox.may_sleep() {
+                let limit = Timespec {
+                    tv_sec: 30,
+                    tv_nsec: 0,
+                };
+                let mut files = [PollFd::new(mailbox.wake.file(), PollFlags::IN)];
+                let woken = poll(&mut files, Some(&limit)).unwrap();
+                if woken == 0 {
+                    seen.store(-1, Ordering::Relaxed);
+                    panic!("nobody wakes the thread for result {next}");
+                }
+                let _ = rustix::io::read(mailbox.wake.file(), &mut [0; 8]);
+                mailbox.awake();
+            }
+        }
+        assert_eq!(own, 1);
+        other.join().unwrap();
+    }
+}

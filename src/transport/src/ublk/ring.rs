@@ -38,6 +38,12 @@ impl Wake {
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 
+    /// What becomes readable with each wake.
+    #[cfg(test)]
+    pub fn file(&self) -> &OwnedFd {
+        &self.0
+    }
+
     fn poll<E: From<squeue::Entry>>(&self) -> E {
         let poll_in = u32::from(rustix::event::PollFlags::IN.bits());
         opcode::PollAdd::new(types::Fd(self.0.as_raw_fd()), poll_in)
