@@ -104,14 +104,26 @@ fn shared(image: &[u8], huge: bool) -> io::Result<&'static [u8]> {
     let fd = rustix::fs::memfd_create("copy-only", rustix::fs::MemfdFlags::CLOEXEC)?;
     let mut file = std::fs::File::from(fd);
     file.write_all(image)?;
-    // SAFETY: a new mapping at an address of the kernel's choice, which nobody unmaps
-    // and nobody writes: the file is not given to anybody.
+    // Huge pages need the mapping to begin at a multiple of theirs.
+    const HUGE: usize = 2 << 20;
+    // SAFETY: a new mapping at an address of the kernel's choice, which nobody unmaps.
+    let room = unsafe {
+        rustix::mm::mmap_anonymous(
+            std::ptr::null_mut(),
+            image.len() + HUGE,
+            ProtFlags::empty(),
+            MapFlags::PRIVATE,
+        )?
+    };
+    let start = room.wrapping_byte_add(room.addr().next_multiple_of(HUGE) - room.addr());
+    // SAFETY: it replaces part of the mapping just made, which nobody uses; nobody unmaps
+    // or writes it: the file is not given to anybody.
     let memory = unsafe {
         rustix::mm::mmap(
-            std::ptr::null_mut(),
+            start,
             image.len(),
             ProtFlags::READ,
-            MapFlags::SHARED | MapFlags::POPULATE,
+            MapFlags::SHARED | MapFlags::POPULATE | MapFlags::FIXED,
             &file,
             0,
         )?
