@@ -514,7 +514,7 @@ pub fn serves_in_a_sandbox(setting: &Setting) -> Result<()> {
 /// one is ended, again and again, and reads go on.
 pub fn reads_go_on_when_memory_is_short(setting: &Setting) -> Result<()> {
     /// Ends of that program.
-    const ENDS: usize = 3;
+    const ENDS: usize = 16;
     let image = image(setting, "tiny")?;
     let before = State::now(setting)?;
     let root = Path::new("/sys/fs/cgroup");
@@ -526,7 +526,7 @@ pub fn reads_go_on_when_memory_is_short(setting: &Setting) -> Result<()> {
     let enter = format!("echo $$ >{}/cgroup.procs", group.display());
     // Scored as by deploy/systemd/ublk-server.service.
     let text = format!(
-        "#!/bin/sh\nset -e\nif [ \"$1\" = serve ]; then {enter}; echo -999 >/proc/self/oom_score_adj; fi\n\
+        "#!/bin/sh\nset -e\nif [ \"$1\" = serve ]; then {enter}; echo -1000 >/proc/self/oom_score_adj; fi\n\
          exec {} \"$@\"\n",
         setting.ublk_server().display()
     );
@@ -565,12 +565,13 @@ pub fn reads_go_on_when_memory_is_short(setting: &Setting) -> Result<()> {
             over.store(true, Relaxed);
             let hogged = hog.join();
             if !alive {
-                // The kernel may end it all the same; then its supervisor starts another.
+                // Or the reader would wait for ever.
                 daemon.start_again()?;
             }
             for joined in [hogged, reader.join()] {
                 joined.map_err(|_| crate::fail("a thread panicked"))??;
             }
+            ensure!(alive, "the daemon was ended");
             Ok(())
         })?;
         ensure!(mounted.run(&image.program)? == image.output()?);
