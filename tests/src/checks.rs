@@ -80,6 +80,14 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             lifecycle::reads_go_on_when_memory_is_short,
         ),
         (
+            "lifecycle::attach_without_descriptors_is_refused",
+            lifecycle::attach_without_descriptors_is_refused,
+        ),
+        (
+            "lifecycle::limit_of_devices_is_no_limit_or_named",
+            lifecycle::limit_of_devices_is_no_limit_or_named,
+        ),
+        (
             "lifecycle::lost_device_in_use_is_in_nobodys_way",
             lifecycle::lost_device_in_use_is_in_nobodys_way,
         ),

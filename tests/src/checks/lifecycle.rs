@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use accel_transport::ublk::Inventory;
 use anyhow::{Context as _, Result, ensure};
+use rustix::process::{Pid, Resource, Rlimit};
 
 use crate::daemon::{Daemon, Succession};
 use crate::fixture::image;
@@ -403,6 +404,70 @@ pub fn lost_device_in_use_is_in_nobodys_way(setting: &Setting) -> Result<()> {
     compare(&image.tree()?, mounted.path(), "a device was lost")?;
     lost.unmount()?;
     ensure!(mounted.run(&image.program)? == image.output()?);
+    mounted.unmount()?;
+    daemon.stop()?;
+    before.check_same_now(setting)
+}
+
+/// The daemon may open no file more, or a few: what it cannot attach then is refused with the
+/// reason, nothing of it stays, and who reads what is mounted notices nothing.
+pub fn attach_without_descriptors_is_refused(setting: &Setting) -> Result<()> {
+    let (image, other) = (image(setting, "tiny")?, image(setting, "foreign")?);
+    let before = State::now(setting)?;
+    let daemon = Daemon::start(setting, &setting.ufs())?;
+    let mounted = daemon.mount(&image.source)?;
+    let (wanted, during) = (image.tree()?, State::now(setting)?);
+    let pid = Pid::from_raw(i32::try_from(daemon.pid())?);
+    let open = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid()))?.count() as u64;
+    // The daemon has raised its limit to that.
+    let maximum = rustix::process::getrlimit(Resource::Nofile).maximum;
+    let allow = |current| {
+        rustix::process::prlimit(pid, Resource::Nofile, Rlimit { current, maximum })
+    };
+    let checked = (0..4).try_for_each(|more| -> Result<()> {
+        allow(Some(open + more))?;
+        let refused = daemon.client(["attach", &other.source])?;
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        ensure!(!refused.status.success(), "{more} more are enough");
+        ensure!(
+            said.contains("no file descriptors left") || said.contains("Too many open files"),
+            "with {more} more: {said}"
+        );
+        compare(&wanted, mounted.path(), "an attach that was refused")?;
+        during.check_same_now(setting)
+    });
+    allow(maximum)?;
+    checked.with_context(|| daemon.log())?;
+    ensure!(daemon.attach(&other.source)?.len() > 1);
+    daemon.detach(&other.source)?;
+    mounted.unmount()?;
+    daemon.stop()?;
+    before.check_same_now(setting)
+}
+
+/// The driver's limit of devices is for unprivileged users, and none of ours; where it counts
+/// all devices, a further one is refused with its name, and nothing of it stays.
+pub fn limit_of_devices_is_no_limit_or_named(setting: &Setting) -> Result<()> {
+    let parameter = Path::new("/sys/module/ublk_drv/parameters/ublks_max");
+    let (image, other) = (image(setting, "tiny")?, image(setting, "foreign")?);
+    let before = State::now(setting)?;
+    let daemon = Daemon::start(setting, &setting.ufs())?;
+    let mounted = daemon.mount(&image.source)?;
+    let during = State::now(setting)?;
+    let limit = std::fs::read_to_string(parameter)?;
+    std::fs::write(parameter, "1")?;
+    let checked = (|| -> Result<()> {
+        let attached = daemon.client(["attach", &other.source])?;
+        if attached.status.success() {
+            return daemon.detach(&other.source);
+        }
+        let said = String::from_utf8_lossy(&attached.stderr).into_owned();
+        ensure!(said.contains("ublks_max"), "{said}");
+        during.check_same_now(setting)
+    })();
+    std::fs::write(parameter, limit.trim())?;
+    checked.with_context(|| daemon.log())?;
+    compare(&image.tree()?, mounted.path(), "a limit of devices")?;
     mounted.unmount()?;
     daemon.stop()?;
     before.check_same_now(setting)
