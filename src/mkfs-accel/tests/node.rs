@@ -460,7 +460,11 @@ fn what_makes_layers_is_not_relied_on() {
     assert_eq!(fs::read_to_string(&score).unwrap(), "500\n");
     // Of what root may it has DAC_OVERRIDE and DAC_READ_SEARCH, and can gain nothing.
     let status = fs::read_to_string(&status).unwrap();
-    for line in ["CapPrm:\t0000000000000006", "CapEff:\t0000000000000006", "NoNewPrivs:\t1"] {
+    for line in [
+        "CapPrm:\t0000000000000006",
+        "CapEff:\t0000000000000006",
+        "NoNewPrivs:\t1",
+    ] {
         assert!(status.lines().any(|other| other == line), "{status}");
     }
     let pid = fs::read_to_string(&marker).unwrap();

@@ -126,12 +126,14 @@ pub fn sees_damage_and_lost_devices(setting: &Setting) -> Result<()> {
     let mounted = daemon.mount(&made.digest)?;
     let path = mounted.path().join("it");
     std::thread::scope(|scope| -> Result<()> {
-        let reader = scope.spawn(|| loop {
-            let said = verify(&path, scratch.path())?;
-            if !said.status.success() {
-                return Ok::<_, anyhow::Error>(said);
+        let reader = scope.spawn(|| {
+            loop {
+                let said = verify(&path, scratch.path())?;
+                if !said.status.success() {
+                    return Ok::<_, anyhow::Error>(said);
+                }
+                drop_caches()?;
             }
-            drop_caches()?;
         });
         let once = |kills| kills == 1 || reader.is_finished();
         let killed = kill_under_way(&daemon, &devices[0], once, || Ok(()));

@@ -421,9 +421,8 @@ pub fn attach_without_descriptors_is_refused(setting: &Setting) -> Result<()> {
     let open = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid()))?.count() as u64;
     // The daemon has raised its limit to that.
     let maximum = rustix::process::getrlimit(Resource::Nofile).maximum;
-    let allow = |current| {
-        rustix::process::prlimit(pid, Resource::Nofile, Rlimit { current, maximum })
-    };
+    let allow =
+        |current| rustix::process::prlimit(pid, Resource::Nofile, Rlimit { current, maximum });
     let checked = (0..4).try_for_each(|more| -> Result<()> {
         allow(Some(open + more))?;
         let refused = daemon.client(["attach", &other.source])?;

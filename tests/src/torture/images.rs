@@ -161,10 +161,7 @@ pub fn write_image(layout: &Path, seed: u64, number: u64, size: u64) -> Result<S
 
 /// Writes an OCI layout of one plain layer; the digest of its manifest. `tar` writes that,
 /// and gives its SHA-256 and size.
-fn write_layout(
-    layout: &Path,
-    tar: impl FnOnce(&Path) -> Result<(String, u64)>,
-) -> Result<String> {
+fn write_layout(layout: &Path, tar: impl FnOnce(&Path) -> Result<(String, u64)>) -> Result<String> {
     let blobs = layout.join("blobs/sha256");
     fs::create_dir_all(&blobs)?;
     fs::write(
