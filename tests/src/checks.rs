@@ -6,6 +6,7 @@
 //! | [`reads`] | an exported device has the bytes of the published file, however it is read |
 //! | [`damage`] | bytes that changed on UFS are I/O errors, and nothing else is |
 //! | [`lifecycle`] | unmounting and stopping leave nothing behind; a killed daemon is not noticed |
+//! | [`fio`] | neither does fio notice, which verifies what it reads |
 //! | [`snapshots`] | what the snapshotter answers is what a plain model says, whatever dies meanwhile |
 //! | [`trust`] | which layers it takes on the word of UFS |
 //! | [`mounting`] | an image is mounted with hardly a byte of UFS, however large it is |
@@ -17,6 +18,7 @@ use libtest_mimic::Trial;
 use crate::{Setting, fixture};
 
 pub mod damage;
+pub mod fio;
 pub mod lifecycle;
 pub mod mounting;
 pub mod reads;
@@ -78,6 +80,19 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
         (
             "lifecycle::reads_go_on_when_memory_is_short",
             lifecycle::reads_go_on_when_memory_is_short,
+        ),
+        ("fio::verifies_through_kills", fio::verifies_through_kills),
+        (
+            "fio::sees_damage_and_lost_devices",
+            fio::sees_damage_and_lost_devices,
+        ),
+        (
+            "lifecycle::attach_without_descriptors_is_refused",
+            lifecycle::attach_without_descriptors_is_refused,
+        ),
+        (
+            "lifecycle::limit_of_devices_is_no_limit_or_named",
+            lifecycle::limit_of_devices_is_no_limit_or_named,
         ),
         (
             "lifecycle::lost_device_in_use_is_in_nobodys_way",

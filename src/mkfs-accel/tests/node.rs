@@ -449,9 +449,13 @@ fn what_makes_layers_is_not_relied_on() {
 
     // It says nothing: it is ended, and the daemon answers all the while.
     let marker = scratch.path().join("pid");
+    let (score, status) = (scratch.path().join("score"), scratch.path().join("status"));
     let stalls = format!(
-        "echo $$ > {}; cat > /dev/null; exec sleep 1000",
-        marker.display()
+        "echo $$ > {}; cat /proc/self/oom_score_adj > {}; cat /proc/self/status > {}; \
+         cat > /dev/null; exec sleep 1000",
+        marker.display(),
+        score.display(),
+        status.display()
     );
     let further = ["--request-timeout", "4s", "--remake-stall", "8s"];
     let (node, root) = start(&stalls, &further);
@@ -460,6 +464,17 @@ fn what_makes_layers_is_not_relied_on() {
     reading.join().unwrap().unwrap_err();
     let said = node.ask(&["status"]);
     assert!(said.contains("stood still"), "{said}");
+    // Rather it than others, if memory is short.
+    assert_eq!(fs::read_to_string(&score).unwrap(), "500\n");
+    // Of what root may it has DAC_OVERRIDE and DAC_READ_SEARCH, and can gain nothing.
+    let status = fs::read_to_string(&status).unwrap();
+    for line in [
+        "CapPrm:\t0000000000000006",
+        "CapEff:\t0000000000000006",
+        "NoNewPrivs:\t1",
+    ] {
+        assert!(status.lines().any(|other| other == line), "{status}");
+    }
     let pid = fs::read_to_string(&marker).unwrap();
     await_that(|| !Path::new("/proc").join(pid.trim()).exists());
     let log = finish(node);

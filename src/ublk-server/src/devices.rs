@@ -172,13 +172,13 @@ impl Devices {
         }
     }
 
-    /// Ends an export that nobody uses any more.
-    pub fn remove(&self, root: Root, device: &Device) -> Result<()> {
+    /// Ends an export; a block device that is to be unused is waited for a little.
+    pub fn remove(&self, root: Root, device: &Device, when: Removal) -> Result<()> {
         match (&self.kind, device) {
             (Kind::Ublk(transport), Device::Ublk(device)) => {
                 let since = Instant::now();
                 loop {
-                    match transport.remove(device.id, Removal::IfUnused) {
+                    match transport.remove(device.id, when) {
                         Ok(()) => return Ok(()),
                         // Somebody else has removed it: that is what was wanted.
                         Err(_) if matches!(transport.state(device.id), Ok(None)) => {

@@ -336,10 +336,17 @@ fn what_an_earlier_boot_left_is_in_nobodys_way() {
 
 #[test]
 fn every_process_has_only_what_it_needs() {
-    let (node, _, root, files) = mounted();
-    // DAC_READ_SEARCH; with DAC_OVERRIDE, SYS_CHROOT and SYS_ADMIN.
+    let disk = tempfile::tempdir().unwrap();
+    let further = ["--disk-cache".as_ref(), disk.path().as_os_str()];
+    let mut made = None;
+    let node = Node::start_with(&further, |ufs| made = Some(big(ufs)));
+    let (image, files) = made.unwrap();
+    let root = node.directory("root");
+    node.ask(&["mount", &image, &root]);
+    // DAC_READ_SEARCH; with DAC_OVERRIDE; with SYS_CHROOT and SYS_ADMIN.
     const READER: u64 = 1 << 2;
-    const DAEMON: u64 = READER | 1 << 1 | 1 << 18 | 1 << 21;
+    const WRITER: u64 = READER | 1 << 1;
+    const DAEMON: u64 = WRITER | 1 << 18 | 1 << 21;
     let check = |pid: &str, wanted: u64| {
         let set = |set| u64::from_str_radix(&field(pid, set), 16).unwrap();
         for name in ["CapPrm", "CapEff"] {
@@ -352,6 +359,22 @@ fn every_process_has_only_what_it_needs() {
         }
         assert_eq!(field(pid, "NoNewPrivs"), "1");
     };
+    // The disk cache is read by one process and written by another. They are begun with
+    // the daemon, and nobody waits for them.
+    while node.status()["disk_cache"]["in_use"] != true {
+        nap();
+    }
+    let here = disk.path().to_str().unwrap();
+    let of_disk = |name: &str| {
+        let mut children = children(&node.child.id().to_string()).into_iter();
+        let found = children.find(|child| {
+            let words = fs::read_to_string(format!("/proc/{child}/cmdline"));
+            words.is_ok_and(|words| words.contains(name) && words.contains(here))
+        });
+        found.unwrap_or_else(|| panic!("no {name} of the disk cache"))
+    };
+    check(&of_disk("source-worker"), READER);
+    check(&of_disk("disk-cache-worker"), WRITER);
     for _ in 0..2 {
         let status = node.status();
         check(&status["pid"].to_string(), DAEMON);

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use accel_transport::ublk::Inventory;
 use anyhow::{Context as _, Result, ensure};
+use rustix::process::{Pid, Resource, Rlimit};
 
 use crate::daemon::{Daemon, Succession};
 use crate::fixture::image;
@@ -408,6 +409,69 @@ pub fn lost_device_in_use_is_in_nobodys_way(setting: &Setting) -> Result<()> {
     before.check_same_now(setting)
 }
 
+/// The daemon may open no file more, or a few: what it cannot attach then is refused with the
+/// reason, nothing of it stays, and who reads what is mounted notices nothing.
+pub fn attach_without_descriptors_is_refused(setting: &Setting) -> Result<()> {
+    let (image, other) = (image(setting, "tiny")?, image(setting, "foreign")?);
+    let before = State::now(setting)?;
+    let daemon = Daemon::start(setting, &setting.ufs())?;
+    let mounted = daemon.mount(&image.source)?;
+    let (wanted, during) = (image.tree()?, State::now(setting)?);
+    let pid = Pid::from_raw(i32::try_from(daemon.pid())?);
+    let open = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid()))?.count() as u64;
+    // The daemon has raised its limit to that.
+    let maximum = rustix::process::getrlimit(Resource::Nofile).maximum;
+    let allow =
+        |current| rustix::process::prlimit(pid, Resource::Nofile, Rlimit { current, maximum });
+    let checked = (0..4).try_for_each(|more| -> Result<()> {
+        allow(Some(open + more))?;
+        let refused = daemon.client(["attach", &other.source])?;
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        ensure!(!refused.status.success(), "{more} more are enough");
+        ensure!(
+            said.contains("no file descriptors left") || said.contains("Too many open files"),
+            "with {more} more: {said}"
+        );
+        compare(&wanted, mounted.path(), "an attach that was refused")?;
+        during.check_same_now(setting)
+    });
+    allow(maximum)?;
+    checked.with_context(|| daemon.log())?;
+    ensure!(daemon.attach(&other.source)?.len() > 1);
+    daemon.detach(&other.source)?;
+    mounted.unmount()?;
+    daemon.stop()?;
+    before.check_same_now(setting)
+}
+
+/// The driver's limit of devices is for unprivileged users, and none of ours; where it counts
+/// all devices, a further one is refused with its name, and nothing of it stays.
+pub fn limit_of_devices_is_no_limit_or_named(setting: &Setting) -> Result<()> {
+    let parameter = Path::new("/sys/module/ublk_drv/parameters/ublks_max");
+    let (image, other) = (image(setting, "tiny")?, image(setting, "foreign")?);
+    let before = State::now(setting)?;
+    let daemon = Daemon::start(setting, &setting.ufs())?;
+    let mounted = daemon.mount(&image.source)?;
+    let during = State::now(setting)?;
+    let limit = std::fs::read_to_string(parameter)?;
+    std::fs::write(parameter, "1")?;
+    let checked = (|| -> Result<()> {
+        let attached = daemon.client(["attach", &other.source])?;
+        if attached.status.success() {
+            return daemon.detach(&other.source);
+        }
+        let said = String::from_utf8_lossy(&attached.stderr).into_owned();
+        ensure!(said.contains("ublks_max"), "{said}");
+        during.check_same_now(setting)
+    })();
+    std::fs::write(parameter, limit.trim())?;
+    checked.with_context(|| daemon.log())?;
+    compare(&image.tree()?, mounted.path(), "a limit of devices")?;
+    mounted.unmount()?;
+    daemon.stop()?;
+    before.check_same_now(setting)
+}
+
 /// The daemon's program is broken, and its supervisor gives up: `ublk-rescue` has
 /// readers get errors, what is mounted can be unmounted, and the node is of use.
 pub fn broken_program_is_rescued(setting: &Setting) -> Result<()> {
@@ -514,7 +578,7 @@ pub fn serves_in_a_sandbox(setting: &Setting) -> Result<()> {
 /// one is ended, again and again, and reads go on.
 pub fn reads_go_on_when_memory_is_short(setting: &Setting) -> Result<()> {
     /// Ends of that program.
-    const ENDS: usize = 3;
+    const ENDS: usize = 16;
     let image = image(setting, "tiny")?;
     let before = State::now(setting)?;
     let root = Path::new("/sys/fs/cgroup");
@@ -526,7 +590,7 @@ pub fn reads_go_on_when_memory_is_short(setting: &Setting) -> Result<()> {
     let enter = format!("echo $$ >{}/cgroup.procs", group.display());
     // Scored as by deploy/systemd/ublk-server.service.
     let text = format!(
-        "#!/bin/sh\nset -e\nif [ \"$1\" = serve ]; then {enter}; echo -999 >/proc/self/oom_score_adj; fi\n\
+        "#!/bin/sh\nset -e\nif [ \"$1\" = serve ]; then {enter}; echo -1000 >/proc/self/oom_score_adj; fi\n\
          exec {} \"$@\"\n",
         setting.ublk_server().display()
     );
@@ -565,12 +629,13 @@ pub fn reads_go_on_when_memory_is_short(setting: &Setting) -> Result<()> {
             over.store(true, Relaxed);
             let hogged = hog.join();
             if !alive {
-                // The kernel may end it all the same; then its supervisor starts another.
+                // Or the reader would wait for ever.
                 daemon.start_again()?;
             }
             for joined in [hogged, reader.join()] {
                 joined.map_err(|_| crate::fail("a thread panicked"))??;
             }
+            ensure!(alive, "the daemon was ended");
             Ok(())
         })?;
         ensure!(mounted.run(&image.program)? == image.output()?);

@@ -77,7 +77,35 @@ pub fn make(
 ) -> Result<Made> {
     let files = plan(seed, number, size);
     let layout = scratch.join(format!("layout-{number}"));
-    let digest = write_layout(&layout, &files)?;
+    let digest = write_layout(&layout, |tar| write_tar(tar, &files))?;
+    convert(mkfs, ufs, &layout, digest, files)
+}
+
+/// Makes an image that has the bytes of `file` as `it`, and converts it to `ufs`.
+///
+/// # Errors
+/// When `mkfs-accel` fails.
+pub fn make_of(mkfs: &Path, ufs: &Path, scratch: &Path, file: &Path) -> Result<Made> {
+    let layout = scratch.join("layout-of-file");
+    let digest = write_layout(&layout, |tar| {
+        let mut out = Hashed::create(tar)?;
+        let bytes = fs::read(file)?;
+        out.put(&header("it", bytes.len() as u64, b'0'))?;
+        out.put(&bytes)?;
+        out.pad(bytes.len() as u64)?;
+        out.end()
+    })?;
+    convert(mkfs, ufs, &layout, digest, Vec::new())
+}
+
+/// Converts what is in `layout`, and removes that.
+fn convert(
+    mkfs: &Path,
+    ufs: &Path,
+    layout: &Path,
+    digest: String,
+    files: Vec<Known>,
+) -> Result<Made> {
     let source = format!("oci:{}:it", layout.display());
     let converted = Command::new(mkfs)
         .args(["convert", &source, "--ufs"])
@@ -90,7 +118,7 @@ pub fn make(
         "mkfs-accel convert failed: {}",
         String::from_utf8_lossy(&converted.stderr)
     );
-    fs::remove_dir_all(&layout)?;
+    fs::remove_dir_all(layout)?;
     let layer = fixture::layers(ufs, &digest)?
         .pop()
         .context("an image without layers")?;
@@ -128,11 +156,12 @@ fn plan(seed: u64, number: u64, size: u64) -> Vec<Known> {
 /// # Errors
 /// When it cannot be written.
 pub fn write_image(layout: &Path, seed: u64, number: u64, size: u64) -> Result<String> {
-    write_layout(layout, &plan(seed, number, size))
+    write_layout(layout, |tar| write_tar(tar, &plan(seed, number, size)))
 }
 
-/// Writes an OCI layout of one plain layer; the digest of its manifest.
-fn write_layout(layout: &Path, files: &[Known]) -> Result<String> {
+/// Writes an OCI layout of one plain layer; the digest of its manifest. `tar` writes that,
+/// and gives its SHA-256 and size.
+fn write_layout(layout: &Path, tar: impl FnOnce(&Path) -> Result<(String, u64)>) -> Result<String> {
     let blobs = layout.join("blobs/sha256");
     fs::create_dir_all(&blobs)?;
     fs::write(
@@ -140,7 +169,7 @@ fn write_layout(layout: &Path, files: &[Known]) -> Result<String> {
         r#"{"imageLayoutVersion": "1.0.0"}"#,
     )?;
     let unnamed = blobs.join("layer");
-    let (diff_id, size) = write_tar(&unnamed, files)?;
+    let (diff_id, size) = tar(&unnamed)?;
     fs::rename(&unnamed, blobs.join(&diff_id))?;
     let config = serde_json::json!({
         "os": "linux", "architecture": "amd64", "config": {},
@@ -190,6 +219,16 @@ struct Hashed<W> {
     size: u64,
 }
 
+impl Hashed<BufWriter<File>> {
+    fn create(path: &Path) -> Result<Self> {
+        Ok(Self {
+            inner: BufWriter::new(File::create(path)?),
+            hash: Sha256::new(),
+            size: 0,
+        })
+    }
+}
+
 impl<W: Write> Hashed<W> {
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
         self.inner.write_all(bytes)?;
@@ -197,15 +236,24 @@ impl<W: Write> Hashed<W> {
         self.size += bytes.len() as u64;
         Ok(())
     }
+
+    /// To the next whole block after the content of a file.
+    fn pad(&mut self, size: u64) -> Result<()> {
+        let padding = usize::try_from(size.next_multiple_of(512) - size)?;
+        self.put(&[0; 512][..padding])
+    }
+
+    /// The end of a tar; its SHA-256 and size.
+    fn end(mut self) -> Result<(String, u64)> {
+        self.put(&[0; 1024])?;
+        self.inner.flush()?;
+        Ok((hex(&self.hash.finalize()), self.size))
+    }
 }
 
 /// A tar of the files; its SHA-256 and size.
 fn write_tar(path: &Path, files: &[Known]) -> Result<(String, u64)> {
-    let mut out = Hashed {
-        inner: BufWriter::new(File::create(path)?),
-        hash: Sha256::new(),
-        size: 0,
-    };
+    let mut out = Hashed::create(path)?;
     for directory in 0..7 {
         out.put(&header(&format!("d{directory}/"), 0, b'5'))?;
     }
@@ -221,12 +269,9 @@ fn write_tar(path: &Path, files: &[Known]) -> Result<(String, u64)> {
             out.put(&buffer[..len])?;
             at += len as u64;
         }
-        let padding = usize::try_from(file.size.next_multiple_of(512) - file.size)?;
-        out.put(&[0; 512][..padding])?;
+        out.pad(file.size)?;
     }
-    out.put(&[0; 1024])?;
-    out.inner.flush()?;
-    Ok((hex(&out.hash.finalize()), out.size))
+    out.end()
 }
 
 /// A ustar header.

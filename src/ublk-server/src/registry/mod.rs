@@ -19,6 +19,7 @@ use crate::protocol::{
 };
 use crate::remake::{Origin, Recipe, Remake};
 use accel_oci::{ChainId, DiffId, Digest, Platform};
+use accel_transport::ublk::Removal;
 use accel_ufs::index::{ImageSize, Root};
 use accel_ufs::names::LayerName;
 use anyhow::{Context, Result, anyhow, bail};
@@ -305,8 +306,10 @@ impl Registry {
                 Ok(layers)
             }
             Err(error) => {
+                // Nobody has been told of them: who has one open, as udev may, is not asked,
+                // which would take a descriptor.
                 for root in added {
-                    if let Err(error) = self.end(root) {
+                    if let Err(error) = self.end_when(root, Removal::Always) {
                         tracing::error!(%root, error = format!("{error:#}"), "cannot undo an export");
                     }
                 }
@@ -533,18 +536,28 @@ impl Registry {
         Ok(None)
     }
 
-    /// Ends an export.
+    /// Ends an export that nobody uses.
     fn end(&self, root: Root) -> Result<()> {
+        self.end_when(root, Removal::IfUnused)
+    }
+
+    fn end_when(&self, root: Root, when: Removal) -> Result<()> {
         let served = self.state().exports.get(&root).cloned();
         let served = served.ok_or_else(|| anyhow!("{root} is not exported"))?;
+        let mut noted = false;
         if let Some(mut entry) = served.entry.clone() {
             entry.state = JournalState::Deleting;
-            self.journal
-                .write(&entry)
-                .context("cannot write the journal")?;
+            // Without, as when there is no space or descriptor left, a daemon that dies
+            // here leaves an export as it was before.
+            match self.journal.write(&entry) {
+                Ok(()) => noted = true,
+                Err(error) => {
+                    tracing::warn!(%root, %error, "cannot note that an export ends; going on");
+                }
+            }
         }
-        if let Err(error) = self.devices.remove(root, &served.device) {
-            if let Some(entry) = &served.entry {
+        if let Err(error) = self.devices.remove(root, &served.device, when) {
+            if let Some(entry) = served.entry.as_ref().filter(|_| noted) {
                 self.journal
                     .write(entry)
                     .context("cannot write the journal")?;

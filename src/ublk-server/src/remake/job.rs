@@ -21,6 +21,9 @@ const DAMAGED: i32 = 3;
 const LOOK: Duration = Duration::from_millis(200);
 /// How long a child that is to end may take before it is killed.
 const GRACE: Duration = Duration::from_secs(5);
+/// What the kernel adds to a job's score, in thousandths of the memory, when it looks for
+/// a process to end for want of memory.
+const EXPENDABLE: &str = "500";
 /// How much of what it says is kept, in bytes.
 const KEPT: usize = 8 << 10;
 
@@ -248,6 +251,11 @@ fn end(child: &mut Child) {
 /// # Errors
 /// It cannot; nothing was started.
 pub fn run(namespace: &Path, program: &Path, arguments: &[OsString]) -> Result<()> {
+    // The daemon is not to be ended when memory is short; this is, before others: it can be
+    // begun anew. Before the namespace is another's, where /proc may not be.
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", EXPENDABLE) {
+        tracing::warn!(%error, "cannot let the job be ended when memory is short");
+    }
     accel_source::worker::part_from_daemon(Some(namespace))?;
     // Its directory, UFS and credentials may belong to others.
     keep_only(WRITE)?;
