@@ -37,6 +37,8 @@ pub struct Options {
     pub socket: PathBuf,
     /// `ublk-server`'s socket and run directory.
     pub server: Paths,
+    /// The UFS that layers have to come from; none: whichever `ublk-server` reads.
+    pub ufs: Option<PathBuf>,
     /// The time that a pull may spend on lazy layers.
     pub budget: Duration,
     /// How snapshots are made.
@@ -58,7 +60,13 @@ pub fn run(options: &Options) -> Result<()> {
     let lock = Lock::attempt(&places.lock())
         .with_context(|| format!("cannot lock {}", places.lock().display()))?
         .with_context(|| format!("another snapshotter uses {}: stop it first", root.display()))?;
-    let layers = Layers::new(places.clone(), options.server.clone());
+    let ufs = options
+        .ufs
+        .as_deref()
+        .map(std::path::absolute)
+        .transpose()?;
+    let layers = Layers::new(places.clone(), options.server.clone(), ufs);
+    layers.check_ufs()?;
     let snapshotter = Snapshotter::open(places, layers, Budget::new(options.budget), options.how)?;
     let snapshotter = Arc::new(snapshotter);
     let runtime = tokio::runtime::Builder::new_multi_thread()
