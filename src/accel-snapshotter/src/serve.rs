@@ -9,6 +9,7 @@ use crate::service::wire::snapshots::snapshots_server::SnapshotsServer;
 use crate::service::wire::status::status_server::StatusServer;
 use crate::snapshotter::{Choices, Snapshotter};
 use accel_client::lock::Lock;
+use accel_client::notify::Notifier;
 use accel_client::paths::Paths;
 use anyhow::{Context, Result};
 use std::fs::{self, DirBuilder};
@@ -113,11 +114,15 @@ async fn serve(options: &Options, snapshotter: &Arc<Snapshotter>) -> Result<()> 
         .add_service(snapshots)
         .add_service(StatusServer::new(service))
         .serve_with_incoming(UnixListenerStream::new(listener));
+    // containerd, which is started when this has been told, can ask from here on.
+    let notifier = Notifier::from_environment();
+    notifier.ready(&format!("for containerd at {}", options.socket.display()));
     tokio::select! {
         served = server => served.context("cannot serve")?,
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
+    notifier.stopping();
     tracing::info!("ending; mounts stay as they are");
     Ok(())
 }
