@@ -728,7 +728,7 @@ checks_for() {
         ten_at_once)
     [ "$1" != 2 ] || all+=(ctr_pulls_lazily maps_ids)
     all+=(survives_containerds_restart leaves_nothing reads_what_the_mount_needs)
-    [ "$1" != 2 ] || all+=(pulls_without_the_transfer_service)
+    [ "$1" != 2 ] || all+=(runs_a_hundred_layers pulls_without_the_transfer_service)
     [ "$1" = 1.6 ] || all+=(pulls_for_a_runtime_class)
     all+=(doctor_mends_a_configuration ends_containerd)
     # Where everything is thrown away.
