@@ -309,6 +309,39 @@ falls_back() {
     wait_until nothing_lazy
 }
 
+# Told which UFS layers have to come from, the snapshotter takes them from no other:
+# neither when it starts nor when the server is replaced.
+keeps_to_its_ufs() {
+    local hits layers
+    layers=$(image_has layers "$tiny")
+    kill_now "$snapshotter_pid"
+    fails timeout 60 "$bin/accel-snapshotter" serve --root "$work/accel" --socket "$run/accel.sock" \
+        --server "$run/ublk.sock" --ufs "$work/empty-ufs" 2>"$work/other-ufs.log"
+    grep -q "reads the UFS $images/ufs, not $work/empty-ufs" "$work/other-ufs.log"
+    # Another way to write the same path.
+    start_snapshotter --budget 120 --ufs "$images/ufs/"
+    wait_until asks_the_snapshotter
+    hits=$(field hits)
+    cri pull "$tiny"
+    same "$(field hits)" "$((hits + layers))"
+    same "$(status | grep -c "\"ufs\": \"$images/ufs/\{0,1\}\"")" 1
+    forget_image "$tiny"
+    wait_until nothing_lazy
+    # The same layers, from where they must not come.
+    ln -s "$images/ufs" "$work/linked-ufs"
+    stop_process "$server_pid"
+    start_server "$work/linked-ufs"
+    cri pull "$tiny"
+    same "$(field hits)" "$((hits + layers))"
+    same "$(status | grep -c 'reads the UFS')" "$layers"
+    same "$(container unpacked "$tiny" -- /bin/sh -c "$program")" "$(cat "$images/output")"
+    forget_image "$tiny"
+    stop_process "$server_pid"
+    start_server
+    another_snapshotter
+    wait_until nothing_lazy
+}
+
 # The server does not move: one layer waits for the pull's whole time, the others for
 # nothing; everything is unpacked and runs. What was half done is undone when it moves.
 waits_for_a_server_once() {
@@ -556,18 +589,12 @@ survives_death_while_pulling() {
 # UFS goes away while layers are being pulled, without an answer or with the answer that
 # there is nothing: what is missing is unpacked. When it is back all is lazy again.
 survives_a_ufs_that_goes_while_pulling() {
-    local moment how reason slow=$work/slow slow_pid deep=$deep
+    local moment how reason deep=$deep
     # Without a word of what it was made from nothing is looked up ahead: then UFS is
     # asked for one layer after the other.
     without_look_ahead "$deep" "$registry/test/deep:alone"
     deep=$registry/test/deep:alone
-    mkdir -p "$slow"
-    "$bin/slow-ufs" "$images/ufs" "$slow" &
-    slow_pid=$!
-    at_exit stop_process "$slow_pid"
-    wait_until mountpoint -q "$slow"
-    stop_process "$server_pid"
-    start_server "$slow"
+    server_on_slow_ufs
     for how in stalls goes; do
         for moment in 0 30; do
             echo "--- UFS $how with $moment layers mounted"
@@ -596,8 +623,53 @@ survives_a_ufs_that_goes_while_pulling() {
     same "$(field hits)" 100
     forget_image "$deep"
     wait_until nothing_lazy
+    server_on_ufs
+}
+# UFS does not answer while a container starts, and while one runs: they wait, nothing
+# else does, and they go on when it answers.
+survives_a_ufs_that_stalls_while_running() {
+    local waiting sum='busybox md5sum /app/data/random'
+    server_on_slow_ufs
+    cri pull "$tiny"
+    kill -STOP "$slow_pid"
+    container waits "$tiny" -- /bin/sh -c "$program" >"$work/waits" &
+    waiting=$!
+    ordinary_life
+    kill -0 "$waiting"
+    kill -CONT "$slow_pid"
+    wait "$waiting"
+    same "$(cat "$work/waits")" "$(cat "$images/output")"
+    k8s run -d --runc-root "$work/runc" --snapshotter accel "$tiny" reads /bin/sh -c 'exec sleep 1000000'
+    # Whatever the program needs is in memory by then, and what it reads is not.
+    wait_until k8s tasks exec --exec-id first reads busybox md5sum /app/data/greeting
+    kill -STOP "$slow_pid"
+    k8s tasks exec --exec-id stalled reads /bin/sh -c "$sum" >"$work/waits" &
+    waiting=$!
+    ordinary_life
+    kill -0 "$waiting"
+    kill -CONT "$slow_pid"
+    wait "$waiting"
+    same "$(k8s tasks exec --exec-id again reads /bin/sh -c "$sum")" "$(cat "$work/waits")"
+    k8s tasks kill -s KILL reads
+    wait_until k8s containers rm reads
+    forget_image "$tiny"
+    wait_until nothing_lazy
+    server_on_ufs
+}
+# server_on_slow_ufs: the server reads UFS through a process, $slow_pid, that can be
+# stopped; server_on_ufs: no more.
+server_on_slow_ufs() {
+    mkdir -p "$work/slow"
+    "$bin/slow-ufs" "$images/ufs" "$work/slow" &
+    slow_pid=$!
+    at_exit stop_process "$slow_pid"
+    wait_until mountpoint -q "$work/slow"
     stop_process "$server_pid"
-    umount -l "$slow"
+    start_server "$work/slow"
+}
+server_on_ufs() {
+    stop_process "$server_pid"
+    umount -l "$work/slow"
     stop_process "$slow_pid"
     start_server
 }
@@ -656,7 +728,7 @@ checks_for() {
         ten_at_once)
     [ "$1" != 2 ] || all+=(ctr_pulls_lazily maps_ids)
     all+=(survives_containerds_restart leaves_nothing reads_what_the_mount_needs)
-    [ "$1" != 2 ] || all+=(pulls_without_the_transfer_service)
+    [ "$1" != 2 ] || all+=(runs_a_hundred_layers pulls_without_the_transfer_service)
     [ "$1" = 1.6 ] || all+=(pulls_for_a_runtime_class)
     all+=(doctor_mends_a_configuration ends_containerd)
     # Where everything is thrown away.
@@ -667,6 +739,6 @@ checks_for() {
 checks_of_images=(runs_with_overlayfs is_the_same_image writes_a_layout tries_the_right_to_push)
 # Those for which one version is enough.
 checks_here=(pulls_lazily writes_stay_in_the_container survives_its_own_death survives_the_servers_death
-    leaves_nothing goes_on_without_the_server falls_back refuses_a_hostile_manifest
+    leaves_nothing goes_on_without_the_server falls_back keeps_to_its_ufs refuses_a_hostile_manifest
     exports_what_was_downloaded runs_a_hundred_layers waits_for_a_server_once trusts_ufs_if_told_to
-    survives_death_while_pulling survives_a_ufs_that_goes_while_pulling)
+    survives_death_while_pulling survives_a_ufs_that_goes_while_pulling survives_a_ufs_that_stalls_while_running)

@@ -9,6 +9,7 @@
 //! | [`fio`] | neither does fio notice, which verifies what it reads |
 //! | [`snapshots`] | what the snapshotter answers is what a plain model says, whatever dies meanwhile |
 //! | [`trust`] | which layers it takes on the word of UFS |
+//! | [`native`] | what containerd mounts itself is the ordinary unpack |
 //! | [`mounting`] | an image is mounted with hardly a byte of UFS, however large it is |
 //! | [`usage`] | wrong usage is answered with what is wrong |
 
@@ -21,6 +22,7 @@ pub mod damage;
 pub mod fio;
 pub mod lifecycle;
 pub mod mounting;
+pub mod native;
 pub mod reads;
 pub mod snapshots;
 pub mod trees;
@@ -99,7 +101,7 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             lifecycle::lost_device_in_use_is_in_nobodys_way,
         ),
     ];
-    let others: [(&str, Check); 22] = [
+    let others: [(&str, Check); 23] = [
         (
             "mount::large_layer_with_at_most_1_mib",
             mounting::large_layer_takes_at_most_1_mib,
@@ -167,6 +169,10 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
         (
             "trust::ufs_is_trusted_only_if_told_to",
             trust::ufs_is_trusted_only_if_told_to,
+        ),
+        (
+            "native::containerd_mounts_the_devices",
+            native::containerd_mounts_the_devices,
         ),
         ("usage::missing_ufs", usage::missing_ufs),
         ("usage::image_not_converted", usage::image_not_converted),

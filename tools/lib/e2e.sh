@@ -76,7 +76,7 @@ containerd_in_guest() {
 # emulation, and are run with `containerd_in_guest 6.12 VERSION`.
 containerd_2_in_guest() {
     containerd_in_guest "$1" 2 pulls_lazily pulls_again runs trees_are_overlayfs writes_stay_in_the_container \
-        ctr_pulls_lazily maps_ids leaves_nothing ends_containerd
+        ctr_pulls_lazily maps_ids leaves_nothing runs_a_hundred_layers ends_containerd
 }
 # 1.7 is the one with which the README's steps are followed.
 containerd_1_7_in_guest() { containerd_in_guest "$1" 1.7 pulls_lazily ends_containerd follows_the_readme; }

@@ -33,6 +33,8 @@ use std::time::{Duration, Instant};
 const EXPORT: Duration = Duration::from_secs(60);
 /// How long it may take to say how it is.
 const STATUS: Duration = Duration::from_secs(10);
+/// How long the start of the snapshotter waits for that.
+const LOOK: Duration = Duration::from_secs(2);
 /// How long other clients may mount.
 const LOCK: Duration = Duration::from_secs(60);
 
@@ -64,6 +66,8 @@ impl From<anyhow::Error> for LayerFailure {
 pub struct Layers {
     places: Places,
     server: Paths,
+    /// The only UFS that layers may come from.
+    ufs: Option<PathBuf>,
     one: Mutex<()>,
     /// Where layers are from.
     origins: Mutex<HashMap<Root, LayerOrigin>>,
@@ -79,11 +83,13 @@ struct LayerOrigin {
 }
 
 impl Layers {
-    /// Mounts beneath `places` what the daemon at `server` exports.
-    pub fn new(places: Places, server: Paths) -> Self {
+    /// Mounts beneath `places` what the daemon at `server` exports; if `ufs` is named,
+    /// only what it has from there.
+    pub fn new(places: Places, server: Paths, ufs: Option<PathBuf>) -> Self {
         Self {
             places,
             server,
+            ufs,
             one: Mutex::default(),
             origins: Mutex::default(),
         }
@@ -109,6 +115,29 @@ impl Layers {
     /// Where the daemon is.
     pub fn server(&self) -> &Path {
         &self.server.socket
+    }
+
+    /// The UFS that layers have to come from, if one was named.
+    pub fn ufs(&self) -> Option<&Path> {
+        self.ufs.as_deref()
+    }
+
+    /// Fails if the daemon is there and reads another UFS than the one that was named.
+    pub fn check_ufs(&self) -> Result<()> {
+        let Some(ufs) = &self.ufs else {
+            return Ok(());
+        };
+        let server = &self.server.socket;
+        match wire::ask_within::<Status>(server, &Command::Status, LOOK) {
+            Ok(status) if status.ufs != *ufs => bail!(
+                "ublk-server at {} reads the UFS {}, not {}: give both the same --ufs, or this one another --server",
+                server.display(),
+                status.ufs.display(),
+                ufs.display()
+            ),
+            // It may be started later. Then it is asked with each layer.
+            Ok(_) | Err(_) => Ok(()),
+        }
     }
 
     /// Under which name the daemon knows who needs a layer.
@@ -143,6 +172,7 @@ impl Layers {
             chain_id,
             below,
             digest,
+            ufs: self.ufs.clone(),
         };
         match wire::ask_within(&self.server.socket, &command, EXPORT)? {
             FindAnswer::Found {
@@ -188,6 +218,7 @@ impl Layers {
             image: origin.image,
             holder: holder.clone(),
             by_ufs: layer.trust == Trust::Ufs,
+            ufs: self.ufs.clone(),
         };
         let attached = match wire::ask_within(&self.server.socket, &command, EXPORT)? {
             LayerAnswer::Attached(attached) => attached,

@@ -9,6 +9,7 @@ use crate::service::wire::snapshots::snapshots_server::SnapshotsServer;
 use crate::service::wire::status::status_server::StatusServer;
 use crate::snapshotter::{Choices, Snapshotter};
 use accel_client::lock::Lock;
+use accel_client::notify::Notifier;
 use accel_client::paths::Paths;
 use anyhow::{Context, Result};
 use std::fs::{self, DirBuilder};
@@ -37,6 +38,8 @@ pub struct Options {
     pub socket: PathBuf,
     /// `ublk-server`'s socket and run directory.
     pub server: Paths,
+    /// The UFS that layers have to come from; none: whichever `ublk-server` reads.
+    pub ufs: Option<PathBuf>,
     /// The time that a pull may spend on lazy layers.
     pub budget: Duration,
     /// How snapshots are made.
@@ -58,7 +61,13 @@ pub fn run(options: &Options) -> Result<()> {
     let lock = Lock::attempt(&places.lock())
         .with_context(|| format!("cannot lock {}", places.lock().display()))?
         .with_context(|| format!("another snapshotter uses {}: stop it first", root.display()))?;
-    let layers = Layers::new(places.clone(), options.server.clone());
+    let ufs = options
+        .ufs
+        .as_deref()
+        .map(std::path::absolute)
+        .transpose()?;
+    let layers = Layers::new(places.clone(), options.server.clone(), ufs);
+    layers.check_ufs()?;
     let snapshotter = Snapshotter::open(places, layers, Budget::new(options.budget), options.how)?;
     let snapshotter = Arc::new(snapshotter);
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -105,11 +114,15 @@ async fn serve(options: &Options, snapshotter: &Arc<Snapshotter>) -> Result<()> 
         .add_service(snapshots)
         .add_service(StatusServer::new(service))
         .serve_with_incoming(UnixListenerStream::new(listener));
+    // containerd, which is started when this has been told, can ask from here on.
+    let notifier = Notifier::from_environment();
+    notifier.ready(&format!("for containerd at {}", options.socket.display()));
     tokio::select! {
         served = server => served.context("cannot serve")?,
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
+    notifier.stopping();
     tracing::info!("ending; mounts stay as they are");
     Ok(())
 }

@@ -43,6 +43,10 @@ pub struct Settings {
     /// Its run directory, if it was told another than the default
     #[arg(long, value_name = "DIR")]
     pub server_run_dir: Option<PathBuf>,
+    /// The UFS that layers have to come from, as ublk-server has been told it: if that reads
+    /// another one, this does not start, or later unpacks all layers [default: any]
+    #[arg(long, value_name = "DIR")]
+    pub ufs: Option<PathBuf>,
     /// Seconds that a pull may spend on finding and mounting layers; what is not
     /// there by then is downloaded and unpacked [default: 5]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
@@ -94,6 +98,7 @@ impl Settings {
             socket: self.socket.or(other.socket),
             server: self.server.or(other.server),
             server_run_dir: self.server_run_dir.or(other.server_run_dir),
+            ufs: self.ufs.or(other.ufs),
             budget: self.budget.or(other.budget),
             mounts: self.mounts.or(other.mounts),
             trust_ufs: self.trust_ufs.or(other.trust_ufs),
@@ -107,6 +112,7 @@ impl Settings {
             root: self.root.unwrap_or_else(|| ROOT.into()),
             socket: self.socket.unwrap_or_else(|| LISTEN.into()),
             server: Paths::new(&server, self.server_run_dir),
+            ufs: self.ufs,
             budget: Duration::from_secs_f64(self.budget.unwrap_or(BUDGET)),
             how: Choices {
                 native: self.mounts == Some(Mounts::Native),
@@ -122,9 +128,10 @@ mod tests {
 
     #[test]
     fn the_command_line_counts_before_the_file() {
-        let file =
-            Settings::parse("root = \"/f\"\nbudget = 7\nmounts = \"native\"\ntrust_ufs = true\n")
-                .unwrap();
+        let file = Settings::parse(
+            "root = \"/f\"\nbudget = 7\nufs = \"/u\"\nmounts = \"native\"\ntrust_ufs = true\n",
+        )
+        .unwrap();
         let line = Settings {
             root: Some("/l".into()),
             ..Settings::default()
@@ -132,6 +139,7 @@ mod tests {
         let options = line.or(file).options();
         assert_eq!(options.root, Path::new("/l"));
         assert_eq!(options.budget, Duration::from_secs(7));
+        assert_eq!(options.ufs.as_deref(), Some(Path::new("/u")));
         assert!(options.how.native && options.how.trust_ufs);
         let options = Settings::default().options();
         assert_eq!(

@@ -543,6 +543,7 @@ impl Snapshotter {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             root: self.places.root().to_owned(),
             server: self.layers.server().to_owned(),
+            ufs: self.layers.ufs().map(Path::to_owned),
             snapshots: snapshots.len(),
             hits: self.hits.load(Relaxed),
             fallbacks: fallbacks.values().sum(),

@@ -18,6 +18,9 @@ pub struct Status {
     pub root: PathBuf,
     /// Where `ublk-server` is asked.
     pub server: PathBuf,
+    /// The UFS that layers have to come from, if one was named.
+    #[serde(default)]
+    pub ufs: Option<PathBuf>,
     /// How many snapshots there are.
     pub snapshots: usize,
     /// Layers that could be loaded lazily, since the start.
@@ -69,6 +72,9 @@ impl fmt::Display for Status {
         )?;
         writeln!(f, "root        {}", self.root.display())?;
         writeln!(f, "ublk-server {}", self.server.display())?;
+        if let Some(ufs) = &self.ufs {
+            writeln!(f, "UFS         {}, and no other", ufs.display())?;
+        }
         writeln!(f, "snapshots   {}", self.snapshots)?;
         writeln!(f, "hits        {}", self.hits)?;
         write!(f, "fallbacks   {}", self.fallbacks)?;

@@ -410,6 +410,7 @@ fn snapshotter() -> Status {
         version: "1.0".to_owned(),
         root: "/r".into(),
         server: "/run/ublk.sock".into(),
+        ufs: None,
         snapshots: 0,
         hits: 0,
         fallbacks: 0,
@@ -533,7 +534,7 @@ fn faults_of_a_node_are_mended_by_the_commands() {
 #[test]
 fn what_only_people_mend_is_said() {
     type Change = fn(&mut Node);
-    let injected: [(&str, Level, Change); 11] = [
+    let injected: [(&str, Level, Change); 12] = [
         ("kernel", Level::Fault, |node| node.erofs = Support::Absent),
         ("ublk", Level::Warning, |node| node.ublk = Support::Absent),
         ("ublk", Level::Fault, |node| {
@@ -555,6 +556,9 @@ fn what_only_people_mend_is_said() {
         }),
         ("snapshotter", Level::Fault, |node| {
             node.snapshotter.answer.as_mut().unwrap().server = "/other".into();
+        }),
+        ("snapshotter", Level::Fault, |node| {
+            node.snapshotter.answer.as_mut().unwrap().ufs = Some("/mnt/other".into());
         }),
         ("fallbacks", Level::Warning, |node| {
             node.snapshotter.answer.as_mut().unwrap().fallbacks = 3;

@@ -6,6 +6,7 @@
 //!   time.
 //! * [`exports`]: from what the daemon exports to a file or device that can be
 //!   mounted, and back.
+//! * [`notify`]: what a service manager is told.
 //! * [`system`]: EROFS, overlay and FUSE mounts; [`mountinfo`]: which there are.
 //!
 //! The daemon itself never mounts, so that it does not have to unmount what it
@@ -16,6 +17,7 @@ pub mod idmapped;
 pub mod lock;
 mod loop_device;
 pub mod mountinfo;
+pub mod notify;
 pub mod paths;
 pub mod protocol;
 pub mod system;

@@ -54,6 +54,10 @@ pub enum Command {
         /// The root comes from a [`Command::FindLayer`]: nobody but UFS vouches for it.
         #[serde(default)]
         by_ufs: bool,
+        /// The UFS that it must come from; none: whichever the daemon has. Another one's
+        /// layer is [`LayerAnswer::Unreadable`].
+        #[serde(default)]
+        ufs: Option<PathBuf>,
     },
     /// What UFS has for a chain ID, on its word alone; answered with a
     /// [`FindAnswer`].
@@ -65,6 +69,9 @@ pub enum Command {
         /// Digest of its blob in the registry, if that is known: a chain ID does not
         /// tell the diffID of any but the lowest layer.
         digest: Option<Digest>,
+        /// As for [`Command::AttachLayer`].
+        #[serde(default)]
+        ufs: Option<PathBuf>,
     },
     /// Note that a holder no longer needs its image, and end exports that nobody
     /// needs.
@@ -175,7 +182,8 @@ pub enum LayerAnswer {
     Absent,
     /// UFS has it with another root.
     OtherRoot(Root),
-    /// UFS does not answer, or has no index that could be read.
+    /// UFS does not answer, or has no index that could be read, or it is another one than
+    /// was asked for.
     Unreadable(String),
 }
 
@@ -194,7 +202,8 @@ pub enum FindAnswer {
     },
     /// It is not on UFS.
     Absent,
-    /// UFS does not answer, or has no index or record that could be read.
+    /// UFS does not answer, or has no index or record that could be read, or it is another
+    /// one than was asked for.
     Unreadable(String),
 }
 

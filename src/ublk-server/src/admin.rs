@@ -4,7 +4,7 @@ use crate::disk_cache;
 use crate::engine::SKIPS_VERIFICATION;
 use crate::handover;
 use crate::metrics;
-use crate::protocol::{CacheStatus, Command, Reply, SourceStatus, Status};
+use crate::protocol::{CacheStatus, Command, FindAnswer, LayerAnswer, Reply, SourceStatus, Status};
 use crate::remake::Remake;
 use crate::serve::Daemon;
 use crate::wire;
@@ -65,18 +65,26 @@ fn answer(daemon: &Daemon, stream: &UnixStream) -> Result<()> {
             image,
             holder,
             by_ufs,
+            ufs,
         } => {
             let layer = (root, size);
             let from = (origin, image);
-            let answer = registry.attach_layer(diff_id, chain_id, layer, from, &holder, by_ufs);
+            let answer = match other_ufs(daemon, ufs.as_deref()) {
+                Some(why) => Ok(LayerAnswer::Unreadable(why)),
+                None => registry.attach_layer(diff_id, chain_id, layer, from, &holder, by_ufs),
+            };
             reply_or_again(stream, answer, registry.is_closed())
         }
         Command::FindLayer {
             chain_id,
             below,
             digest,
+            ufs,
         } => {
-            let found = registry.find_layer(chain_id, below, digest);
+            let found = match other_ufs(daemon, ufs.as_deref()) {
+                Some(why) => Ok(FindAnswer::Unreadable(why)),
+                None => registry.find_layer(chain_id, below, digest),
+            };
             reply_or_again(stream, found, registry.is_closed())
         }
         Command::Detach { holder } => {
@@ -98,6 +106,17 @@ fn answer(daemon: &Daemon, stream: &UnixStream) -> Result<()> {
         Command::Orphans { remove } => reply(stream, registry.orphans(&remove)),
         Command::Upgrade { program } => upgrade(daemon, stream, &program),
     }
+}
+
+/// Why a layer of the UFS that a client names cannot be had here. Paths are compared as
+/// they were given: what is on UFS is not looked at.
+fn other_ufs(daemon: &Daemon, named: Option<&Path>) -> Option<String> {
+    let named = named.filter(|named| *named != daemon.ufs)?;
+    Some(format!(
+        "ublk-server reads the UFS {}, not {}",
+        daemon.ufs.display(),
+        named.display()
+    ))
 }
 
 fn upgrade(daemon: &Daemon, stream: &UnixStream, program: &Path) -> Result<()> {

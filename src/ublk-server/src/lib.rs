@@ -28,7 +28,6 @@ pub mod keeper;
 pub mod log;
 pub mod metrics;
 pub mod namespace;
-pub mod notify;
 pub mod orphans;
 pub mod registry;
 pub mod remake;
@@ -38,4 +37,4 @@ pub mod size;
 mod sys;
 pub mod time;
 
-pub use accel_client::{lock, mountinfo, paths, protocol, wire};
+pub use accel_client::{lock, mountinfo, notify, paths, protocol, wire};

@@ -132,22 +132,26 @@ pub(super) fn labels(layer: &serde_json::Value) -> Result<Labels> {
     .into())
 }
 
-fn layers(setting: &Setting, image: &str) -> Result<Vec<Layer>> {
+/// Those of all layers of an image, lowest first.
+pub(super) fn layers_of(setting: &Setting, image: &str) -> Result<Vec<Labels>> {
     let image = fixture::image(setting, image)?;
     let record = fixture::record(&setting.ufs(), &image.digest)?;
     let layers = record["layers"].as_array().context("no layers")?;
-    layers
-        .iter()
-        .map(|layer| {
-            let labels = labels(layer)?;
+    layers.iter().map(labels).collect()
+}
+
+fn layers(setting: &Setting, image: &str) -> Result<Vec<Layer>> {
+    let layers = layers_of(setting, image)?.into_iter();
+    Ok(layers
+        .map(|labels| {
             let root = labels[ROOT].clone();
-            Ok(Layer {
+            Layer {
                 labels,
                 root,
                 witness: None,
-            })
+            }
         })
-        .collect()
+        .collect())
 }
 
 impl World<'_> {
@@ -568,7 +572,7 @@ fn below(random: &mut Random, bound: usize) -> usize {
 }
 
 /// Makes mounts as containerd does: one after the other at the same point.
-fn mount(mounts: &[api::Mount], point: &Path) -> Result<()> {
+pub(super) fn mount(mounts: &[api::Mount], point: &Path) -> Result<()> {
     for mount in mounts {
         let (mut flags, mut data) = (MountFlags::empty(), Vec::new());
         for option in &mount.options {

@@ -272,6 +272,24 @@ fn snapshotter(node: &Node) -> Vec<Finding> {
             }
         }
     }
+    if let (Ok(status), Ok(server)) = (&node.snapshotter.answer, &node.server.answer)
+        && let Some(ufs) = &status.ufs
+        && *ufs != server.ufs
+    {
+        findings.push(Finding::fault(
+            CHECK,
+            format!(
+                "it takes layers from the UFS {} only, but ublk-server reads {}",
+                ufs.display(),
+                server.ufs.display()
+            ),
+            vec![
+                Step::Do("give both the same --ufs".to_owned()),
+                run("systemctl restart ublk-server"),
+                run("systemctl restart accel-snapshotter"),
+            ],
+        ));
+    }
     if let Some((owner, mode)) = node.access
         && (owner != 0 || mode & 0o077 != 0)
     {
