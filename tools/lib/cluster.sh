@@ -114,6 +114,7 @@ imageGCLowThresholdPercent: 98
 volumePluginDir: $dir/volume-plugins
 syncFrequency: 5s
 YAML
+    at_exit _remove_logs "$cluster/log/kubelet-$name"
     _cluster_process "kubelet-$name" "$programs/kubelet" --kubeconfig="$KUBECONFIG" --config="$dir/kubelet.yaml" \
         --container-runtime=remote --container-runtime-endpoint="unix://$containerd_socket" \
         --root-dir="$dir/kubelet" --cert-dir="$dir/certificates" --hostname-override="$name" \
@@ -201,6 +202,18 @@ _end_pods() {
         sleep 0.2
     done
     true
+}
+# _remove_logs LOG: the pods' logs, whose place is fixed. This kubelet's are those whose UIDs it
+# speaks of.
+_remove_logs() {
+    local pod log
+    for pod in /var/log/pods/*_*; do
+        grep -qsF -- "${pod##*_}" "$1" || continue
+        for log in /var/log/containers/*; do
+            [[ $(readlink "$log") != "$pod"/* ]] || rm -f "$log"
+        done
+        rm -rf --one-file-system "$pod"
+    done
 }
 # _end_containers CTR…: whatever is left of them.
 _end_containers() {

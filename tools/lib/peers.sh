@@ -43,7 +43,8 @@ free_port() {
 }
 
 # start_registry DIR [accesslog]: on a free port of the loopback, or of $registry_address;
-# sets $registry to host:port. With `accesslog` every request is a line in DIR/log.
+# sets $registry to host:port. With `accesslog` every request is a line in DIR/log. With
+# $registry_login, USER:PASSWORD, it wants that.
 start_registry() {
     local dir=$1 program pid port i disabled=true address=${registry_address:-127.0.0.1}
     [ "${2:-}" != accesslog ] || disabled=false
@@ -57,6 +58,12 @@ log: {accesslog: {disabled: $disabled}, level: warn}
 storage: {filesystem: {rootdirectory: $dir/store}}
 http: {addr: $registry}
 YAML
+    if [ -n "${registry_login:-}" ]; then
+        /usr/bin/python3 -W ignore -c 'import crypt, sys
+user, password = sys.argv[1].split(":")
+print(user + ":" + crypt.crypt(password, crypt.mksalt(crypt.METHOD_BLOWFISH, rounds=16)))' "$registry_login" >"$dir/users"
+        echo "auth: {htpasswd: {realm: here, path: $dir/users}}" >>"$dir/config.yml"
+    fi
     OTEL_TRACES_EXPORTER=none "$program" serve "$dir/config.yml" >"$dir/log" 2>&1 &
     pid=$!
     at_exit stop_process "$pid"

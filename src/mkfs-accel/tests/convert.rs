@@ -450,7 +450,11 @@ fn lines_of_json_tell_how_far_the_work_is_and_end_with_the_report() {
     let (report, progress) = said.split_last().unwrap();
     assert_eq!(report["layers"].as_array().unwrap().len(), 3);
     let sizes: u64 = (0..3)
-        .map(|number| fs::metadata(image.blob_path(&image.layer(number))).unwrap().len())
+        .map(|number| {
+            fs::metadata(image.blob_path(&image.layer(number)))
+                .unwrap()
+                .len()
+        })
         .sum();
     let mut done = 0;
     for line in progress {
@@ -462,10 +466,16 @@ fn lines_of_json_tell_how_far_the_work_is_and_end_with_the_report() {
         done = now;
     }
     let last = &progress.last().unwrap()["progress"];
-    assert_eq!((&last["layers_done"], &last["bytes_done"]), (&json!(3), &json!(sizes)));
+    assert_eq!(
+        (&last["layers_done"], &last["bytes_done"]),
+        (&json!(3), &json!(sizes))
+    );
 
     // Nothing has to be read any more.
     let again = lines(&image.source());
     let last = &again[again.len() - 2]["progress"];
-    assert_eq!((&last["layers_done"], &last["bytes"]), (&json!(3), &json!(0)));
+    assert_eq!(
+        (&last["layers_done"], &last["bytes"]),
+        (&json!(3), &json!(0))
+    );
 }

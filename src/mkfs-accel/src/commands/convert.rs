@@ -249,10 +249,13 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             left_out: &found.left_out,
             accelerated: &written,
         };
-        say!("{}", match tell {
-            Tell::Programs => serde_json::to_string(&report)?,
-            _ => serde_json::to_string_pretty(&report)?,
-        })?;
+        say!(
+            "{}",
+            match tell {
+                Tell::Programs => serde_json::to_string(&report)?,
+                _ => serde_json::to_string_pretty(&report)?,
+            }
+        )?;
         return Ok(());
     }
     for (image, layers) in &done {
