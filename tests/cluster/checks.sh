@@ -74,6 +74,7 @@ cluster_checks=(
     installs refuses_what_cannot_be waits_for_the_service converts says_what_happened shares_layers runs_lazily
     tells_errors_in_words keeps_to_the_limit survives_kills
     passes_on_the_lead logs_in deletes turns_off
+    obeys_the_plug_in
 )
 
 # The base as it is, with what differs from cluster to cluster.
@@ -317,6 +318,31 @@ turns_off() {
     becomes later Creating
     same "$(condition later Accepted reason)" Disabled
     k delete acceleratedimage later --timeout 60s
+}
+
+# The same with `kubectl accel`, from nothing to nothing.
+obeys_the_plug_in() {
+    accel() { PATH=$bin:$PATH "${kubectl[@]}" accel "$@"; }
+    accel enable --claim ufs --plain-http --limit 2 --wait
+    k patch imageacceleration cluster --type merge -p '{"spec": {"jobs": {"retries": 0, "memoryMib": 256}}}'
+    # What is not named stays.
+    accel enable --claim ufs --limit 3
+    same "$(k get imageacceleration cluster -o 'jsonpath={.spec.jobs.limit} {.spec.jobs.memoryMib} {.spec.registry.plainHttp}')" \
+        '3 256 true'
+    accel create "$registry/many/of:4" --target "$registry/many/of:by-hand" --wait | grep "of-4 is ready: $registry/many/of:by-hand"
+    accel create "$registry/many/of:4" --target "$registry/many/of:by-hand" | grep unchanged
+    fails accel create "$registry/many/of:3" --name of-4
+    fails accel create "$registry/team/missing:1" --wait
+    accel get | grep -E '^of-4 +Ready '
+    accel get missing-1 -o wide | grep 'cannot be had'
+    same "$(accel get "$registry/many/of:by-hand" -o json | jq -r '.items[].metadata.name')" of-4
+    accel get -A -o yaml | grep 'name: missing-1'
+    accel delete "$registry/team/missing:1" --wait
+    accel delete "$registry/many/of:4" --wait
+    same "$(k get acceleratedimages -o name)" ''
+    fails accel delete of-4
+    accel disable --wait
+    fails accel disable
 }
 
 report_cluster() {
