@@ -99,6 +99,8 @@ spec:
     spec:
       containers:
         - name: controller
+          # On a machine that is busy with other tests, too.
+          resources: {requests: {cpu: 300m}}
           env:
             - {name: JOB_IMAGE, value: "$registry/accel/mkfs-accel:1"}
             # This cluster has nothing that leads to its services.
@@ -158,7 +160,7 @@ waits_for_the_service() {
 }
 
 converts() {
-    service 'jobs: {limit: 2, retries: 0, memoryMib: 256, cpuMillis: 50}'
+    service 'jobs: {limit: 2, retries: 0, memoryMib: 256, cpuMillis: 300}'
     becomes tiny Ready
     same "$(of_task tiny target)" "$registry/team/tiny:1-acc"
     same "$(of_task tiny targetDigest)" "$(skopeo inspect --tls-verify=false --format '{{.Digest}}' "docker://$registry/team/tiny:1-acc")"
@@ -221,7 +223,7 @@ tells_errors_in_words() {
 
 keeps_to_the_limit() {
     local n at_work
-    service 'jobs: {limit: 1, retries: 0, memoryMib: 256, cpuMillis: 50}'
+    service 'jobs: {limit: 1, retries: 0, memoryMib: 256, cpuMillis: 300}'
     for n in 2 3 4; do task "many-$n" "$registry/many/of:$n"; done
     for ((n = 0; n < 600; n++)); do
         at_work=$(k -n image-accel get jobs -o json | jq '[.items[] | select(.status.conditions == null)] | length')
@@ -245,7 +247,7 @@ pid_of() {
 # A conversion that takes a while, and everything that works on it killed meanwhile.
 survives_kills() {
     local pid='' events target=$registry/team/large:fast
-    service 'jobs: {limit: 1, retries: 3, memoryMib: 256, cpuMillis: 50}'
+    service 'jobs: {limit: 1, retries: 3, memoryMib: 256, cpuMillis: 300}'
     task large "$registry/team/large:1" "target: $target"
     converting() { pid=$(pid_of mkfs-accel "docker://$target") && [ -n "$pid" ]; }
     for _ in {1..3000}; do
@@ -290,7 +292,7 @@ logs_in() {
     registry_login=robot:$password registry_address=$cluster_address start_registry "$work/private"
     private=$registry
     skopeo copy --quiet --dest-tls-verify=false --dest-creds "robot:$password" "oci:$work/made/many:1" "docker://$private/one:1"
-    service 'jobs: {limit: 2, retries: 0, memoryMib: 256, cpuMillis: 50}'
+    service 'jobs: {limit: 2, retries: 0, memoryMib: 256, cpuMillis: 300}'
     task private "$private/one:1"
     becomes private CreateError
     of_task private message | grep 'the image cannot be had'
@@ -324,7 +326,7 @@ turns_off() {
 obeys_the_plug_in() {
     accel() { PATH=$bin:$PATH "${kubectl[@]}" accel "$@"; }
     accel enable --claim ufs --plain-http --limit 2 --wait
-    k patch imageacceleration cluster --type merge -p '{"spec": {"jobs": {"retries": 0, "memoryMib": 256}}}'
+    k patch imageacceleration cluster --type merge -p '{"spec": {"jobs": {"retries": 0, "memoryMib": 256, "cpuMillis": 300}}}'
     # What is not named stays.
     accel enable --claim ufs --limit 3
     same "$(k get imageacceleration cluster -o 'jsonpath={.spec.jobs.limit} {.spec.jobs.memoryMib} {.spec.registry.plainHttp}')" \

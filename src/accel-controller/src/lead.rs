@@ -14,7 +14,7 @@ pub const NAME: &str = "accel-controller";
 /// How long a holder that says nothing is waited for.
 const DURATION: Duration = Duration::from_secs(15);
 /// How often the holder says something.
-const RENEW: Duration = Duration::from_secs(4);
+const RENEW: Duration = Duration::from_secs(3);
 /// A holder that could not renew it for so long must not go on: soon another begins.
 const GIVE_UP: Duration = Duration::from_secs(10);
 /// How often others look.
@@ -97,8 +97,12 @@ impl Candidate {
         let mut renewed = Instant::now();
         loop {
             tokio::time::sleep(RENEW).await;
-            match tokio::time::timeout(RENEW, self.renew()).await {
-                Ok(Ok(())) => renewed = Instant::now(),
+            // On a busy machine an answer may take most of that.
+            let left = GIVE_UP.saturating_sub(renewed.elapsed());
+            let began = Instant::now();
+            match tokio::time::timeout(left, self.renew()).await {
+                // The Lease has the time from before it was sent.
+                Ok(Ok(())) => renewed = began,
                 Ok(Err(error)) if error.is::<Lost>() => return error,
                 Ok(Err(error)) => warn!("the Lease cannot be renewed: {error:#}"),
                 Err(_) => warn!("the Lease cannot be renewed: the cluster does not answer"),
