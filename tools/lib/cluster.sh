@@ -127,19 +127,27 @@ _node_is_ready() {
     [ "$("${kubectl[@]}" get node "$1" -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status}')" = True ]
 }
 
-# end_cluster_leftovers DIR: what a script that was killed has left of a cluster in DIR.
-end_cluster_leftovers() {
+# claim_cluster DIR: for this script; fails if another one that lives has it. What a script
+# that was killed has left there is ended.
+claim_cluster() {
     local dir=$1 pid started
-    [ -e "$dir/processes" ] || return 0
-    while read -r pid started; do
-        # Numbers are given again.
-        [ "$(_started "$pid")" != "$started" ] || kill -KILL "$pid" 2>/dev/null || true
-    done <"$dir/processes"
+    if read -r pid started 2>/dev/null <"$dir/owner" && [ "$(_started "$pid")" = "$started" ]; then
+        die "$dir is in use by process $pid"
+    fi
     end_shims "$dir"
+    # Ours have a path below it among their arguments; somebody's editor is none of ours.
+    for pid in $(grep -lzF -- "$dir/" /proc/[0-9]*/cmdline 2>/dev/null | cut -d/ -f3); do
+        [[ $(readlink "/proc/$pid/exe") != "$cache"/* ]] || kill -KILL "$pid" 2>/dev/null || true
+    done
     unmount_below "$dir"
     [ ! -e "$dir/bridge" ] || ip link delete "$(cat "$dir/bridge")" 2>/dev/null || true
+    [ ! -e "$dir/bridge" ] || ip link delete "$(cat "$dir/bridge")-p" 2>/dev/null || true
+    find "$dir" -mindepth 1 -maxdepth 1 -exec rm -rf --one-file-system {} +
+    echo "$$ $(_started $$)" >"$dir/owner"
+    at_exit rm -f "$dir/owner"
 }
 
+# When it started: numbers are given again.
 _started() { awk '{ sub(/.*\) /, ""); print $20 }' "/proc/$1/stat" 2>/dev/null; }
 # _cluster_process NAME CMD…: in the background, until the script ends.
 _cluster_process() {
@@ -147,7 +155,6 @@ _cluster_process() {
     shift
     "$@" >>"$cluster/log/$name" 2>&1 </dev/null &
     pid=$!
-    echo "$pid $(_started "$pid")" >>"$cluster/processes"
     at_exit stop_process "$pid"
     _cluster_pids[$name]=$pid
 }
@@ -169,7 +176,9 @@ _cluster_bridge() {
     for ((n = 0; n < 200; n++)); do
         [ -z "$(ip -o address show to "10.211.$n.0/24")" ] || continue
         _bridge=accel-k8s-$n cluster_address=10.211.$n.1
-        ip link add "$_bridge" type bridge 2>/dev/null || continue
+        # With an address of its own: otherwise it takes that of one of its ports, another one
+        # with each pod that comes, and pods lose sight of it for a while.
+        ip link add "$_bridge" address "$(printf '02:ac:ce:10:00:%02x' "$n")" type bridge 2>/dev/null || continue
         echo "$_bridge" >"$cluster/bridge"
         at_exit ip link delete "$_bridge"
         ip address add "$cluster_address/24" dev "$_bridge"

@@ -199,9 +199,7 @@ impl<'a> Next<'a> {
     /// There is no Job.
     fn start(&mut self, name: String, names: &Names, service: &ImageAcceleration) {
         let now = self.observed.now;
-        if self.status.phase == Phase::CreateError
-            && let Some(Time(failed)) = self.status.finished_at
-        {
+        if let Some(Time(failed)) = self.status.finished_at {
             let due = pause(self.status.failures);
             let waited = Duration::try_from(now.duration_since(failed)).unwrap_or_default();
             if waited < due {
@@ -234,6 +232,7 @@ impl<'a> Next<'a> {
         self.steps.push(Step::Run(Box::new(job)));
         self.say(Phase::Creating, "a Job is being started");
         self.status.started_at.get_or_insert(Time(now));
+        self.status.finished_at = None;
         self.status.progress = None;
         self.again = Some(SOON);
     }
@@ -284,11 +283,12 @@ impl<'a> Next<'a> {
             }
             // The pod is gone, or its log.
             Some(Ok(_)) | None => {
-                self.status.failures = self.status.failures.saturating_add(1);
-                self.status.progress = None;
-                let what = "the Job's result is lost with its pod: it runs again, and takes what is on UFS already";
-                self.say(Phase::Creating, what);
-                self.again = Some(Duration::ZERO);
+                let pause = self.failed();
+                let what = format!(
+                    "the Job's result is lost with its pod: it runs again after {} minutes, and takes what is on UFS already",
+                    pause.as_secs() / 60
+                );
+                self.say(Phase::Creating, &what);
             }
         }
     }
@@ -314,17 +314,23 @@ impl<'a> Next<'a> {
             || format!("the Job failed: {reason}: {message}"),
             |ended| in_words(ended, reason),
         );
-        self.status.failures = self.status.failures.saturating_add(1);
-        let pause = pause(self.status.failures);
+        let pause = self.failed();
         let job = job.name_any();
         let what = format!(
             "{what} (Job {job}; it is tried again after {} minutes)",
             pause.as_secs() / 60
         );
         self.say(Phase::CreateError, &what);
+    }
+
+    /// Counts a Job that came to nothing; how long to wait before the next one.
+    fn failed(&mut self) -> Duration {
+        self.status.failures = self.status.failures.saturating_add(1);
         self.status.progress = None;
         self.status.finished_at = Some(Time(self.observed.now));
+        let pause = pause(self.status.failures);
         self.again = Some(pause);
+        pause
     }
 
     fn stop_all_but(&mut self, keep: Option<&Job>) {

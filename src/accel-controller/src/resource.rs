@@ -277,16 +277,13 @@ pub struct AcceleratedImageStatus {
     /// What they take on UFS, in bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stored_bytes: Option<u64>,
-    /// The part of that which was there before: it belongs to other images, too.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub shared_bytes: Option<u64>,
     /// `storedBytes` for people.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub stored: String,
     /// When the first Job was made for this version of the task.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub started_at: Option<Time>,
-    /// When it was Ready, or failed last.
+    /// When it became Ready or failed, unless it is being tried again.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finished_at: Option<Time>,
     /// How many Jobs have failed for this version of the task.
