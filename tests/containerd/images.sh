@@ -34,17 +34,11 @@ make_images() {
         echo "$n" >"$work/made/files/of-$n"
         tar -C "$work/made/files" -cf "$work/made/$n.tar" --numeric-owner --owner=0 --group=0 --mtime=@1700000000 "./last" "./of-$n"
     done
-    mkdir -p "$work/made/root/bin"
-    cp "$(unpack_deb busybox-static)/bin/busybox" "$work/made/root/bin/busybox"
-    ln -s busybox "$work/made/root/bin/sh"
-    tar -C "$work/made/root" -cf "$work/made/0.tar" --numeric-owner --owner=0 --group=0 --mtime=@1700000000 ./bin
+    busybox_layer "$work/made/0.tar"
     "$repo/tools/lib/oci_layout.py" --config '{"Env": ["PATH=/bin"], "Cmd": ["/bin/sh"]}' "$work/made/deep" deep \
         $(for ((n = 0; n < 100; n++)); do echo "$work/made/$n.tar"; done)
     push_image "oci:$work/made/deep:deep" "$registry/test/deep:1"
-    # What a pod's sandbox runs.
-    "$repo/tools/lib/oci_layout.py" --config '{"Env": ["PATH=/bin"], "Cmd": ["/bin/busybox", "sleep", "1000000"]}' \
-        "$work/made/pause" pause "$work/made/0.tar"
-    push_image "oci:$work/made/pause:pause" "$registry/test/pause:1"
+    push_pause "$work/made/pause" "$registry/test/pause:1"
     for image in test/tiny:1=$tiny other/implied:1=$implied test/deep:1=$deep; do
         "$bin/mkfs-accel" convert "docker://$registry/${image%%=*}" --plain-http --ufs "$images/ufs" \
             --push "docker://${image#*=}" </dev/null >>"$work/convert.log" 2>&1 || { cat "$work/convert.log" >&2; return 1; }
@@ -52,11 +46,6 @@ make_images() {
     sleep 1.1
     unpacking=$(date +%s)
     look_at_plain_images
-}
-push_image() { # SOURCE IMAGE [OPTION…]
-    local source=$1 image=$2
-    shift 2
-    skopeo copy --quiet --dest-tls-verify=false "$@" "$source" "docker://$image"
 }
 # name_images: sets their names, with the registry's address.
 name_images() {

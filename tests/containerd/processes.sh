@@ -4,19 +4,7 @@
 #
 # In: work, run, bin, transport, images
 
-unmount_below() {
-    local point
-    for point in $(awk -v at="$1/" 'index($5, at) == 1 { print $5 }' /proc/self/mountinfo | sort -r); do
-        umount -l "$point" || true
-    done
-}
-stop_containers() {
-    local pid
-    # Shims outlive containerd; they have its socket in their arguments.
-    for pid in $(grep -lz -- "$work/containerd-[0-9.]*/socket" /proc/[0-9]*/cmdline 2>/dev/null | cut -d/ -f3); do
-        [[ $(readlink "/proc/$pid/exe") != *containerd-shim* ]] || kill -KILL $(_descendants "$pid") "$pid" 2>/dev/null || true
-    done
-}
+stop_containers() { end_shims "$work"; }
 
 start_server() { # [UFS]
     "$bin/ublk-server" serve --ufs "${1:-$images/ufs}" --socket "$run/ublk.sock" --cache-size 256M \

@@ -69,6 +69,14 @@ stop_process() {
     wait "$pid" 2>/dev/null || true
 }
 
+# unmount_below DIR: whatever is mounted there.
+unmount_below() {
+    local point
+    for point in $(awk -v at="$1/" 'index($5, at) == 1 { print $5 }' /proc/self/mountinfo | sort -r); do
+        umount -l "$point" || true
+    done
+}
+
 # Milliseconds since some moment.
 now_ms() { echo "$((${EPOCHREALTIME/[.,]/} / 1000))"; }
 

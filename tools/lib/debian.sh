@@ -75,10 +75,11 @@ _unpack_deb() {
     echo "$dir"
 }
 
-# suite_apt SUITE: sets suite_options to those of an apt that knows that release only.
-# Its lists are read once per day.
+# suite_apt SUITE [source]: sets suite_options to those of an apt that knows that release
+# only: its packages, or its source packages. Its lists are read once per day.
 suite_apt() {
-    local suite=$1 dir=$cache/apt-$1 archive keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    local suite=$1 kind=${2:-} keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    local dir=$cache/apt-$suite${kind:+-$kind} archive
     suite_options=(
         -q -o "Dir::State=$dir" -o "Dir::State::lists=$dir/lists" -o "Dir::State::status=$dir/status"
         -o "Dir::Cache=$dir" -o "Dir::Cache::archives=$dir/archives" -o "Dir::Log=$dir"
@@ -86,7 +87,7 @@ suite_apt() {
         -o Dir::Etc::preferences=/dev/null -o "Dir::Etc::preferencesparts=$dir/parts"
         -o APT::Sandbox::User=root -o Acquire::Retries=3
     )
-    locked "apt-$suite" _suite_lists
+    locked "apt-$suite${kind:+-$kind}" _suite_lists
 }
 _suite_lists() {
     [ -z "$(find "$dir/updated" -mmin -1440 2>/dev/null)" ] || return 0
@@ -96,7 +97,10 @@ _suite_lists() {
     [ -f "$keyring" ] || keyring=
     mkdir -p "$dir/lists/partial" "$dir/archives/partial" "$dir/parts"
     touch "$dir/status"
-    echo "deb [target=Packages${keyring:+ signed-by=$keyring}] $archive $suite main" >"$dir/sources.list"
+    case $kind in
+    source) echo "deb-src ${keyring:+[signed-by=$keyring] }$archive $suite main" ;;
+    *) echo "deb [target=Packages${keyring:+ signed-by=$keyring}] $archive $suite main" ;;
+    esac >"$dir/sources.list"
     apt-get "${suite_options[@]}" -o APT::Update::Error-Mode=any update </dev/null >&2 ||
         die "the package lists of $suite cannot be read"
     touch "$dir/updated"

@@ -37,14 +37,20 @@ collect_peers() {
     done
 }
 
-# start_registry DIR [accesslog]: on a free port of the loopback; sets $registry to
-# host:port. With `accesslog` every request is a line in DIR/log.
+# free_port [ADDRESS]: of the loopback, or of another address of this machine.
+free_port() {
+    /usr/bin/python3 -c 'import socket, sys; s = socket.socket(); s.bind((sys.argv[1], 0)); print(s.getsockname()[1])' "${1:-127.0.0.1}"
+}
+
+# start_registry DIR [accesslog]: on a free port of the loopback, or of $registry_address;
+# sets $registry to host:port. With `accesslog` every request is a line in DIR/log. With
+# $registry_login, USER:PASSWORD, it wants that.
 start_registry() {
-    local dir=$1 program pid port i disabled=true
+    local dir=$1 program pid port i disabled=true address=${registry_address:-127.0.0.1}
     [ "${2:-}" != accesslog ] || disabled=false
     program=$(peer docker-registry)/usr/bin/docker-registry
-    port=$(/usr/bin/python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    registry=127.0.0.1:$port
+    port=$(free_port "$address")
+    registry=$address:$port
     mkdir -p "$dir/store"
     cat >"$dir/config.yml" <<YAML
 version: 0.1
@@ -52,11 +58,17 @@ log: {accesslog: {disabled: $disabled}, level: warn}
 storage: {filesystem: {rootdirectory: $dir/store}}
 http: {addr: $registry}
 YAML
+    if [ -n "${registry_login:-}" ]; then
+        /usr/bin/python3 -W ignore -c 'import crypt, sys
+user, password = sys.argv[1].split(":")
+print(user + ":" + crypt.crypt(password, crypt.mksalt(crypt.METHOD_BLOWFISH, rounds=16)))' "$registry_login" >"$dir/users"
+        echo "auth: {htpasswd: {realm: here, path: $dir/users}}" >>"$dir/config.yml"
+    fi
     OTEL_TRACES_EXPORTER=none "$program" serve "$dir/config.yml" >"$dir/log" 2>&1 &
     pid=$!
     at_exit stop_process "$pid"
     for ((i = 0; i < 300; i++)); do
-        (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null && return
+        (: <"/dev/tcp/$address/$port") 2>/dev/null && return
         kill -0 "$pid" 2>/dev/null || break
         sleep 0.1
     done
@@ -112,4 +124,37 @@ disabled_plugins = [$disabled]
 [ttrpc]
   address = "$dir/socket.ttrpc"
 TOML
+}
+
+# end_shims DIR: they outlive a containerd, with what they run. They have its socket, which
+# is below DIR, in their arguments.
+end_shims() {
+    local pid
+    for pid in $(grep -lzF -- "$1/" /proc/[0-9]*/cmdline 2>/dev/null | cut -d/ -f3); do
+        # shellcheck disable=SC2046 # a list of numbers
+        [[ $(readlink "/proc/$pid/exe") != *containerd-shim* ]] || kill -KILL $(_descendants "$pid") "$pid" 2>/dev/null || true
+    done
+}
+
+push_image() { # SOURCE IMAGE [OPTION…]
+    local source=$1 image=$2
+    shift 2
+    skopeo copy --quiet --dest-tls-verify=false "$@" "$source" "docker://$image"
+}
+# busybox_layer TAR: a layer with busybox and /bin/sh.
+busybox_layer() {
+    local root=$1.root
+    mkdir -p "$root/bin"
+    cp "$(unpack_deb busybox-static)/bin/busybox" "$root/bin/busybox"
+    ln -s busybox "$root/bin/sh"
+    tar -C "$root" -cf "$1" --numeric-owner --owner=0 --group=0 --mtime=@1700000000 ./bin
+    rm -r "$root"
+}
+# push_pause DIR IMAGE: what a pod's sandbox runs; made in DIR.
+push_pause() {
+    mkdir -p "$1"
+    busybox_layer "$1.tar"
+    "$repo/tools/lib/oci_layout.py" --config '{"Env": ["PATH=/bin"], "Cmd": ["/bin/busybox", "sleep", "1000000"]}' \
+        "$1" pause "$1.tar"
+    push_image "oci:$1:pause" "$2"
 }

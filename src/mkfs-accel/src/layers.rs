@@ -73,10 +73,42 @@ impl std::fmt::Display for Done {
     }
 }
 
-/// Sees to it that every layer of `image` is on UFS, `jobs` at a time. With
-/// `show`, tells of each.
-pub fn convert_all(ufs: &Ufs, image: &Image, jobs: usize, show: bool) -> anyhow::Result<Vec<Done>> {
+/// What is told of the work while it goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tell {
+    /// Nothing.
+    Nothing,
+    /// A line for each layer, and bars on a terminal.
+    People,
+    /// JSON objects, one a line: [`Progress`].
+    Programs,
+}
+
+/// How far the work is.
+#[derive(Debug, Serialize)]
+struct Progress {
+    progress: Figures,
+}
+
+#[derive(Debug, Serialize)]
+struct Figures {
+    platform: String,
+    layers: usize,
+    /// Those of them that are on UFS.
+    layers_done: usize,
+    /// What has to be read for the others.
+    bytes: u64,
+    /// What has been read of that.
+    bytes_done: u64,
+}
+
+/// How long [`Tell::Programs`] may say nothing.
+const INTERVAL: Duration = Duration::from_secs(2);
+
+/// Sees to it that every layer of `image` is on UFS, `jobs` at a time.
+pub fn convert_all(ufs: &Ufs, image: &Image, jobs: usize, tell: Tell) -> anyhow::Result<Vec<Done>> {
     let size = image.layers.iter().map(|layer| layer.size).sum();
+    let show = tell == Tell::People;
     let work = Work {
         ufs,
         image,
@@ -91,6 +123,9 @@ pub fn convert_all(ufs: &Ufs, image: &Image, jobs: usize, show: bool) -> anyhow:
         changed: Condvar::new(),
     };
     thread::scope(|scope| {
+        if tell == Tell::Programs {
+            scope.spawn(|| work.tell());
+        }
         // The caller's thread is one of them.
         for _ in 1..jobs.min(image.layers.len()) {
             scope.spawn(|| work.run());
@@ -151,6 +186,41 @@ impl Work<'_> {
                 Err(error) => self.fail(error),
             }
             self.changed.notify_all();
+        }
+    }
+
+    /// Tells how far the work is, until it is over.
+    fn tell(&self) {
+        let mut state = self.lock();
+        loop {
+            let layers_done = state.done.iter().flatten().count();
+            let over = state.failed.is_some() || layers_done == state.done.len();
+            drop(state);
+            let (bytes_done, bytes) = self.bars.read();
+            let progress = Progress {
+                progress: Figures {
+                    platform: self.image.platform.to_string(),
+                    layers: self.image.layers.len(),
+                    layers_done,
+                    bytes,
+                    bytes_done,
+                },
+            };
+            let told = serde_json::to_string(&progress)
+                .map_err(io::Error::from)
+                .and_then(|line| say!("{line}"));
+            if let Err(error) = told {
+                return self.fail(error.into());
+            }
+            if over {
+                return;
+            }
+            state = self.lock();
+            // Nothing may have been missed meanwhile.
+            if state.done.iter().flatten().count() == layers_done && state.failed.is_none() {
+                let waited = self.changed.wait_timeout(state, INTERVAL);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            }
         }
     }
 

@@ -93,6 +93,13 @@ impl Bars {
         }
     }
 
+    /// How many bytes of the total were read, and the total.
+    pub fn read(&self) -> (u64, u64) {
+        self.total.as_ref().map_or((0, 0), |total| {
+            (total.position(), total.length().unwrap_or_default())
+        })
+    }
+
     /// Writes lines without tearing the bars.
     pub fn say<T>(&self, write: impl FnOnce() -> T) -> T {
         self.all.suspend(write)

@@ -436,3 +436,46 @@ fn an_image_without_an_index_is_completed_unless_it_is_another() {
     assert!(error.contains(erofs.to_str().unwrap()), "{error}");
     assert!(!index.exists());
 }
+
+#[test]
+fn lines_of_json_tell_how_far_the_work_is_and_end_with_the_report() {
+    let image = Image::gzipped(&[sample_tar(1), sample_tar(2), sample_tar(3)]);
+    let ufs = Ufs::new();
+    let lines = |source: &str| -> Vec<serde_json::Value> {
+        let said = good(&[&"convert", &source, &"--json-lines", &"--ufs", &ufs.path()]);
+        let parse = |line| serde_json::from_str(line).unwrap();
+        said.lines().map(parse).collect()
+    };
+    let said = lines(&image.source());
+    let (report, progress) = said.split_last().unwrap();
+    assert_eq!(report["layers"].as_array().unwrap().len(), 3);
+    let sizes: u64 = (0..3)
+        .map(|number| {
+            fs::metadata(image.blob_path(&image.layer(number)))
+                .unwrap()
+                .len()
+        })
+        .sum();
+    let mut done = 0;
+    for line in progress {
+        let line = &line["progress"];
+        assert_eq!(line["layers"], 3);
+        assert_eq!(line["bytes"], sizes);
+        let now = line["layers_done"].as_u64().unwrap();
+        assert!(now >= done, "{progress:?}");
+        done = now;
+    }
+    let last = &progress.last().unwrap()["progress"];
+    assert_eq!(
+        (&last["layers_done"], &last["bytes_done"]),
+        (&json!(3), &json!(sizes))
+    );
+
+    // Nothing has to be read any more.
+    let again = lines(&image.source());
+    let last = &again[again.len() - 2]["progress"];
+    assert_eq!(
+        (&last["layers_done"], &last["bytes"]),
+        (&json!(3), &json!(0))
+    );
+}

@@ -1,7 +1,7 @@
 //! `mkfs-accel convert`: an image and all of its layers, and the accelerated image
 //! that names them.
 
-use crate::layers::{self, Done, Fate};
+use crate::layers::{self, Done, Fate, Tell};
 use crate::output::{Bytes, Seconds, say};
 use crate::registry::RegistryArguments;
 use crate::{interrupt, jobs};
@@ -63,6 +63,10 @@ pub struct Arguments {
     /// Print one JSON object instead of lines
     #[arg(long)]
     json: bool,
+    /// Print lines of JSON instead: how far the work is, every two seconds at least, and
+    /// at the end what --json prints
+    #[arg(long, conflicts_with = "json")]
+    json_lines: bool,
 }
 
 /// What `--platform` names.
@@ -84,6 +88,14 @@ impl FromStr for Wanted {
 }
 
 impl Arguments {
+    fn tell(&self) -> Tell {
+        match (self.json, self.json_lines) {
+            (_, true) => Tell::Programs,
+            (true, false) => Tell::Nothing,
+            (false, false) => Tell::People,
+        }
+    }
+
     fn platforms(&self) -> Platforms {
         let mut these = Vec::new();
         for wanted in &self.platform {
@@ -187,7 +199,8 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             record::MAX_LAYERS,
         );
     }
-    if !arguments.json {
+    let tell = arguments.tell();
+    if tell == Tell::People {
         tell_of_others(&found)?;
     }
 
@@ -205,11 +218,11 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .map_or_else(jobs::default, |jobs| jobs.get().into());
     let mut done = Vec::new();
     for image in &found.images {
-        if found.images.len() > 1 && !arguments.json {
+        if found.images.len() > 1 && tell == Tell::People {
             say!("{}: {}", image.platform, image.manifest)?;
         }
         // What an earlier one has is not converted again.
-        let layers = layers::convert_all(&ufs, image, jobs, !arguments.json)?;
+        let layers = layers::convert_all(&ufs, image, jobs, tell)?;
         publish_image(&ufs, &source, image, &layers)?;
         done.push((image, layers));
     }
@@ -226,7 +239,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     }
     let written = accelerate(&found, &done, &targets)?;
     let took = started.elapsed();
-    if arguments.json {
+    if tell != Tell::People {
         let report = Report {
             source: source.to_string(),
             manifest: main.manifest,
@@ -236,7 +249,13 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             left_out: &found.left_out,
             accelerated: &written,
         };
-        say!("{}", serde_json::to_string_pretty(&report)?)?;
+        say!(
+            "{}",
+            match tell {
+                Tell::Programs => serde_json::to_string(&report)?,
+                _ => serde_json::to_string_pretty(&report)?,
+            }
+        )?;
         return Ok(());
     }
     for (image, layers) in &done {

@@ -9,7 +9,7 @@
 use super::repair::check;
 use super::verify::{Damage, check_bytes};
 use crate::interrupt;
-use crate::layers::{self, Done, Made};
+use crate::layers::{self, Done, Made, Tell};
 use crate::output::{Bytes, say};
 use crate::progress::{self, Bars};
 use crate::published::Names;
@@ -174,7 +174,7 @@ fn make(
         true => {
             let mut below: Image = accel_image::open(source, &options)?;
             below.layers.truncate(number);
-            let below = layers::convert_all(ufs, &below, 1, false)?;
+            let below = layers::convert_all(ufs, &below, 1, Tell::Nothing)?;
             let size = |done: &Done| done.record.erofs.size.bytes();
             let taken: u64 = below.iter().map(size).sum();
             ensure!(

@@ -1,0 +1,446 @@
+//! `kubectl accel`: tasks without writing YAML.
+
+use accel_controller::command::{self, Waiting};
+use accel_controller::resource::{
+    AcceleratedImage, AcceleratedImageSpec, ImageAcceleration, SERVICE_NAME,
+};
+use anyhow::{Context as _, Result, bail};
+use clap::{Parser, Subcommand, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config, ResourceExt as _};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+/// How often to look while waiting.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// Has images converted, so that pods start from them without downloading them.
+///
+/// An image is named as pods name it, with the registry.
+#[derive(Debug, Parser)]
+#[command(name = "kubectl accel", bin_name = "kubectl accel", version)]
+struct Cli {
+    /// The tasks' namespace [default: the context's]
+    #[arg(short, long, global = true, value_name = "NAME")]
+    namespace: Option<String>,
+    /// The context in the kubeconfig
+    #[arg(long, global = true, value_name = "NAME")]
+    context: Option<String>,
+    /// The kubeconfig [default: KUBECONFIG, or ~/.kube/config]
+    #[arg(long, global = true, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Turn acceleration on, or change how it is done: what is not named stays as it is.
+    Enable {
+        /// The claim for UFS in the controller's namespace
+        #[arg(long, value_name = "NAME")]
+        claim: String,
+        /// The Secret with the registries' logins, in the controller's namespace
+        #[arg(long, value_name = "NAME")]
+        secret: Option<String>,
+        #[arg(
+            long,
+            value_name = "HOST[:PORT][/PREFIX]",
+            help = "Where accelerated images go that are given no target [default: beside the source]"
+        )]
+        push_to: Option<String>,
+        /// Talk HTTP to registries
+        #[arg(long)]
+        plain_http: bool,
+        /// How many images to convert at a time
+        #[arg(long, value_name = "N")]
+        limit: Option<u16>,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Turn acceleration off. Images that were converted stay.
+    Disable {
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Have an image converted.
+    Create {
+        /// The image
+        source: String,
+        /// What the accelerated image is called [default: the source's name with -acc]
+        #[arg(long, value_name = "IMAGE")]
+        target: Option<String>,
+        #[arg(
+            long,
+            value_name = "OS/ARCHITECTURE[/VARIANT]|all",
+            help = "Which of its platforms; may be given several times [default: that of the node that converts it]"
+        )]
+        platform: Vec<String>,
+        /// What the task is called [default: after the image]
+        #[arg(long, value_name = "NAME")]
+        name: Option<String>,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Delete tasks.
+    Delete {
+        /// The task's name, its source or its target
+        #[arg(value_name = "NAME|IMAGE")]
+        name: String,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Show tasks.
+    Get {
+        /// The task's name, its source or its target [default: all]
+        #[arg(value_name = "NAME|IMAGE")]
+        name: Option<String>,
+        /// In all namespaces
+        #[arg(short = 'A', long)]
+        all_namespaces: bool,
+        /// How
+        #[arg(short, long, value_enum)]
+        output: Option<Output>,
+    },
+}
+
+#[derive(Debug, Clone, Copy, clap::Args)]
+struct Wait {
+    /// Come back when it is done, with 1 if it fails
+    #[arg(long)]
+    wait: bool,
+    /// How long to wait, in seconds
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value = "3600",
+        requires = "wait"
+    )]
+    timeout: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Wide,
+    Json,
+    Yaml,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match run(Cli::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kubectl accel: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(cli: Cli) -> Result<()> {
+    let options = KubeConfigOptions {
+        context: cli.context,
+        ..KubeConfigOptions::default()
+    };
+    let config = match &cli.kubeconfig {
+        Some(path) => Config::from_custom_kubeconfig(Kubeconfig::read_from(path)?, &options).await,
+        None => Config::from_kubeconfig(&options).await,
+    };
+    let config = config.context("the kubeconfig cannot be used")?;
+    let namespace = cli
+        .namespace
+        .unwrap_or_else(|| config.default_namespace.clone());
+    let client = Client::try_from(config)?;
+    let tasks = Tasks(Api::namespaced(client.clone(), &namespace));
+    match cli.command {
+        Command::Enable {
+            claim,
+            secret,
+            push_to,
+            plain_http,
+            limit,
+            wait,
+        } => {
+            let mut registry = Map::new();
+            registry.extend(secret.map(|name| ("secretName".to_owned(), json!(name))));
+            registry.extend(push_to.map(|prefix| ("pushTo".to_owned(), json!(prefix))));
+            registry.extend(plain_http.then(|| ("plainHttp".to_owned(), json!(true))));
+            let mut jobs = Map::new();
+            jobs.extend(limit.map(|limit| ("limit".to_owned(), json!(limit))));
+            let spec = json!({"ufs": {"claimName": claim}, "registry": registry, "jobs": jobs});
+            enable(&Api::all(client), &spec, wait).await
+        }
+        Command::Disable { wait } => {
+            let services = Api::<ImageAcceleration>::all(client);
+            services
+                .delete(SERVICE_NAME, &DeleteParams::default())
+                .await
+                .map_err(said)?;
+            let deadline = wait.deadline();
+            while wait.wait && services.get_opt(SERVICE_NAME).await?.is_some() {
+                pause(deadline, "acceleration is not off yet").await?;
+            }
+            say(&format!("imageacceleration {SERVICE_NAME} deleted"))
+        }
+        Command::Create {
+            source,
+            target,
+            platform,
+            name,
+            wait,
+        } => {
+            let name = name.unwrap_or_else(|| command::name_for(&source));
+            let spec = AcceleratedImageSpec {
+                source,
+                target,
+                platforms: platform,
+            };
+            tasks.create(&name, spec, wait).await
+        }
+        Command::Delete { name, wait } => tasks.delete(&name, wait).await,
+        Command::Get {
+            name,
+            all_namespaces,
+            output,
+        } => {
+            let tasks = match all_namespaces {
+                true => Tasks(Api::all(client)),
+                false => tasks,
+            };
+            tasks.get(name.as_deref(), all_namespaces, output).await
+        }
+    }
+}
+
+impl Wait {
+    fn deadline(self) -> Option<Instant> {
+        Instant::now().checked_add(Duration::from_secs(self.timeout))
+    }
+}
+
+/// Waits a little, or fails with `what` when it is too late.
+async fn pause(deadline: Option<Instant>, what: &str) -> Result<()> {
+    if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+        bail!("{what}; it has not been waited for any longer, and goes on");
+    }
+    tokio::time::sleep(LOOK).await;
+    Ok(())
+}
+
+/// What the API server says, without the rest.
+fn said(error: kube::Error) -> anyhow::Error {
+    match error {
+        kube::Error::Api(status) => anyhow::anyhow!("{}", status.message),
+        error => error.into(),
+    }
+}
+
+fn say(line: &str) -> Result<()> {
+    writeln!(std::io::stdout(), "{line}")?;
+    Ok(())
+}
+
+async fn enable(services: &Api<ImageAcceleration>, spec: &Value, wait: Wait) -> Result<()> {
+    let service = json!({
+        "apiVersion": "image-accel.io/v1alpha1",
+        "kind": "ImageAcceleration",
+        "metadata": {"name": SERVICE_NAME},
+        "spec": spec,
+    });
+    let done = match services.get_opt(SERVICE_NAME).await.map_err(said)? {
+        Some(_) => {
+            let patch = Patch::Merge(&service);
+            let patched = services
+                .patch(SERVICE_NAME, &PatchParams::default(), &patch)
+                .await;
+            patched.map(|_| "changed")
+        }
+        None => {
+            let service = serde_json::from_value(service)?;
+            let created = services.create(&PostParams::default(), &service).await;
+            created.map(|_| "created")
+        }
+    };
+    say(&format!(
+        "imageacceleration {SERVICE_NAME} {}",
+        done.map_err(said)?
+    ))?;
+    if !wait.wait {
+        return Ok(());
+    }
+    let deadline = wait.deadline();
+    loop {
+        let service = services.get(SERVICE_NAME).await.map_err(said)?;
+        let status = service.status.unwrap_or_default();
+        let ready = status.conditions.into_iter().find(|condition| {
+            condition.type_ == "Ready"
+                && condition.observed_generation == service.metadata.generation
+        });
+        match ready {
+            Some(condition) if condition.status == "True" => return Ok(()),
+            Some(condition) => pause(deadline, &condition.message).await?,
+            None => pause(deadline, "the controller has not said anything").await?,
+        }
+    }
+}
+
+struct Tasks(Api<AcceleratedImage>);
+
+impl Tasks {
+    async fn create(&self, name: &str, spec: AcceleratedImageSpec, wait: Wait) -> Result<()> {
+        let task = AcceleratedImage::new(name, spec);
+        match self.0.create(&PostParams::default(), &task).await {
+            Ok(_) => say(&format!("acceleratedimage {name} created"))?,
+            Err(kube::Error::Api(status)) if status.code == 409 => {
+                let there = self.0.get(name).await.map_err(said)?;
+                if there.spec != task.spec {
+                    bail!(
+                        "there is a task {name} already, for {}: choose another name with --name",
+                        there.spec.source
+                    );
+                }
+                say(&format!("acceleratedimage {name} unchanged"))?;
+            }
+            Err(error) => return Err(said(error)),
+        }
+        if wait.wait {
+            self.wait(name, wait).await?;
+        }
+        Ok(())
+    }
+
+    async fn wait(&self, name: &str, wait: Wait) -> Result<()> {
+        let deadline = wait.deadline();
+        // On standard error, and only if that is a terminal.
+        let bar = ProgressBar::no_length();
+        let style = ProgressStyle::with_template("{spinner} {bar:30} {msg}")?;
+        bar.set_style(style);
+        bar.enable_steady_tick(LOOK);
+        loop {
+            let task = self.0.get(name).await.map_err(said)?;
+            match command::waiting(&task) {
+                Waiting::Done => {
+                    bar.finish_and_clear();
+                    let target = task.status.map(|status| status.target).unwrap_or_default();
+                    return say(&format!("acceleratedimage {name} is ready: {target}"));
+                }
+                Waiting::Failed(why) => {
+                    bar.finish_and_clear();
+                    bail!("{name}: {why}");
+                }
+                Waiting::GoesOn => {}
+            }
+            let status = command::current(&task).cloned().unwrap_or_default();
+            let text = match status.progress {
+                Some(progress) => {
+                    bar.set_length(progress.bytes);
+                    bar.set_position(progress.bytes_done);
+                    progress.text
+                }
+                None => status.message.clone(),
+            };
+            bar.set_message(text);
+            let what = format!("{name} is not ready: {}", status.message);
+            pause(deadline, &what).await?;
+        }
+    }
+
+    async fn delete(&self, name: &str, wait: Wait) -> Result<()> {
+        let all = self.0.list(&ListParams::default()).await.map_err(said)?;
+        let found = command::named(&all.items, name);
+        if found.is_empty() {
+            bail!("there is no task {name}, and none for an image of that name");
+        }
+        let deadline = wait.deadline();
+        for task in found {
+            let name = task.name_any();
+            self.0
+                .delete(&name, &DeleteParams::default())
+                .await
+                .map_err(said)?;
+            if wait.wait {
+                self.wait_gone(&name, task.uid().as_deref(), deadline)
+                    .await?;
+            }
+            say(&format!("acceleratedimage {name} deleted"))?;
+        }
+        Ok(())
+    }
+
+    /// Until the task of that name is gone, or another one.
+    async fn wait_gone(
+        &self,
+        name: &str,
+        uid: Option<&str>,
+        deadline: Option<Instant>,
+    ) -> Result<()> {
+        loop {
+            match self.0.get_opt(name).await.map_err(said)? {
+                Some(there) if there.uid().as_deref() == uid => {
+                    let status = there.status.unwrap_or_default();
+                    let what = format!("{name} is not gone yet: {}", status.message);
+                    pause(deadline, &what).await?;
+                }
+                _ => return Ok(()),
+            }
+        }
+    }
+
+    async fn get(
+        &self,
+        name: Option<&str>,
+        namespaces: bool,
+        output: Option<Output>,
+    ) -> Result<()> {
+        let mut all = self
+            .0
+            .list(&ListParams::default())
+            .await
+            .map_err(said)?
+            .items;
+        if let Some(name) = name {
+            let found = command::named(&all, name).into_iter().cloned().collect();
+            all = found;
+            if all.is_empty() {
+                bail!("there is no task {name}, and none for an image of that name");
+            }
+        }
+        for task in &mut all {
+            task.metadata.managed_fields = None;
+        }
+        match output {
+            None | Some(Output::Wide) => {
+                let wide = output.is_some();
+                say(&command::table(&all, namespaces, wide, Timestamp::now()))
+            }
+            Some(Output::Json) => say(&serde_json::to_string_pretty(&List::new(all))?),
+            Some(Output::Yaml) => say(&serde_saphyr::to_string(&List::new(all))?),
+        }
+    }
+}
+
+/// As kubectl prints several objects.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct List {
+    api_version: &'static str,
+    kind: &'static str,
+    items: Vec<AcceleratedImage>,
+}
+
+impl List {
+    const fn new(items: Vec<AcceleratedImage>) -> Self {
+        Self {
+            api_version: "v1",
+            kind: "List",
+            items,
+        }
+    }
+}

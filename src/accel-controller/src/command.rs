@@ -1,0 +1,230 @@
+//! What `kubectl accel` does without a cluster: names and tables.
+
+use crate::reference::Names;
+use crate::resource::{AcceleratedImage, AcceleratedImageStatus, Phase, RegistrySpec};
+use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
+
+/// The longest name that is made up for a task: it is also part of labels.
+const MAX_NAME: usize = 63;
+
+/// What a task for this image is called unless it is given a name: the last part of the
+/// repository, and the tag.
+pub fn name_for(source: &str) -> String {
+    let last = source.rsplit('/').next().unwrap_or_default();
+    let name = last.split('@').next().unwrap_or_default();
+    let plain = name.chars().map(|c| match c {
+        'a'..='z' | '0'..='9' => c,
+        'A'..='Z' => c.to_ascii_lowercase(),
+        _ => '-',
+    });
+    let name: String = plain.take(MAX_NAME).collect();
+    name.trim_matches('-').to_owned()
+}
+
+/// Whether two texts name the same image: `h/a` and `h/a:latest` do.
+pub fn same_image(one: &str, other: &str) -> bool {
+    let canonical = |text: &str| {
+        let parsed = format!("docker://{text}").parse::<accel_oci::ImageSource>();
+        parsed.map(|source| source.to_string())
+    };
+    one == other
+        || matches!((canonical(one), canonical(other)), (Ok(one), Ok(other)) if one == other)
+}
+
+/// Tasks that go by this name, or convert this image, or make it.
+pub fn named<'a>(tasks: &'a [AcceleratedImage], name: &str) -> Vec<&'a AcceleratedImage> {
+    let by_name = tasks.iter().filter(|task| task.name_any() == name);
+    let found: Vec<_> = by_name.collect();
+    if !found.is_empty() {
+        return found;
+    }
+    let target = |task: &AcceleratedImage| {
+        let status = task.status.as_ref().map(|status| status.target.clone());
+        status.filter(|target| !target.is_empty()).or_else(|| {
+            let names = Names::of(&task.spec, &RegistrySpec::default()).ok()?;
+            Some(names.image().to_owned())
+        })
+    };
+    let is_meant = |task: &&AcceleratedImage| {
+        same_image(&task.spec.source, name)
+            || target(task).is_some_and(|target| same_image(&target, name))
+    };
+    tasks.iter().filter(is_meant).collect()
+}
+
+/// What someone who waits for a task has to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Waiting {
+    /// It goes on.
+    GoesOn,
+    /// It is Ready.
+    Done,
+    /// It is not, and why.
+    Failed(String),
+}
+
+/// How a task stands, for someone who waits for it to be Ready.
+pub fn waiting(task: &AcceleratedImage) -> Waiting {
+    let Some(status) = current(task) else {
+        return Waiting::GoesOn;
+    };
+    match status.phase {
+        Phase::Ready => Waiting::Done,
+        Phase::CreateError | Phase::DeleteError | Phase::Deleting => {
+            Waiting::Failed(status.message.clone())
+        }
+        Phase::Creating | Phase::Unknown => Waiting::GoesOn,
+    }
+}
+
+/// The status, if it speaks of the task as it is now.
+pub fn current(task: &AcceleratedImage) -> Option<&AcceleratedImageStatus> {
+    let status = task.status.as_ref()?;
+    (status.observed_generation == task.metadata.generation.unwrap_or_default()).then_some(status)
+}
+
+/// Tasks as lines of a table; `wide` with what else there is.
+pub fn table(tasks: &[AcceleratedImage], namespaces: bool, wide: bool, now: Timestamp) -> String {
+    let mut head = vec![
+        "NAME", "PHASE", "SOURCE", "TARGET", "PROGRESS", "STORED", "AGE",
+    ];
+    if namespaces {
+        head.insert(0, "NAMESPACE");
+    }
+    if wide {
+        head.extend(["LAYERS", "MESSAGE"]);
+    }
+    let mut lines = vec![head.into_iter().map(str::to_owned).collect::<Vec<_>>()];
+    for task in tasks {
+        let status = task.status.clone().unwrap_or_default();
+        let progress = status.progress.map(|progress| progress.text);
+        let mut line = vec![
+            task.name_any(),
+            format!("{:?}", status.phase),
+            task.spec.source.clone(),
+            status.target,
+            progress.unwrap_or_default(),
+            status.stored,
+            task.creation_timestamp()
+                .map(|at| age(now.duration_since(at.0).as_secs()))
+                .unwrap_or_default(),
+        ];
+        if namespaces {
+            line.insert(0, task.namespace().unwrap_or_default());
+        }
+        if wide {
+            let layers = status.layers.map(|layers| layers.to_string());
+            line.extend([layers.unwrap_or_default(), status.message]);
+        }
+        lines.push(line);
+    }
+    let columns = lines[0].len();
+    let width = |column: usize| {
+        let cells = lines.iter().map(|line| line[column].chars().count());
+        cells.max().unwrap_or_default()
+    };
+    let widths: Vec<_> = (0..columns).map(width).collect();
+    let line = |cells: &Vec<String>| {
+        let padded = cells.iter().zip(&widths);
+        let padded: Vec<_> = padded
+            .map(|(cell, &width)| format!("{cell:<width$}"))
+            .collect();
+        padded.join("   ").trim_end().to_owned()
+    };
+    lines.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// Seconds as kubectl shows them.
+fn age(seconds: i64) -> String {
+    match seconds.max(0) {
+        s if s < 120 => format!("{s}s"),
+        s if s < 2 * 3600 => format!("{}m", s / 60),
+        s if s < 2 * 86400 => format!("{}h", s / 3600),
+        s => format!("{}d", s / 86400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::resource::{AcceleratedImageSpec, ProgressStatus};
+
+    fn task(name: &str, source: &str, phase: Phase) -> AcceleratedImage {
+        let spec = AcceleratedImageSpec {
+            source: source.to_owned(),
+            target: None,
+            platforms: Vec::new(),
+        };
+        let mut task = AcceleratedImage::new(name, spec);
+        task.metadata.generation = Some(1);
+        task.status = Some(AcceleratedImageStatus {
+            phase,
+            observed_generation: 1,
+            message: "why".to_owned(),
+            ..AcceleratedImageStatus::default()
+        });
+        task
+    }
+
+    #[test]
+    fn names_follow_from_images() {
+        for (source, name) in [
+            ("h:5000/team/app:v1.2", "app-v1-2"),
+            ("h/app", "app"),
+            ("h/a__b:V1_", "a--b-v1"),
+            ("h/app:v1@sha256:00", "app-v1"),
+        ] {
+            assert_eq!(name_for(source), name);
+        }
+        let long = format!("h/a:{}", "x".repeat(128));
+        assert_eq!(name_for(&long).len(), MAX_NAME);
+    }
+
+    #[test]
+    fn a_task_is_found_by_its_name_or_either_image() {
+        let tasks = [
+            task("one", "h/a:latest", Phase::Ready),
+            task("two", "h/b:v1", Phase::Ready),
+            task("three", "h/b:v1", Phase::Ready),
+        ];
+        let found = |name: &str| -> Vec<_> {
+            named(&tasks, name)
+                .iter()
+                .map(|task| task.name_any())
+                .collect()
+        };
+        assert_eq!(found("one"), ["one"]);
+        assert_eq!(found("h/a"), ["one"]);
+        assert_eq!(found("h/a:latest-acc"), ["one"]);
+        assert_eq!(found("h/b:v1"), ["two", "three"]);
+        assert!(found("h/c").is_empty());
+    }
+
+    #[test]
+    fn who_waits_goes_by_what_is_said_of_the_newest_version() {
+        let mut image = task("a", "h/a", Phase::Ready);
+        assert_eq!(waiting(&image), Waiting::Done);
+        image.metadata.generation = Some(2);
+        assert_eq!(waiting(&image), Waiting::GoesOn);
+        let failed = task("a", "h/a", Phase::CreateError);
+        assert_eq!(waiting(&failed), Waiting::Failed("why".to_owned()));
+        assert_eq!(waiting(&task("a", "h/a", Phase::Unknown)), Waiting::GoesOn);
+    }
+
+    #[test]
+    fn tables_stand_in_columns() {
+        let mut long = task("a-long-name", "h/a", Phase::Creating);
+        long.status.as_mut().unwrap().progress = Some(ProgressStatus {
+            text: "1/2 layers".to_owned(),
+            ..ProgressStatus::default()
+        });
+        let tasks = [task("a", "h/a:v1", Phase::Ready), long];
+        let shown = table(&tasks, false, true, Timestamp::UNIX_EPOCH);
+        let lines: Vec<_> = shown.lines().collect();
+        assert_eq!(lines.len(), 3);
+        let at = lines[0].find("PHASE").unwrap();
+        assert!(lines[1][at..].starts_with("Ready") && lines[2][at..].starts_with("Creating"));
+        assert!(lines[2].contains("1/2 layers") && lines[2].ends_with("why"));
+    }
+}

@@ -1,0 +1,239 @@
+//! The Job that converts a task's image.
+
+use crate::reference::Names;
+use crate::resource::{AcceleratedImage, ImageAccelerationSpec};
+use k8s_openapi::api::batch::v1::{Job, JobSpec};
+use k8s_openapi::api::core::v1::{
+    Capabilities, Container, KeyToPath, PersistentVolumeClaimVolumeSource, PodSecurityContext,
+    PodSpec, PodTemplateSpec, ResourceRequirements, SeccompProfile, SecretVolumeSource,
+    SecurityContext, Volume, VolumeMount,
+};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::ResourceExt as _;
+use std::collections::BTreeMap;
+
+/// On Jobs and pods: the task's UID.
+pub const TASK_UID: &str = "image-accel.io/task-uid";
+/// On Jobs: where the task is. Annotations, because names may be longer than labels.
+const TASK_NAMESPACE: &str = "image-accel.io/task-namespace";
+const TASK_NAME: &str = "image-accel.io/task-name";
+/// What selects all that the controller makes.
+pub const SELECTOR: &str = "app.kubernetes.io/managed-by=accel-controller";
+
+const UFS: &str = "/ufs";
+const LOGIN: &str = "/login";
+
+/// What the controller is told when it starts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// Where Jobs run, and what they need is.
+    pub namespace: String,
+    /// An image with `mkfs-accel`.
+    pub image: String,
+}
+
+/// The name of the Job for a version of a task, when `failures` of them have failed.
+pub fn name(uid: &str, generation: i64, failures: u32) -> String {
+    format!("accel-{uid}-{generation}-{failures}")
+}
+
+/// Of which task a Job is: namespace and name.
+pub fn task_of(job: &Job) -> Option<(&str, &str)> {
+    let annotations = job.annotations();
+    let namespace = annotations.get(TASK_NAMESPACE)?;
+    Some((namespace, annotations.get(TASK_NAME)?))
+}
+
+/// The Job of that name. It may do nothing but read its login and write to UFS.
+pub fn build(
+    name: String,
+    task: &AcceleratedImage,
+    service: &ImageAccelerationSpec,
+    names: &Names,
+    settings: &Settings,
+) -> Job {
+    let jobs = &service.jobs;
+    let labels: BTreeMap<String, String> = [
+        ("app.kubernetes.io/name", "mkfs-accel".to_owned()),
+        (
+            "app.kubernetes.io/managed-by",
+            "accel-controller".to_owned(),
+        ),
+        (TASK_UID, task.uid().unwrap_or_default()),
+    ]
+    .map(|(key, value)| (key.to_owned(), value))
+    .into();
+    let annotations = [
+        (
+            TASK_NAMESPACE.to_owned(),
+            task.namespace().unwrap_or_default(),
+        ),
+        (TASK_NAME.to_owned(), task.name_any()),
+    ];
+    let (mut volumes, mut mounts) = (vec![ufs_volume(service)], vec![mount("ufs", UFS, false)]);
+    if let Some(secret) = &service.registry.secret_name {
+        volumes.push(login_volume(secret));
+        mounts.push(mount("login", LOGIN, true));
+    }
+    let quantity = |name: &str, value: String| (name.to_owned(), Quantity(value));
+    let memory = format!("{}Mi", jobs.memory_mib);
+    let container = Container {
+        name: "convert".to_owned(),
+        image: Some(settings.image.clone()),
+        command: Some(vec!["mkfs-accel".to_owned()]),
+        args: Some(arguments(task, service, names)),
+        // Errors are the end of the log, which is part of the pod's status then.
+        termination_message_policy: Some("FallbackToLogsOnError".to_owned()),
+        resources: Some(ResourceRequirements {
+            requests: Some(
+                [
+                    quantity("cpu", format!("{}m", jobs.cpu_millis)),
+                    quantity("memory", memory.clone()),
+                ]
+                .into(),
+            ),
+            limits: Some([quantity("memory", memory)].into()),
+            ..ResourceRequirements::default()
+        }),
+        security_context: Some(SecurityContext {
+            allow_privilege_escalation: Some(false),
+            read_only_root_filesystem: Some(true),
+            capabilities: Some(Capabilities {
+                drop: Some(vec!["ALL".to_owned()]),
+                add: None,
+            }),
+            ..SecurityContext::default()
+        }),
+        volume_mounts: Some(mounts),
+        ..Container::default()
+    };
+    let pod = PodSpec {
+        containers: vec![container],
+        volumes: Some(volumes),
+        restart_policy: Some("Never".to_owned()),
+        automount_service_account_token: Some(false),
+        enable_service_links: Some(false),
+        node_selector: (!jobs.node_selector.is_empty()).then(|| jobs.node_selector.clone()),
+        security_context: Some(PodSecurityContext {
+            run_as_non_root: Some(true),
+            run_as_user: Some(jobs.user),
+            run_as_group: Some(jobs.user),
+            fs_group: Some(jobs.user),
+            // UFS is large, and was not made for this pod.
+            fs_group_change_policy: Some("OnRootMismatch".to_owned()),
+            seccomp_profile: Some(SeccompProfile {
+                type_: "RuntimeDefault".to_owned(),
+                ..SeccompProfile::default()
+            }),
+            ..PodSecurityContext::default()
+        }),
+        ..PodSpec::default()
+    };
+    Job {
+        metadata: ObjectMeta {
+            name: Some(name),
+            namespace: Some(settings.namespace.clone()),
+            labels: Some(labels.clone()),
+            annotations: Some(annotations.into()),
+            ..ObjectMeta::default()
+        },
+        spec: Some(JobSpec {
+            backoff_limit: Some(jobs.retries.into()),
+            active_deadline_seconds: Some(jobs.deadline_seconds.into()),
+            template: PodTemplateSpec {
+                metadata: Some(ObjectMeta {
+                    labels: Some(labels),
+                    ..ObjectMeta::default()
+                }),
+                spec: Some(pod),
+            },
+            ..JobSpec::default()
+        }),
+        status: None,
+    }
+}
+
+fn arguments(
+    task: &AcceleratedImage,
+    service: &ImageAccelerationSpec,
+    names: &Names,
+) -> Vec<String> {
+    let mut arguments = vec![
+        "convert",
+        &names.source,
+        "--ufs",
+        UFS,
+        "--push",
+        &names.target,
+    ];
+    let login = format!("{LOGIN}/config.json");
+    if service.registry.secret_name.is_some() {
+        arguments.extend(["--registry-config", &login]);
+    }
+    if service.registry.plain_http {
+        arguments.push("--plain-http");
+    }
+    for platform in &task.spec.platforms {
+        arguments.extend(["--platform", platform]);
+    }
+    arguments.push("--json-lines");
+    arguments.into_iter().map(str::to_owned).collect()
+}
+
+fn mount(name: &str, at: &str, read_only: bool) -> VolumeMount {
+    VolumeMount {
+        name: name.to_owned(),
+        mount_path: at.to_owned(),
+        read_only: read_only.then_some(true),
+        ..VolumeMount::default()
+    }
+}
+
+fn ufs_volume(service: &ImageAccelerationSpec) -> Volume {
+    Volume {
+        name: "ufs".to_owned(),
+        persistent_volume_claim: Some(PersistentVolumeClaimVolumeSource {
+            claim_name: service.ufs.claim_name.clone(),
+            read_only: None,
+        }),
+        ..Volume::default()
+    }
+}
+
+fn login_volume(secret: &str) -> Volume {
+    Volume {
+        name: "login".to_owned(),
+        secret: Some(SecretVolumeSource {
+            secret_name: Some(secret.to_owned()),
+            items: Some(vec![KeyToPath {
+                key: ".dockerconfigjson".to_owned(),
+                path: "config.json".to_owned(),
+                mode: None,
+            }]),
+            ..SecretVolumeSource::default()
+        }),
+        ..Volume::default()
+    }
+}
+
+/// Whether a Job has come to an end, and how: `Ok`, or the condition's reason and message.
+pub fn end(job: &Job) -> Option<Result<(), (String, String)>> {
+    let conditions = job.status.as_ref()?.conditions.as_ref()?;
+    conditions
+        .iter()
+        .filter(|condition| condition.status == "True")
+        .find_map(|condition| match condition.type_.as_str() {
+            "Complete" => Some(Ok(())),
+            "Failed" => Some(Err((
+                condition.reason.clone().unwrap_or_default(),
+                condition.message.clone().unwrap_or_default(),
+            ))),
+            _ => None,
+        })
+}
+
+/// Whether a Job takes part in the limit.
+pub fn is_at_work(job: &Job) -> bool {
+    end(job).is_none()
+}

@@ -1,0 +1,21 @@
+//! Converts images on a Kubernetes cluster, as its resources ask for.
+//!
+//! ```text
+//!  AcceleratedImage ──┐                     ┌──► status, Events
+//!  ImageAcceleration ─┼─► observe ──► plan ─┼──► Jobs: mkfs-accel convert … --push
+//!  Jobs, pods, log  ──┘               pure  └──► finalizers
+//! ```
+//!
+//! [`plan`] decides from what is observed, and nothing else; [`run`] looks and does what
+//! was planned. So the same is decided again after a restart: nothing is kept anywhere
+//! but in the cluster.
+
+pub mod command;
+pub mod job;
+pub mod lead;
+pub mod plan;
+pub mod reference;
+pub mod report;
+pub mod resource;
+pub mod run;
+pub mod service;

@@ -1,0 +1,130 @@
+//! The controller and its command line.
+
+use accel_controller::job::Settings;
+use accel_controller::{lead, resource, run};
+use anyhow::{Context as _, Result, bail};
+use clap::{Parser, Subcommand};
+use kube::{Api, Client};
+use std::io::{IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use tracing::{error, info};
+use tracing_subscriber::EnvFilter;
+
+/// Converts images on a Kubernetes cluster, as its resources ask for.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the controller. Several may run: one works, the others wait. The cluster is that
+    /// of the pod it runs in, or of KUBECONFIG.
+    Run {
+        /// The image with mkfs-accel that Jobs run.
+        #[arg(long, value_name = "IMAGE")]
+        job_image: String,
+        /// Where Jobs, the claim for UFS and the registry's Secret are [default: the pod's
+        /// namespace]
+        #[arg(long, value_name = "NAME")]
+        namespace: Option<String>,
+        /// What this process is called among several; the pod's name by default.
+        #[arg(long, value_name = "NAME")]
+        identity: Option<String>,
+    },
+    /// Print the definitions of the resources, for `kubectl apply -f -`.
+    Crds {
+        /// Write them to this directory instead, a file each
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+    },
+}
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
+    let done = match Cli::parse().command {
+        Command::Run {
+            job_image,
+            namespace,
+            identity,
+        } => serve(job_image, namespace, identity),
+        Command::Crds { out } => crds(out.as_deref()),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("accel-controller: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn crds(out: Option<&Path>) -> Result<()> {
+    for (name, text) in resource::definitions_yaml()? {
+        match out {
+            Some(directory) => {
+                let path = directory.join(name);
+                std::fs::write(&path, text).with_context(|| format!("cannot write {path:?}"))?;
+            }
+            None => writeln!(std::io::stdout(), "---\n{text}")?,
+        }
+    }
+    Ok(())
+}
+
+#[tokio::main]
+async fn serve(
+    job_image: String,
+    namespace: Option<String>,
+    identity: Option<String>,
+) -> Result<()> {
+    let client = Client::try_default()
+        .await
+        .context("the cluster cannot be found: neither in a pod nor by KUBECONFIG")?;
+    let namespace = namespace.unwrap_or_else(|| client.default_namespace().to_owned());
+    let identity = match identity.or_else(|| std::env::var("HOSTNAME").ok()) {
+        Some(name) if !name.is_empty() => format!("{name}-{}", std::process::id()),
+        _ => bail!("--identity is missing: there is no HOSTNAME to take it from"),
+    };
+    let candidate = lead::Candidate {
+        leases: Api::namespaced(client.clone(), &namespace),
+        identity: identity.clone(),
+    };
+    let settings = Settings {
+        namespace,
+        image: job_image,
+    };
+    let mut end = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let leading = async {
+        candidate.lead().await?;
+        info!(identity, "leads");
+        tokio::select! {
+            lost = candidate.keep() => Err(lost),
+            () = run::run(client, settings, identity.clone()) => bail!("the loop has ended"),
+        }
+    };
+    tokio::select! {
+        led = leading => {
+            if let Err(error) = &led {
+                error!("{error:#}");
+            }
+            led
+        }
+        _ = end.recv() => {
+            candidate.give_up().await;
+            Ok(())
+        }
+        _ = tokio::signal::ctrl_c() => {
+            candidate.give_up().await;
+            Ok(())
+        }
+    }
+}

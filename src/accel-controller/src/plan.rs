@@ -1,0 +1,484 @@
+//! What has to be done for a task, as a pure function of what is observed.
+
+use crate::job::{self, Settings};
+use crate::reference::{Names, SpecError};
+use crate::report::{self, Output, Progress, Report};
+use crate::resource::{
+    AcceleratedImage, AcceleratedImageStatus, ImageAcceleration, Phase, ProgressStatus,
+    SERVICE_NAME,
+};
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ContainerStateTerminated, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
+use std::time::Duration;
+
+/// Keeps a task until its Jobs have ended.
+pub const FINALIZER: &str = "image-accel.io/controller";
+
+/// How soon to look again while a Job is at work.
+const SOON: Duration = Duration::from_secs(3);
+/// How soon when something else has to happen first.
+const LATER: Duration = Duration::from_secs(10);
+/// How long to wait after the first failure; twice as long after each further one.
+const FIRST_RETRY: Duration = Duration::from_secs(60);
+/// The longest of those pauses.
+const LAST_RETRY: Duration = Duration::from_secs(3600);
+
+/// What can be seen of a task.
+#[derive(Debug)]
+pub struct Observed<'a> {
+    /// The task.
+    pub task: &'a AcceleratedImage,
+    /// The service, unless it is turned off.
+    pub service: Option<&'a ImageAcceleration>,
+    /// The Jobs of this task.
+    pub jobs: &'a [Job],
+    /// The newest pod of the newest Job.
+    pub pod: Option<&'a Pod>,
+    /// That pod's log, or why it cannot be read; `None` if there is no pod.
+    pub log: Option<Result<Output, String>>,
+    /// How many Jobs of other tasks are at work.
+    pub others_at_work: usize,
+    /// What the controller was told.
+    pub settings: &'a Settings,
+    /// The time.
+    pub now: Timestamp,
+}
+
+/// What has to be done: the status is written before anything else.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// What there is to say, if that is something new.
+    pub status: Option<AcceleratedImageStatus>,
+    /// To be done in this order.
+    pub steps: Vec<Step>,
+    /// When to look again, if nothing happens before.
+    pub again: Option<Duration>,
+}
+
+/// Something to be done.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Step {
+    /// Keep the task from vanishing.
+    AddFinalizer,
+    /// Let it go.
+    RemoveFinalizer,
+    /// Make this Job.
+    Run(Box<Job>),
+    /// Remove the Job of this name and its pods.
+    Stop(String),
+}
+
+/// Decides.
+pub fn plan(observed: &Observed<'_>) -> Plan {
+    let task = observed.task;
+    let kept = task.finalizers().iter().any(|name| name == FINALIZER);
+    if task.metadata.deletion_timestamp.is_some() {
+        return match kept {
+            true => delete(observed),
+            false => Plan::default(),
+        };
+    }
+    if !kept {
+        return Plan {
+            steps: vec![Step::AddFinalizer],
+            ..Plan::default()
+        };
+    }
+    let mut next = Next::new(observed);
+    next.decide();
+    next.into_plan()
+}
+
+fn delete(observed: &Observed<'_>) -> Plan {
+    let mut next = Next::new(observed);
+    next.status.progress = None;
+    if observed.jobs.is_empty() {
+        next.say(Phase::Deleting, "it is being removed");
+        next.steps.push(Step::RemoveFinalizer);
+    } else {
+        next.say(Phase::Deleting, "its Job is being ended");
+        next.stop_all_but(None);
+        next.again = Some(SOON);
+    }
+    next.into_plan()
+}
+
+/// How long to wait after so many failures.
+fn pause(failures: u32) -> Duration {
+    let doubled = 1_u32.checked_shl(failures.saturating_sub(1));
+    doubled
+        .and_then(|times| FIRST_RETRY.checked_mul(times))
+        .map_or(LAST_RETRY, |pause| pause.min(LAST_RETRY))
+}
+
+/// A plan while it is made.
+struct Next<'a> {
+    observed: &'a Observed<'a>,
+    generation: i64,
+    status: AcceleratedImageStatus,
+    steps: Vec<Step>,
+    again: Option<Duration>,
+}
+
+impl<'a> Next<'a> {
+    fn new(observed: &'a Observed<'a>) -> Self {
+        let generation = observed.task.metadata.generation.unwrap_or_default();
+        let last = observed.task.status.clone().unwrap_or_default();
+        let status = if last.observed_generation == generation {
+            last
+        } else {
+            // Of another version of the task; when conditions changed, it knows.
+            AcceleratedImageStatus {
+                conditions: last.conditions,
+                observed_generation: generation,
+                ..AcceleratedImageStatus::default()
+            }
+        };
+        Self {
+            observed,
+            generation,
+            status,
+            steps: Vec::new(),
+            again: None,
+        }
+    }
+
+    fn into_plan(self) -> Plan {
+        let changed = self.observed.task.status.as_ref() != Some(&self.status);
+        Plan {
+            status: changed.then_some(self.status),
+            steps: self.steps,
+            again: self.again,
+        }
+    }
+
+    fn decide(&mut self) {
+        if self.status.phase == Phase::Ready {
+            // What the Jobs had to say is in the status.
+            self.stop_all_but(None);
+            return;
+        }
+        let Some(service) = self.observed.service else {
+            let what = format!(
+                "waits: acceleration is off, there is no ImageAcceleration called {SERVICE_NAME}"
+            );
+            self.accepted(false, "Disabled", &what);
+            self.say(Phase::Creating, &what);
+            self.status.progress = None;
+            self.stop_all_but(None);
+            return;
+        };
+        let names = match Names::of(&self.observed.task.spec, &service.spec.registry) {
+            Ok(names) => names,
+            Err(error) => return self.refuse(&error),
+        };
+        self.accepted(true, "Valid", "it can be worked on");
+        names.image().clone_into(&mut self.status.target);
+        let uid = self.observed.task.uid().unwrap_or_default();
+        let name = job::name(&uid, self.generation, self.status.failures);
+        let job = self.observed.jobs.iter().find(|job| job.name_any() == name);
+        match (job, job.and_then(job::end)) {
+            (None, _) => self.start(name, &names, service),
+            (Some(job), None) => self.watch(job),
+            (Some(_), Some(Ok(()))) => self.finish(),
+            (Some(job), Some(Err((reason, message)))) => self.fail(job, &reason, &message),
+        }
+    }
+
+    fn refuse(&mut self, error: &SpecError) {
+        let what = error.to_string();
+        self.accepted(false, "Invalid", &what);
+        self.say(Phase::CreateError, &what);
+        self.status.progress = None;
+        self.stop_all_but(None);
+    }
+
+    /// There is no Job.
+    fn start(&mut self, name: String, names: &Names, service: &ImageAcceleration) {
+        let now = self.observed.now;
+        if let Some(Time(failed)) = self.status.finished_at {
+            let due = pause(self.status.failures);
+            let waited = Duration::try_from(now.duration_since(failed)).unwrap_or_default();
+            if waited < due {
+                // The failed Job stays that long for whoever wants to look at it.
+                self.again = due.checked_sub(waited);
+                return;
+            }
+        }
+        self.stop_all_but(None);
+        if !self.steps.is_empty() {
+            // Of an earlier version, or a failed one: one of a task's at a time.
+            self.say(Phase::Creating, "waits until an earlier Job has ended");
+            self.again = Some(SOON);
+            return;
+        }
+        let limit = service.spec.jobs.limit;
+        if self.observed.others_at_work >= limit.into() {
+            let what = format!("waits: {limit} other conversions are under way, the limit");
+            self.say(Phase::Creating, &what);
+            self.again = Some(LATER);
+            return;
+        }
+        let job = job::build(
+            name,
+            self.observed.task,
+            &service.spec,
+            names,
+            self.observed.settings,
+        );
+        self.steps.push(Step::Run(Box::new(job)));
+        self.say(Phase::Creating, "a Job is being started");
+        self.status.started_at.get_or_insert(Time(now));
+        self.status.finished_at = None;
+        self.status.progress = None;
+        self.again = Some(SOON);
+    }
+
+    /// A Job is at work.
+    fn watch(&mut self, job: &Job) {
+        self.again = Some(SOON);
+        self.stop_all_but(Some(job));
+        if let Some(Ok(Output {
+            progress: Some(progress),
+            ..
+        })) = &self.observed.log
+        {
+            let since = self.observed.pod.and_then(started);
+            let taken = since.map(|since| self.observed.now.duration_since(since));
+            let taken = taken.and_then(|taken| Duration::try_from(taken).ok());
+            let shown = shown(progress, taken.unwrap_or_default());
+            // The rate alone is no reason to write a status every time.
+            let last = self.status.progress.as_ref();
+            if last
+                .is_none_or(|last| last.text != shown.text || last.bytes_done != shown.bytes_done)
+            {
+                self.status.progress = Some(shown);
+            }
+        }
+        let what = self.observed.pod.and_then(waits_for);
+        self.say(
+            Phase::Creating,
+            what.as_deref().unwrap_or("is being converted"),
+        );
+    }
+
+    /// The Job has done its work.
+    fn finish(&mut self) {
+        match &self.observed.log {
+            Some(Ok(Output {
+                report: Some(report),
+                ..
+            })) => {
+                self.ready(report);
+                // Once that is written nothing of the Job is needed any more.
+                self.again = Some(Duration::ZERO);
+            }
+            Some(Err(problem)) => {
+                let what = format!("the Job has ended, but its result cannot be read: {problem}");
+                self.say(Phase::Unknown, &what);
+                self.again = Some(LATER);
+            }
+            // The pod is gone, or its log.
+            Some(Ok(_)) | None => {
+                let pause = self.failed();
+                let what = format!(
+                    "the Job's result is lost with its pod: it runs again after {} minutes, and takes what is on UFS already",
+                    pause.as_secs() / 60
+                );
+                self.say(Phase::Creating, &what);
+            }
+        }
+    }
+
+    fn ready(&mut self, report: &Report) {
+        let sizes = report.sizes();
+        let status = &mut self.status;
+        status.source_digest = Some(report.manifest.clone());
+        let pushed = report.accelerated.first();
+        status.target_digest = pushed.map(|pushed| pushed.manifest.clone());
+        status.layers = Some(sizes.layers);
+        status.original_bytes = Some(sizes.original);
+        status.stored_bytes = Some(sizes.stored);
+        status.stored = report::bytes(sizes.stored);
+        status.progress = None;
+        status.finished_at = Some(Time(self.observed.now));
+        self.say(Phase::Ready, "nodes can start it without downloading it");
+    }
+
+    fn fail(&mut self, job: &Job, reason: &str, message: &str) {
+        let ended = self.observed.pod.and_then(terminated);
+        let what = ended.filter(|ended| ended.exit_code != 0).map_or_else(
+            || format!("the Job failed: {reason}: {message}"),
+            |ended| in_words(ended, reason),
+        );
+        let pause = self.failed();
+        let job = job.name_any();
+        let what = format!(
+            "{what} (Job {job}; it is tried again after {} minutes)",
+            pause.as_secs() / 60
+        );
+        self.say(Phase::CreateError, &what);
+    }
+
+    /// Counts a Job that came to nothing; how long to wait before the next one.
+    fn failed(&mut self) -> Duration {
+        self.status.failures = self.status.failures.saturating_add(1);
+        self.status.progress = None;
+        self.status.finished_at = Some(Time(self.observed.now));
+        let pause = pause(self.status.failures);
+        self.again = Some(pause);
+        pause
+    }
+
+    fn stop_all_but(&mut self, keep: Option<&Job>) {
+        let keep = keep.map(ResourceExt::name_any);
+        for job in self.observed.jobs {
+            if Some(job.name_any()) != keep {
+                self.steps.push(Step::Stop(job.name_any()));
+            }
+        }
+    }
+
+    /// Sets the phase, and the condition that goes with it.
+    fn say(&mut self, phase: Phase, message: &str) {
+        self.status.phase = phase;
+        message.clone_into(&mut self.status.message);
+        let ready = match phase {
+            Phase::Ready => "True",
+            Phase::Unknown => "Unknown",
+            _ => "False",
+        };
+        self.condition("Ready", ready, &format!("{phase:?}"), message);
+    }
+
+    fn accepted(&mut self, yes: bool, reason: &str, message: &str) {
+        let yes = if yes { "True" } else { "False" };
+        self.condition("Accepted", yes, reason, message);
+    }
+
+    fn condition(&mut self, kind: &str, status: &str, reason: &str, message: &str) {
+        set_condition(
+            &mut self.status.conditions,
+            Condition {
+                type_: kind.to_owned(),
+                status: status.to_owned(),
+                reason: reason.to_owned(),
+                message: message.to_owned(),
+                observed_generation: Some(self.generation),
+                last_transition_time: Time(self.observed.now),
+            },
+        );
+    }
+}
+
+/// Puts a condition in the place of the one of its type. Its time stays while its status
+/// does.
+pub fn set_condition(conditions: &mut Vec<Condition>, mut condition: Condition) {
+    match conditions
+        .iter_mut()
+        .find(|there| there.type_ == condition.type_)
+    {
+        Some(there) => {
+            if there.status == condition.status {
+                condition.last_transition_time = there.last_transition_time.clone();
+            }
+            *there = condition;
+        }
+        None => conditions.push(condition),
+    }
+}
+
+fn shown(progress: &Progress, taken: Duration) -> ProgressStatus {
+    let per_second = progress
+        .bytes_done
+        .checked_div(taken.as_secs())
+        .unwrap_or_default();
+    let mut text = format!("{}/{} layers", progress.layers_done, progress.layers);
+    if let Some(percent) = (progress.bytes_done.saturating_mul(100)).checked_div(progress.bytes) {
+        text = format!("{text}, {percent} % of {}", report::bytes(progress.bytes));
+    }
+    ProgressStatus {
+        layers: progress.layers,
+        layers_done: progress.layers_done,
+        bytes: progress.bytes,
+        bytes_done: progress.bytes_done,
+        bytes_per_second: per_second,
+        text,
+    }
+}
+
+/// When the pod's program began.
+fn started(pod: &Pod) -> Option<Timestamp> {
+    let containers = pod.status.as_ref()?.container_statuses.as_ref()?;
+    let running = containers.first()?.state.as_ref()?.running.as_ref()?;
+    running.started_at.as_ref().map(|time| time.0)
+}
+
+/// How the pod's program ended.
+fn terminated(pod: &Pod) -> Option<&ContainerStateTerminated> {
+    let containers = pod.status.as_ref()?.container_statuses.as_ref()?;
+    containers.first()?.state.as_ref()?.terminated.as_ref()
+}
+
+/// Why the pod's program does not run yet.
+fn waits_for(pod: &Pod) -> Option<String> {
+    let status = pod.status.as_ref()?;
+    let scheduled = status
+        .conditions
+        .iter()
+        .flatten()
+        .find(|condition| condition.type_ == "PodScheduled" && condition.status == "False");
+    if let Some(condition) = scheduled {
+        let why = condition.message.as_deref().unwrap_or_default();
+        return Some(format!("no node takes its Job: {why}"));
+    }
+    let state = status
+        .container_statuses
+        .as_ref()?
+        .first()?
+        .state
+        .as_ref()?;
+    let waiting = state.waiting.as_ref()?;
+    let reason = waiting.reason.as_deref().unwrap_or_default();
+    match (reason, &waiting.message) {
+        ("ContainerCreating" | "PodInitializing", _) => {
+            Some("its Job's pod is being started".to_owned())
+        }
+        (_, Some(message)) => Some(format!("its Job's pod cannot start: {reason}: {message}")),
+        (_, None) => Some(format!("its Job's pod cannot start: {reason}")),
+    }
+}
+
+/// What went wrong, and what to do.
+fn in_words(ended: &ContainerStateTerminated, job_reason: &str) -> String {
+    let said = report::words(ended.message.as_deref().unwrap_or_default());
+    let reason = ended.reason.as_deref().unwrap_or_default();
+    let advice = match (job_reason, reason, ended.exit_code) {
+        ("DeadlineExceeded", ..) => {
+            "it took longer than spec.jobs.deadlineSeconds of the ImageAcceleration allows; what was converted stays"
+        }
+        (_, "OOMKilled", _) => {
+            "it was out of memory: raise spec.jobs.memoryMib of the ImageAcceleration"
+        }
+        (_, _, 3) => "the image is damaged where it comes from, or what is on UFS is",
+        (_, _, 4) => {
+            "the image cannot be had: look at its name, and at the login in the Secret that spec.registry.secretName names"
+        }
+        (_, _, 5) => {
+            "UFS, or where the result goes, cannot be used: is it there, not full, and writable for the user spec.jobs.user?"
+        }
+        _ => "",
+    };
+    match (said.is_empty(), advice.is_empty()) {
+        (false, false) => format!("{said} ({advice})"),
+        (false, true) => said,
+        (true, false) => advice.to_owned(),
+        (true, true) => format!("the Job's program ended with {} {reason}", ended.exit_code),
+    }
+}
+
+#[cfg(test)]
+mod tests;

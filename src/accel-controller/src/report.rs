@@ -1,0 +1,184 @@
+//! What `mkfs-accel convert --json-lines` says.
+
+use serde::Deserialize;
+use std::collections::BTreeMap;
+
+/// How far it was last, and what came out of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Output {
+    /// The last line that told how far the work is.
+    pub progress: Option<Progress>,
+    /// The end, when it has gone well.
+    pub report: Option<Report>,
+}
+
+/// How far a conversion is.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Progress {
+    /// Which of the platforms is being worked on.
+    pub platform: String,
+    /// Layers that it has.
+    pub layers: u32,
+    /// Those of them that are on UFS.
+    pub layers_done: u32,
+    /// What has to be read for the others, in bytes.
+    pub bytes: u64,
+    /// What has been read of that.
+    pub bytes_done: u64,
+}
+
+/// What has been converted.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Report {
+    /// The source's manifest, of the main platform.
+    pub manifest: String,
+    /// For each platform.
+    pub images: Vec<Image>,
+    /// What was pushed.
+    pub accelerated: Vec<Accelerated>,
+}
+
+/// An image for one platform.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Image {
+    /// Lowest first.
+    pub layers: Vec<Layer>,
+}
+
+/// A layer that is on UFS.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Layer {
+    /// The blob's size in the registry, in bytes.
+    pub size: u64,
+    /// Its file.
+    pub erofs: Erofs,
+}
+
+/// A layer's EROFS image.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Erofs {
+    /// Where it lies on UFS.
+    pub path: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// That of its chunk index.
+    pub index_size: u64,
+}
+
+/// A pushed image.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Accelerated {
+    /// Digest of its manifest or index.
+    pub manifest: String,
+}
+
+/// What an image's layers take.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sizes {
+    /// How many there are, each counted once.
+    pub layers: u32,
+    /// In the registry, in bytes.
+    pub original: u64,
+    /// On UFS, in bytes.
+    pub stored: u64,
+}
+
+impl Report {
+    /// What the layers of all platforms take. Those that several have count once.
+    pub fn sizes(&self) -> Sizes {
+        let layers = self.images.iter().flat_map(|image| &image.layers);
+        let distinct: BTreeMap<_, _> = layers.map(|layer| (&layer.erofs.path, layer)).collect();
+        let mut sizes = Sizes::default();
+        for layer in distinct.values() {
+            sizes.layers = sizes.layers.saturating_add(1);
+            sizes.original = sizes.original.saturating_add(layer.size);
+            let erofs = &layer.erofs;
+            sizes.stored = (sizes.stored)
+                .saturating_add(erofs.size)
+                .saturating_add(erofs.index_size);
+        }
+        sizes
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Line {
+    Progress { progress: Progress },
+    Report(Report),
+}
+
+/// Reads a log. Lines that say something else are for people.
+pub fn read(log: &str) -> Output {
+    let mut output = Output::default();
+    for line in log.lines().filter(|line| line.starts_with('{')) {
+        match serde_json::from_str(line) {
+            Ok(Line::Progress { progress }) => output.progress = Some(progress),
+            Ok(Line::Report(report)) => output.report = Some(report),
+            Err(_) => {}
+        }
+    }
+    output
+}
+
+/// What the log says to people.
+pub fn words(log: &str) -> String {
+    let mut lines = Vec::new();
+    for line in log.lines().map(str::trim) {
+        if !line.is_empty() && !line.starts_with('{') {
+            lines.push(line.strip_prefix("mkfs-accel: ").unwrap_or(line));
+        }
+    }
+    lines.join(" ")
+}
+
+/// A number of bytes, in units that people read.
+pub fn bytes(bytes: u64) -> String {
+    let units = [("GiB", 30), ("MiB", 20), ("KiB", 10)];
+    for (unit, shift) in units {
+        if bytes >= 1 << shift {
+            let tenths = (u128::from(bytes) * 10 + (1 << (shift - 1))) >> shift;
+            return format!("{}.{} {unit}", tenths / 10, tenths % 10);
+        }
+    }
+    format!("{bytes} B")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOG: &str = r#"{"progress":{"platform":"linux/amd64","layers":2,"layers_done":0,"bytes":30,"bytes_done":0}}
+a warning
+{"progress":{"platform":"linux/amd64","layers":2,"layers_done":1,"bytes":30,"bytes_done":10}}
+{"source":"docker://h/a:v1","manifest":"sha256:aa","seconds":1.5,"layers":[],"left_out":[],"images":[{"platform":"linux/amd64","manifest":"sha256:aa","layers":[{"fate":"converted","size":10,"erofs":{"path":"layers/1","size":4096,"root":"00","uuid":"0","index_size":64}},{"fate":"present","size":20,"erofs":{"path":"layers/2","size":8192,"index_size":64}}]},{"platform":"linux/arm64","manifest":"sha256:bb","layers":[{"fate":"present","size":20,"erofs":{"path":"layers/2","size":8192,"index_size":64}}]}],"accelerated":[{"target":"docker://h/a:v1-acc","manifest":"sha256:cc"}]}
+"#;
+
+    #[test]
+    fn a_log_tells_how_far_and_what_came_out() {
+        let output = read(LOG);
+        assert_eq!(output.progress.unwrap().layers_done, 1);
+        let report = output.report.unwrap();
+        assert_eq!(report.accelerated[0].manifest, "sha256:cc");
+        let expected = Sizes {
+            layers: 2,
+            original: 30,
+            stored: 4096 + 8192 + 128,
+        };
+        assert_eq!(report.sizes(), expected);
+    }
+
+    #[test]
+    fn a_log_that_ends_in_the_middle_of_a_line_has_no_report() {
+        let cut = &LOG[..LOG.len() - 20];
+        let output = read(cut);
+        assert_eq!(output.report, None);
+        assert!(output.progress.is_some());
+    }
+
+    #[test]
+    fn people_get_the_words_alone() {
+        let said = "{\"progress\":{}}\nmkfs-accel: cannot read h/a:v1: not found\n\n";
+        assert_eq!(words(said), "cannot read h/a:v1: not found");
+    }
+}

@@ -1,0 +1,374 @@
+//! The resources, as the cluster stores them. `accel-controller crds` prints the
+//! definitions that follow from these types; `deploy/kubernetes/crds` has them.
+//!
+//! What a schema can tell is refused by the API server: no rules in CEL, which servers
+//! before 1.25 do not know. The rest is for [`crate::plan`].
+
+#![allow(clippy::duplicated_attributes)] // columns have types in common
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
+    CustomResourceDefinition, JSONSchemaProps,
+};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::{CustomResource, CustomResourceExt as _};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// The API group.
+pub const GROUP: &str = "image-accel.io";
+
+/// The one [`ImageAcceleration`] that a cluster can have.
+pub const SERVICE_NAME: &str = "cluster";
+
+/// An image's name with the registry, and a tag or digest.
+const REFERENCE: &str = r"^(\[[0-9a-fA-F:]+\]|[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?)(:[0-9]{1,5})?(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)+(:[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127})?(@sha256:[0-9a-f]{64})?$";
+/// The same without digest.
+const TAGGED: &str = r"^(\[[0-9a-fA-F:]+\]|[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?)(:[0-9]{1,5})?(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)+:[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}$";
+/// A registry, and what repositories in it begin with.
+const PREFIX: &str = r"^(\[[0-9a-fA-F:]+\]|[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?)(:[0-9]{1,5})?(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*$";
+/// The name of an object in a namespace.
+const NAME: &str = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$";
+
+/// Turns acceleration on for the cluster. There is one, called `cluster`; without it tasks
+/// wait.
+#[derive(CustomResource, Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[kube(
+    group = "image-accel.io",
+    version = "v1alpha1",
+    kind = "ImageAcceleration",
+    plural = "imageaccelerations",
+    doc = "Turns acceleration on for the cluster. There is one, called cluster; without it tasks wait.",
+    status = "ImageAccelerationStatus",
+    derive = "PartialEq",
+    printcolumn(
+        name = "Ready",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].status"
+    ),
+    printcolumn(
+        name = "Images",
+        type_ = "integer",
+        json_path = ".status.images",
+        description = "Tasks that are Ready"
+    ),
+    printcolumn(
+        name = "Stored",
+        type_ = "string",
+        json_path = ".status.stored",
+        description = "What their layers take on UFS"
+    ),
+    printcolumn(
+        name = "Message",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].message"
+    )
+)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ImageAccelerationSpec {
+    /// Where converted layers are kept.
+    pub ufs: UfsSpec,
+    /// How registries are reached.
+    #[serde(default)]
+    pub registry: RegistrySpec,
+    /// How images are converted.
+    #[serde(default)]
+    pub jobs: JobsSpec,
+}
+
+/// Where converted layers are kept.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct UfsSpec {
+    /// A PersistentVolumeClaim in the controller's namespace, through which the Jobs write
+    /// what nodes read: ReadWriteMany, unless all Jobs run on one node.
+    #[schemars(regex(pattern = NAME))]
+    pub claim_name: String,
+}
+
+/// How registries are reached.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RegistrySpec {
+    /// A Secret of the type kubernetes.io/dockerconfigjson in the controller's namespace,
+    /// with the logins for pulling and pushing. The Jobs get it; the controller itself
+    /// never reads it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = NAME))]
+    pub secret_name: Option<String>,
+    /// Where accelerated images go whose task names no target: `HOST[:PORT][/PREFIX]`. Unless
+    /// it is set they go beside the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = PREFIX), length(max = 255))]
+    pub push_to: Option<String>,
+    /// Talk HTTP instead of HTTPS to registries.
+    #[serde(default)]
+    pub plain_http: bool,
+}
+
+/// How images are converted: one Job for each task.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct JobsSpec {
+    /// How many may run at a time.
+    #[schemars(range(min = 1, max = 1000))]
+    pub limit: u16,
+    /// How long one may take, in seconds.
+    #[schemars(range(min = 60, max = 604_800))]
+    pub deadline_seconds: u32,
+    /// How often a Job starts again within this time before its task fails. What was
+    /// converted until then is not converted again.
+    #[schemars(range(min = 0, max = 100))]
+    pub retries: u16,
+    /// The user and group, as a number, that they run as: UFS must be writable to it.
+    #[schemars(range(min = 1, max = 2_147_483_647))]
+    pub user: i64,
+    /// What each may use of memory, in MiB.
+    #[schemars(range(min = 128, max = 1_048_576))]
+    pub memory_mib: u32,
+    /// What each is promised of processors, in thousandths.
+    #[schemars(range(min = 10, max = 1_000_000))]
+    pub cpu_millis: u32,
+    /// On which nodes: those that reach UFS and the registries.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub node_selector: BTreeMap<String, String>,
+}
+
+impl Default for JobsSpec {
+    fn default() -> Self {
+        Self {
+            limit: 4,
+            deadline_seconds: 6 * 3600,
+            retries: 3,
+            user: 65532,
+            memory_mib: 2048,
+            cpu_millis: 500,
+            node_selector: BTreeMap::new(),
+        }
+    }
+}
+
+/// What the controller says of the service.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ImageAccelerationStatus {
+    /// `Ready`: tasks are worked on, and `UfsBound`: the claim has a volume.
+    pub conditions: Vec<Condition>,
+    /// Tasks that are Ready.
+    pub images: u32,
+    /// What their layers take on UFS, those that several of them have counted once for each.
+    pub stored_bytes: u64,
+    /// The same for people.
+    pub stored: String,
+}
+
+/// A task: an image that nodes are to start without downloading it.
+#[derive(CustomResource, Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[kube(
+    group = "image-accel.io",
+    version = "v1alpha1",
+    kind = "AcceleratedImage",
+    plural = "acceleratedimages",
+    namespaced,
+    doc = "A task: an image that nodes are to start without downloading it.",
+    status = "AcceleratedImageStatus",
+    derive = "PartialEq",
+    shortname = "accimg",
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "Source", type_ = "string", json_path = ".spec.source"),
+    printcolumn(name = "Target", type_ = "string", json_path = ".status.target"),
+    printcolumn(
+        name = "Layers",
+        type_ = "integer",
+        json_path = ".status.layers",
+        priority = 1
+    ),
+    printcolumn(
+        name = "Progress",
+        type_ = "string",
+        json_path = ".status.progress.text"
+    ),
+    printcolumn(
+        name = "Stored",
+        type_ = "string",
+        json_path = ".status.stored",
+        description = "What the layers take on UFS"
+    ),
+    printcolumn(
+        name = "Age",
+        type_ = "date",
+        json_path = ".metadata.creationTimestamp"
+    ),
+    printcolumn(
+        name = "Message",
+        type_ = "string",
+        json_path = ".status.message",
+        priority = 1
+    )
+)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AcceleratedImageSpec {
+    /// The image: `HOST[:PORT]/REPOSITORY[:TAG][@DIGEST]`.
+    #[schemars(regex(pattern = REFERENCE), length(max = 512))]
+    pub source: String,
+    /// What the accelerated image is called: `HOST[:PORT]/REPOSITORY:TAG`. Otherwise as the
+    /// source, with `-acc` behind the tag.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = TAGGED), length(max = 512))]
+    pub target: Option<String>,
+    /// Which platforms of the image, as `OS/ARCHITECTURE[/VARIANT]`; `all` for all it has.
+    /// Otherwise that of the node on which the Job runs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 16),
+        inner(regex(pattern = r"^(all|[a-z0-9]+/[a-z0-9]+(/[a-z0-9.]+)?)$"))
+    )]
+    pub platforms: Vec<String>,
+}
+
+/// How far a task is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum Phase {
+    /// Waited for, or being converted.
+    Creating,
+    /// All layers are on UFS, and the accelerated image is in the registry.
+    Ready,
+    /// It could not be converted; it is tried again.
+    CreateError,
+    /// Is being removed.
+    Deleting,
+    /// It could not be removed; it is tried again.
+    DeleteError,
+    /// The controller cannot tell: it has not looked yet, or what knows does not answer.
+    #[default]
+    Unknown,
+}
+
+/// What the controller says of a task.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct AcceleratedImageStatus {
+    /// How far it is.
+    pub phase: Phase,
+    /// Of which version of the task all this speaks.
+    pub observed_generation: i64,
+    /// `Accepted`: the task can be worked on; `Ready`: as the phase of that name.
+    pub conditions: Vec<Condition>,
+    /// What it waits for, or what went wrong and what to do.
+    pub message: String,
+    /// What the accelerated image is called.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub target: String,
+    /// How far the conversion is, while there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress: Option<ProgressStatus>,
+    /// The source's manifest, of the first platform.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source_digest: Option<String>,
+    /// The accelerated image's manifest or index.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_digest: Option<String>,
+    /// How many layers it has; those that several platforms have count once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers: Option<u32>,
+    /// Their size in the registry, in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub original_bytes: Option<u64>,
+    /// What they take on UFS, in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stored_bytes: Option<u64>,
+    /// `storedBytes` for people.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub stored: String,
+    /// When the first Job was made for this version of the task.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Time>,
+    /// When it became Ready or failed, unless it is being tried again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<Time>,
+    /// How many Jobs have failed for this version of the task.
+    pub failures: u32,
+}
+
+/// How far a conversion is.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ProgressStatus {
+    /// Layers of the image, or of the platform that is being worked on.
+    pub layers: u32,
+    /// Those of them that are on UFS.
+    pub layers_done: u32,
+    /// What has to be read of the registry for the others, in bytes.
+    pub bytes: u64,
+    /// What has been read of that.
+    pub bytes_done: u64,
+    /// Bytes read per second, since the Job's program began.
+    pub bytes_per_second: u64,
+    /// All that for people.
+    pub text: String,
+}
+
+/// The definitions of both resources, as a cluster wants them.
+pub fn definitions() -> Vec<CustomResourceDefinition> {
+    let mut definitions = vec![ImageAcceleration::crd(), AcceleratedImage::crd()];
+    for schema in definitions.iter_mut().flat_map(schemas) {
+        let properties = schema.properties.get_or_insert_default();
+        if let Some(status) = properties.get_mut("status") {
+            without_defaults(status);
+        }
+    }
+    for schema in schemas(&mut definitions[0]) {
+        name_is(schema, SERVICE_NAME);
+    }
+    definitions
+}
+
+fn schemas(
+    definition: &mut CustomResourceDefinition,
+) -> impl Iterator<Item = &mut JSONSchemaProps> {
+    let versions = definition.spec.versions.iter_mut();
+    versions.filter_map(|version| version.schema.as_mut()?.open_api_v3_schema.as_mut())
+}
+
+/// A status says what the controller says, and nothing by itself.
+fn without_defaults(schema: &mut JSONSchemaProps) {
+    schema.default = None;
+    for property in schema
+        .properties
+        .iter_mut()
+        .flat_map(|all| all.values_mut())
+    {
+        without_defaults(property);
+    }
+}
+
+/// Has the API server refuse objects with another name.
+fn name_is(schema: &mut JSONSchemaProps, name: &str) {
+    let name = JSONSchemaProps {
+        type_: Some("string".to_owned()),
+        pattern: Some(format!("^{name}$")),
+        ..JSONSchemaProps::default()
+    };
+    let metadata = JSONSchemaProps {
+        type_: Some("object".to_owned()),
+        properties: Some([("name".to_owned(), name)].into()),
+        ..JSONSchemaProps::default()
+    };
+    let properties = schema.properties.get_or_insert_default();
+    properties.insert("metadata".to_owned(), metadata);
+}
+
+/// The definitions as text: YAML, one document for each.
+///
+/// # Errors
+/// None is known: all that they consist of can be written.
+pub fn definitions_yaml() -> Result<Vec<(String, String)>, serde_saphyr::ser::Error> {
+    let text = |definition: CustomResourceDefinition| {
+        let plural = definition.spec.names.plural.clone();
+        Ok((
+            format!("{plural}.yaml"),
+            serde_saphyr::to_string(&definition)?,
+        ))
+    };
+    definitions().into_iter().map(text).collect()
+}

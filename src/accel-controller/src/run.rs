@@ -1,0 +1,411 @@
+//! The loop: looks, and does what was planned.
+
+use crate::job::{self, SELECTOR, Settings, TASK_UID};
+use crate::plan::{self, FINALIZER, Observed, Plan, Step};
+use crate::report::{self, Output};
+use crate::resource::{
+    AcceleratedImage, AcceleratedImageStatus, ImageAcceleration, Phase, SERVICE_NAME,
+};
+use crate::service;
+use futures_util::StreamExt as _;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{Api, DeleteParams, ListParams, LogParams, Patch, PatchParams};
+use kube::runtime::controller::{self, Action, Controller};
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::runtime::reflector::ObjectRef;
+use kube::runtime::watcher;
+use kube::{Client, Resource, ResourceExt};
+use serde_json::{Value, json};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Mutex;
+use tracing::{debug, info, warn};
+
+/// What field managers and Events call the controller.
+const NAME: &str = "accel-controller";
+
+/// How long the cluster may take to give a log.
+const LOG_TIMEOUT: Duration = Duration::from_secs(10);
+/// More lines than tell how far the work is; the report is the last one.
+const LOG_LINES: i64 = 200;
+/// How long to wait after an error.
+const RETRY: Duration = Duration::from_secs(15);
+/// Changes that come together are looked at once: each status that is written is one.
+const TOGETHER: Duration = Duration::from_millis(300);
+/// How often the service's status is made again.
+const SERVICE_PAUSE: Duration = Duration::from_secs(15);
+
+/// What the cluster did not do.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct RunError(#[from] Box<kube::Error>);
+
+impl From<kube::Error> for RunError {
+    fn from(error: kube::Error) -> Self {
+        Self(Box::new(error))
+    }
+}
+
+type LoopError = controller::Error<RunError, watcher::Error>;
+
+struct Context {
+    client: Client,
+    settings: Settings,
+    recorder: Recorder,
+    /// Held while Jobs are counted and one is made, so that there are never more than the
+    /// limit.
+    starting: Mutex<()>,
+}
+
+/// Works until the process ends. Only one may at a time: see [`crate::lead`].
+pub async fn run(client: Client, settings: Settings, identity: String) {
+    let reporter = Reporter {
+        controller: NAME.to_owned(),
+        instance: Some(identity),
+    };
+    let context = Arc::new(Context {
+        recorder: Recorder::new(client.clone(), reporter),
+        settings,
+        starting: Mutex::new(()),
+        client,
+    });
+    let of_jobs = watcher::Config::default().labels(SELECTOR);
+    let tasks = Controller::new(
+        context.all::<AcceleratedImage>(),
+        watcher::Config::default(),
+    );
+    let tasks = tasks.with_config(controller::Config::default().debounce(TOGETHER));
+    let (of_ended, known) = (tasks.store(), tasks.store());
+    let tasks = tasks
+        .watches(context.own::<Job>(), of_jobs, move |job| {
+            // One that has ended makes room for those that wait.
+            let mut all = match job::end(&job) {
+                Some(_) => waiting(&of_ended.state()),
+                None => Vec::new(),
+            };
+            if let Some((namespace, name)) = job::task_of(&job) {
+                all.push(ObjectRef::new(name).within(namespace));
+            }
+            all
+        })
+        .watches(
+            context.all::<ImageAcceleration>(),
+            watcher::Config::default(),
+            move |_| {
+                let all = known.state();
+                all.iter()
+                    .map(|task| ObjectRef::from_obj(&**task))
+                    .collect::<Vec<_>>()
+            },
+        )
+        .run(
+            |task, context| async move { context.task(&task).await },
+            |task, error, _| {
+                warn!(task = %task.name_any(), "looked at in vain: {error}");
+                Action::requeue(RETRY)
+            },
+            Arc::clone(&context),
+        );
+    let services = Controller::new(
+        context.all::<ImageAcceleration>(),
+        watcher::Config::default(),
+    )
+    .run(
+        |service, context| async move { context.service(&service).await },
+        |_, error, _| {
+            warn!("the service's status cannot be made: {error}");
+            Action::requeue(RETRY)
+        },
+        context,
+    );
+    tokio::join!(
+        tasks.for_each(|looked| tell_of(looked.err())),
+        services.for_each(|looked| tell_of(looked.err()))
+    );
+}
+
+/// What keeps the loop from noticing anything: it goes on trying. What went wrong with one
+/// object has been told.
+async fn tell_of(error: Option<LoopError>) {
+    if let Some(LoopError::QueueError(error)) = error {
+        warn!("the cluster cannot be watched: {error}");
+    }
+}
+
+/// Tasks that may wait for others.
+fn waiting(tasks: &[Arc<AcceleratedImage>]) -> Vec<ObjectRef<AcceleratedImage>> {
+    let phase = |task: &AcceleratedImage| Some(task.status.as_ref()?.phase);
+    let waiting = tasks
+        .iter()
+        .filter(|task| phase(task) == Some(Phase::Creating));
+    waiting.map(|task| ObjectRef::from_obj(&**task)).collect()
+}
+
+impl Context {
+    fn all<K>(&self) -> Api<K>
+    where
+        K: Resource<DynamicType = ()>,
+    {
+        Api::all(self.client.clone())
+    }
+
+    /// Those of the controller's namespace.
+    fn own<K>(&self) -> Api<K>
+    where
+        K: Resource<Scope = kube::core::NamespaceResourceScope, DynamicType = ()>,
+    {
+        Api::namespaced(self.client.clone(), &self.settings.namespace)
+    }
+
+    async fn task(&self, task: &AcceleratedImage) -> Result<Action, RunError> {
+        let mut starting = None;
+        let plan = loop {
+            let plan = self.look(task).await?;
+            let starts = plan.steps.iter().any(|step| matches!(step, Step::Run(_)));
+            if !starts || starting.is_some() {
+                break plan;
+            }
+            // Again, while nobody else starts one.
+            starting = Some(self.starting.lock().await);
+        };
+        let action = plan
+            .again
+            .map_or_else(Action::await_change, Action::requeue);
+        let status = plan.status.clone().or_else(|| task.status.clone());
+        if let Some(status) = &plan.status {
+            self.tell(task, status).await?;
+        }
+        for step in plan.steps {
+            debug!(task = %task.name_any(), ?step, "does");
+            if let Err(error) = self.step(task, &step).await {
+                self.refused(task, status.unwrap_or_default(), &step, &error)
+                    .await?;
+                return Ok(Action::requeue(RETRY));
+            }
+        }
+        drop(starting);
+        Ok(action)
+    }
+
+    /// Observes and plans.
+    async fn look(&self, task: &AcceleratedImage) -> Result<Plan, RunError> {
+        let service = self
+            .all::<ImageAcceleration>()
+            .get_opt(SERVICE_NAME)
+            .await?;
+        let service = service.filter(|service| service.metadata.deletion_timestamp.is_none());
+        let all = self
+            .own::<Job>()
+            .list(&ListParams::default().labels(SELECTOR))
+            .await?;
+        let uid = task.uid().unwrap_or_default();
+        let (jobs, others): (Vec<_>, Vec<_>) =
+            (all.items.into_iter()).partition(|job| job.labels().get(TASK_UID) == Some(&uid));
+        let newest = jobs.iter().max_by_key(|job| job.creation_timestamp());
+        let pod = match newest {
+            Some(job) => self.newest_pod(&job.name_any()).await?,
+            None => None,
+        };
+        let log = match &pod {
+            Some(pod) if has_log(pod) => Some(self.log(&pod.name_any()).await),
+            _ => None,
+        };
+        Ok(plan::plan(&Observed {
+            task,
+            service: service.as_ref(),
+            jobs: &jobs,
+            pod: pod.as_ref(),
+            log,
+            others_at_work: others.iter().filter(|job| job::is_at_work(job)).count(),
+            settings: &self.settings,
+            now: Timestamp::now(),
+        }))
+    }
+
+    async fn newest_pod(&self, job: &str) -> Result<Option<Pod>, RunError> {
+        let of_job = ListParams::default().labels(&format!("job-name={job}"));
+        let pods = self.own::<Pod>().list(&of_job).await?;
+        Ok((pods.items.into_iter()).max_by_key(ResourceExt::creation_timestamp))
+    }
+
+    async fn log(&self, pod: &str) -> Result<Output, String> {
+        let options = LogParams {
+            tail_lines: Some(LOG_LINES),
+            ..LogParams::default()
+        };
+        let pods = self.own::<Pod>();
+        match tokio::time::timeout(LOG_TIMEOUT, pods.logs(pod, &options)).await {
+            Ok(Ok(text)) => Ok(report::read(&text)),
+            Ok(Err(error)) => Err(in_words(&error)),
+            Err(_) => Err("the node does not answer".to_owned()),
+        }
+    }
+
+    async fn step(&self, task: &AcceleratedImage, step: &Step) -> Result<(), kube::Error> {
+        match step {
+            Step::AddFinalizer | Step::RemoveFinalizer => {
+                let mut finalizers = task.finalizers().to_vec();
+                finalizers.retain(|name| name != FINALIZER);
+                if *step == Step::AddFinalizer {
+                    finalizers.push(FINALIZER.to_owned());
+                }
+                // With the version: others may have changed them.
+                let patch = json!({"metadata": {
+                    "finalizers": finalizers,
+                    "resourceVersion": task.resource_version(),
+                }});
+                let tasks = self.tasks_beside(task);
+                let patched = tasks
+                    .patch(
+                        &task.name_any(),
+                        &PatchParams::default(),
+                        &Patch::Merge(patch),
+                    )
+                    .await;
+                match patched {
+                    // The newer version comes, and is looked at.
+                    Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
+                    patched => patched.map(drop),
+                }
+            }
+            Step::Run(job) => {
+                let name = job.name_any();
+                info!(task = %task.name_any(), job = name, "starts a Job");
+                let apply = PatchParams::apply(NAME).force();
+                self.own::<Job>()
+                    .patch(&name, &apply, &Patch::Apply(job))
+                    .await?;
+                Ok(())
+            }
+            Step::Stop(name) => {
+                // The Job stays until its pods are gone.
+                let deleted = self
+                    .own::<Job>()
+                    .delete(name, &DeleteParams::foreground())
+                    .await;
+                match deleted {
+                    Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+                    deleted => deleted.map(drop),
+                }
+            }
+        }
+    }
+
+    /// A step could not be taken.
+    async fn refused(
+        &self,
+        task: &AcceleratedImage,
+        mut status: AcceleratedImageStatus,
+        step: &Step,
+        error: &kube::Error,
+    ) -> Result<(), RunError> {
+        let (phase, what) = match (task.metadata.deletion_timestamp.is_some(), step) {
+            (true, _) => (Phase::DeleteError, "the task cannot be removed"),
+            (false, Step::Run(_)) => (Phase::CreateError, "no Job can be made"),
+            (false, _) => (Phase::Unknown, "the cluster refuses a change"),
+        };
+        status.phase = phase;
+        status.message = format!("{what}: {}", in_words(error));
+        status.finished_at = Some(Time(Timestamp::now()));
+        self.tell(task, &status).await
+    }
+
+    /// Writes the status, and an Event if the phase is another one.
+    async fn tell(
+        &self,
+        task: &AcceleratedImage,
+        status: &AcceleratedImageStatus,
+    ) -> Result<(), RunError> {
+        let patch = status_patch(task, status);
+        let apply = PatchParams::apply(NAME).force();
+        let tasks = self.tasks_beside(task);
+        tasks
+            .patch_status(&task.name_any(), &apply, &Patch::Apply(patch))
+            .await?;
+        let before = task
+            .status
+            .as_ref()
+            .map(|status| (status.phase, status.observed_generation));
+        if before == Some((status.phase, status.observed_generation)) {
+            return Ok(());
+        }
+        info!(task = %task.name_any(), phase = ?status.phase, "{}", status.message);
+        let bad = matches!(
+            status.phase,
+            Phase::CreateError | Phase::DeleteError | Phase::Unknown
+        );
+        let event = Event {
+            type_: if bad {
+                EventType::Warning
+            } else {
+                EventType::Normal
+            },
+            reason: format!("{:?}", status.phase),
+            // The API takes a kilobyte.
+            note: Some(status.message.chars().take(250).collect()),
+            action: "Convert".to_owned(),
+            secondary: None,
+        };
+        if let Err(error) = self.recorder.publish(&event, &task.object_ref(&())).await {
+            // Nobody's work depends on it.
+            warn!(task = %task.name_any(), "no Event can be made: {error}");
+        }
+        Ok(())
+    }
+
+    fn tasks_beside(&self, task: &AcceleratedImage) -> Api<AcceleratedImage> {
+        Api::namespaced(self.client.clone(), &task.namespace().unwrap_or_default())
+    }
+
+    async fn service(&self, service: &ImageAcceleration) -> Result<Action, RunError> {
+        let claims = self.own::<PersistentVolumeClaim>();
+        let claim = claims.get_opt(&service.spec.ufs.claim_name).await?;
+        let tasks = self
+            .all::<AcceleratedImage>()
+            .list(&ListParams::default())
+            .await?;
+        let status = service::status(service, claim.as_ref(), &tasks.items, Timestamp::now());
+        if service.status.as_ref() != Some(&status) {
+            let apply = PatchParams::apply(NAME).force();
+            let patch = status_patch(service, &status);
+            let services = self.all::<ImageAcceleration>();
+            services
+                .patch_status(&service.name_any(), &apply, &Patch::Apply(patch))
+                .await?;
+        }
+        Ok(Action::requeue(SERVICE_PAUSE))
+    }
+}
+
+/// A status for server-side apply. The UID keeps it from another object of the same name.
+fn status_patch<K>(of: &K, status: &impl serde::Serialize) -> Value
+where
+    K: Resource<DynamicType = ()>,
+{
+    json!({
+        "apiVersion": K::api_version(&()),
+        "kind": K::kind(&()),
+        "metadata": {"name": of.name_any(), "namespace": of.namespace(), "uid": of.uid()},
+        "status": status,
+    })
+}
+
+fn has_log(pod: &Pod) -> bool {
+    let containers = pod
+        .status
+        .as_ref()
+        .and_then(|status| status.container_statuses.as_ref());
+    let state = containers.and_then(|all| all.first()?.state.as_ref());
+    state.is_some_and(|state| state.running.is_some() || state.terminated.is_some())
+}
+
+/// What the API server says, without the rest.
+fn in_words(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => status.message.clone(),
+        error => error.to_string(),
+    }
+}

@@ -1,0 +1,131 @@
+//! What is said of the service, as a pure function of what is observed.
+
+use crate::plan::set_condition;
+use crate::report;
+use crate::resource::{
+    AcceleratedImage, ImageAcceleration, ImageAccelerationStatus, Phase, UfsSpec,
+};
+use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::jiff::Timestamp;
+
+/// The service's status. `claim` is the one that it names, if there is one.
+pub fn status<'a>(
+    service: &ImageAcceleration,
+    claim: Option<&PersistentVolumeClaim>,
+    tasks: impl IntoIterator<Item = &'a AcceleratedImage>,
+    now: Timestamp,
+) -> ImageAccelerationStatus {
+    let mut status = service.status.clone().unwrap_or_default();
+    let (bound, reason, message) = ufs(&service.spec.ufs, claim);
+    let generation = service.metadata.generation;
+    let ready = match bound {
+        true => ("Working", "tasks are worked on".to_owned()),
+        false => ("UfsNotBound", message.clone()),
+    };
+    for (type_, (reason, message)) in [("UfsBound", (reason, message)), ("Ready", ready)] {
+        let condition = Condition {
+            type_: type_.to_owned(),
+            status: if bound { "True" } else { "False" }.to_owned(),
+            reason: reason.to_owned(),
+            message,
+            observed_generation: generation,
+            last_transition_time: Time(now),
+        };
+        set_condition(&mut status.conditions, condition);
+    }
+    (status.images, status.stored_bytes) = (0, 0);
+    for task in tasks {
+        if let Some(of) = (task.status.as_ref()).filter(|of| of.phase == Phase::Ready) {
+            status.images = status.images.saturating_add(1);
+            let bytes = of.stored_bytes.unwrap_or_default();
+            status.stored_bytes = status.stored_bytes.saturating_add(bytes);
+        }
+    }
+    status.stored = report::bytes(status.stored_bytes);
+    status
+}
+
+fn ufs(ufs: &UfsSpec, claim: Option<&PersistentVolumeClaim>) -> (bool, &'static str, String) {
+    let name = &ufs.claim_name;
+    let Some(claim) = claim else {
+        let what =
+            format!("there is no PersistentVolumeClaim {name} in the controller's namespace");
+        return (false, "NoClaim", what);
+    };
+    let phase = claim
+        .status
+        .as_ref()
+        .and_then(|status| status.phase.as_deref());
+    match phase {
+        Some("Bound") => (true, "Bound", format!("{name} has a volume")),
+        phase => {
+            let phase = phase.unwrap_or("Pending");
+            // Some are bound with the first pod.
+            let what = format!("the PersistentVolumeClaim {name} is {phase}");
+            (false, "NotBound", what)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::resource::AcceleratedImageStatus;
+    use serde_json::json;
+
+    fn claim(phase: &str) -> PersistentVolumeClaim {
+        serde_json::from_value(json!({"metadata": {"name": "ufs"}, "status": {"phase": phase}}))
+            .unwrap()
+    }
+
+    #[test]
+    fn it_is_ready_when_the_claim_has_a_volume_and_counts_what_is_ready() {
+        let mut service: ImageAcceleration = serde_json::from_value(json!({
+            "apiVersion": "image-accel.io/v1alpha1", "kind": "ImageAcceleration",
+            "metadata": {"name": "cluster", "generation": 2},
+            "spec": {"ufs": {"claimName": "ufs"}},
+        }))
+        .unwrap();
+        let task = |phase, stored_bytes| {
+            let mut task = AcceleratedImage::new(
+                "a",
+                serde_json::from_value(json!({"source": "h/a"})).unwrap(),
+            );
+            task.status = Some(AcceleratedImageStatus {
+                phase,
+                stored_bytes: Some(stored_bytes),
+                ..AcceleratedImageStatus::default()
+            });
+            task
+        };
+        let tasks = [
+            task(Phase::Ready, 1 << 20),
+            task(Phase::Ready, 2 << 20),
+            task(Phase::Creating, 4 << 20),
+        ];
+        let at = |seconds| Timestamp::from_second(seconds).unwrap();
+        let ready = |status: &ImageAccelerationStatus| {
+            let mut all = status.conditions.iter();
+            all.find(|condition| condition.type_ == "Ready")
+                .unwrap()
+                .clone()
+        };
+        let first = status(&service, None, &tasks, at(1));
+        assert_eq!(ready(&first).status, "False");
+        assert!(
+            ready(&first)
+                .message
+                .contains("no PersistentVolumeClaim ufs")
+        );
+        assert_eq!((first.images, first.stored.as_str()), (2, "3.0 MiB"));
+
+        service.status = Some(first);
+        let pending = status(&service, Some(&claim("Pending")), &tasks, at(2));
+        assert_eq!(ready(&pending).last_transition_time.0, at(1));
+        let bound = status(&service, Some(&claim("Bound")), &tasks, at(3));
+        assert_eq!(ready(&bound).status, "True");
+        assert_eq!(ready(&bound).last_transition_time.0, at(3));
+        assert_eq!(ready(&bound).observed_generation, Some(2));
+    }
+}

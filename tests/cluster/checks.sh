@@ -1,0 +1,364 @@
+# shellcheck shell=bash
+# What tests/cluster-e2e checks. Needs cluster.sh, peers.sh and processes.sh.
+#
+# In: work, bin, registry
+
+# make_cluster_images: what is converted, and the images of our programs.
+make_cluster_images() {
+    local program n
+    "$repo/tools/images" --bin "$bin" "$work/made/programs"
+    for program in mkfs-accel accel-controller; do
+        push_image "oci:$work/made/programs:$program" "$registry/accel/$program:1"
+    done
+    # Two layers; the second image has one more on top.
+    "$repo/tools/sample-image" --size tiny "$work/made/tiny"
+    push_image "oci:$work/made/tiny:sample" "$registry/team/tiny:1"
+    mkdir "$work/made/more"
+    echo more >"$work/made/more/of-it"
+    tar -C "$work/made/more" -cf "$work/made/more.tar" --numeric-owner --owner=0 --group=0 ./of-it
+    umoci tag --image "$work/made/tiny:sample" more
+    umoci raw add-layer --image "$work/made/tiny:more" "$work/made/more.tar" >/dev/null
+    push_image "oci:$work/made/tiny:more" "$registry/team/more:1"
+    # One that takes its time.
+    mkdir "$work/made/large"
+    head -c 400M /dev/urandom >"$work/made/large/data"
+    tar -C "$work/made/large" -cf "$work/made/large.tar" --numeric-owner --owner=0 --group=0 ./data
+    rm -r "$work/made/large"
+    "$repo/tools/lib/oci_layout.py" "$work/made/large" large "$work/made/large.tar"
+    push_image "oci:$work/made/large:large" "$registry/team/large:1"
+    rm -r "$work/made/large" "$work/made/large.tar"
+    # Some that are quick, for many at once.
+    busybox_layer "$work/made/base.tar"
+    for n in 1 2 3 4; do
+        echo "$n" >"$work/made/more/of-it"
+        tar -C "$work/made/more" -cf "$work/made/$n.tar" --numeric-owner --owner=0 --group=0 ./of-it
+        "$repo/tools/lib/oci_layout.py" "$work/made/many" "$n" "$work/made/base.tar" "$work/made/$n.tar"
+        push_image "oci:$work/made/many:$n" "$registry/many/of:$n"
+    done
+}
+
+k() { "${kubectl[@]}" "$@"; }
+# task NAME SOURCE [LINE OF THE SPEC…]: makes or changes one.
+task() {
+    local name=$1 source=$2
+    shift 2
+    {
+        printf 'apiVersion: image-accel.io/v1alpha1\nkind: AcceleratedImage\nmetadata: {name: %s}\n' "$name"
+        printf 'spec:\n  source: "%s"\n' "$source"
+        [ $# = 0 ] || printf '  %s\n' "$@"
+    } | k apply -f -
+}
+of_task() { k get acceleratedimage "$1" -o "jsonpath={.status.$2}"; }
+condition() { of_task "$1" "conditions[?(@.type==\"$2\")].$3"; }
+phase_is() { [ "$(of_task "$1" phase)" = "$2" ]; }
+becomes() { wait_until phase_is "$1" "$2" || { k get acceleratedimage "$1" -o yaml; return 1; }; }
+jobs() { k -n image-accel get jobs -o name; }
+no_jobs() { [ -z "$(jobs)" ]; }
+# service LINE OF THE SPEC…
+service() {
+    {
+        printf 'apiVersion: image-accel.io/v1alpha1\nkind: ImageAcceleration\nmetadata: {name: cluster}\nspec:\n'
+        printf '  ufs: {claimName: ufs}\n  registry: {plainHttp: true}\n'
+        printf '  %s\n' "$@"
+    } | k apply -f -
+}
+leader() { k -n image-accel get lease accel-controller -o 'jsonpath={.spec.holderIdentity}'; }
+leads() { [ -n "$(leader)" ]; }
+events_of() {
+    k get events.events.k8s.io -o json |
+        jq -r --arg name "$1" '.items[] | select(.regarding.kind == "AcceleratedImage" and .regarding.name == $name) | .reason'
+}
+on_ufs() { find "$work/ufs" -name '*.erofs' | wc -l; }
+
+cluster_checks=(
+    installs refuses_what_cannot_be waits_for_the_service converts says_what_happened shares_layers runs_lazily
+    tells_errors_in_words keeps_to_the_limit survives_kills
+    passes_on_the_lead logs_in deletes turns_off
+    obeys_the_plug_in
+)
+
+# The base as it is, with what differs from cluster to cluster.
+installs() {
+    local overlay=$work/overlay
+    mkdir -p "$overlay"
+    cp -r "$repo/deploy/kubernetes" "$overlay/base"
+    # As kubectl of 1.20 understands it; of today the base is one of the resources, too.
+    cat >"$overlay/kustomization.yaml" <<YAML
+bases: [base]
+namespace: image-accel
+images:
+  - {name: accel-controller, newName: $registry/accel/accel-controller, newTag: "1"}
+patchesStrategicMerge: [controller.yaml]
+YAML
+    cat >"$overlay/controller.yaml" <<YAML
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: accel-controller, namespace: image-accel}
+spec:
+  template:
+    spec:
+      containers:
+        - name: controller
+          # On a machine that is busy with other tests, too.
+          resources: {requests: {cpu: 300m}}
+          env:
+            - {name: JOB_IMAGE, value: "$registry/accel/mkfs-accel:1"}
+            # This cluster has nothing that leads to its services.
+            - {name: KUBERNETES_SERVICE_HOST, value: "$cluster_address"}
+            - {name: KUBERNETES_SERVICE_PORT, value: "${cluster_server##*:}"}
+YAML
+    # The definitions first: what follows needs them.
+    k apply -f "$overlay/base/crds"
+    k wait --for condition=established crd/acceleratedimages.image-accel.io crd/imageaccelerations.image-accel.io
+    k apply -k "$overlay"
+    k apply -f - <<YAML
+apiVersion: v1
+kind: PersistentVolume
+metadata: {name: ufs}
+spec:
+  capacity: {storage: 100Gi}
+  accessModes: [ReadWriteMany]
+  claimRef: {namespace: image-accel, name: ufs}
+  hostPath: {path: $work/ufs, type: Directory}
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {name: ufs, namespace: image-accel}
+spec:
+  accessModes: [ReadWriteMany]
+  storageClassName: ""
+  volumeName: ufs
+  resources: {requests: {storage: 1Gi}}
+YAML
+    k -n image-accel rollout status deployment/accel-controller --timeout 300s
+    wait_until leads
+}
+
+refuses_what_cannot_be() {
+    refused() { { k apply --validate=false --dry-run=server -f - 2>&1 || true; } | grep -F "$1"; }
+    spec_refused() { # WHAT IT SAYS, SPEC
+        printf 'apiVersion: image-accel.io/v1alpha1\nkind: AcceleratedImage\nmetadata: {name: bad}\nspec: %s\n' "$2" | refused "$1"
+    }
+    spec_refused 'spec.source in body should match' '{source: "no registry"}'
+    spec_refused 'spec.source in body should match' '{source: "h/UPPER:1"}'
+    spec_refused 'spec.target in body should match' '{source: "h/a:1", target: "h/a"}'
+    spec_refused 'spec.platforms in body should match' '{source: "h/a:1", platforms: [linux]}'
+    spec_refused 'spec.source: Required value' '{target: "h/a:1"}'
+    # The definition knows one name.
+    printf 'apiVersion: image-accel.io/v1alpha1\nkind: ImageAcceleration\nmetadata: {name: other}\nspec: {ufs: {claimName: u}}\n' |
+        refused 'metadata.name in body should match'
+    # And none of these fails because of something else.
+    printf 'apiVersion: image-accel.io/v1alpha1\nkind: AcceleratedImage\nmetadata: {name: good}\nspec: {source: "h/a:1", platforms: [linux/amd64, all]}\n' |
+        k apply --dry-run=server -f -
+}
+
+waits_for_the_service() {
+    task tiny "$registry/team/tiny:1"
+    becomes tiny Creating
+    same "$(condition tiny Accepted reason)" Disabled
+    no_jobs
+}
+
+converts() {
+    service 'jobs: {limit: 2, retries: 0, memoryMib: 256, cpuMillis: 300}'
+    becomes tiny Ready
+    same "$(of_task tiny target)" "$registry/team/tiny:1-acc"
+    same "$(of_task tiny targetDigest)" "$(skopeo inspect --tls-verify=false --format '{{.Digest}}' "docker://$registry/team/tiny:1-acc")"
+    same "$(of_task tiny layers)" 2
+    same "$(of_task tiny originalBytes)" \
+        "$(skopeo inspect --tls-verify=false --raw "docker://$registry/team/tiny:1" | jq '[.layers[].size] | add')"
+    # Every byte that it left there is the original's.
+    "$bin/mkfs-accel" verify "docker://$registry/team/tiny:1" --ufs "$work/ufs"
+    # What the Job had to say is in the status; nothing is left of it.
+    wait_until no_jobs
+    service_counts() { [ "$(k get imageacceleration cluster -o 'jsonpath={.status.images}')" = 1 ]; }
+    wait_until service_counts
+    same "$(k get imageacceleration cluster -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status}')" True
+}
+
+says_what_happened() {
+    same "$(events_of tiny | sort | xargs)" 'Creating Ready'
+    k get acceleratedimages | grep -E '^tiny +Ready .*team/tiny:1 .*team/tiny:1-acc .*MiB'
+}
+
+shares_layers() {
+    local before
+    before=$(on_ufs)
+    task more "$registry/team/more:1" "target: $registry/elsewhere/more:fast"
+    becomes more Ready
+    same "$(on_ufs)" $((before + 1))
+    same "$(of_task more layers)" 3
+    skopeo inspect --tls-verify=false "docker://$registry/elsewhere/more:fast" >/dev/null
+}
+
+# On the node, which has the snapshotter: no layer is downloaded.
+runs_lazily() {
+    begin_log
+    k run lazy --image "$registry/team/tiny:1-acc" --image-pull-policy Always --restart Never --command -- \
+        /bin/sh -c /app/hello
+    ended() { [ "$(k get pod lazy -o 'jsonpath={.status.phase}')" = Succeeded ]; }
+    wait_until ended
+    k logs lazy | grep .
+    same "$(since_then | grep /blobs/)" "$(the_config "$registry/team/tiny:1-acc")"
+    same "$(field fallbacks)" 0
+}
+
+tells_errors_in_words() {
+    task wrong "$registry/team/missing:1"
+    becomes wrong CreateError
+    of_task wrong message | grep 'the image cannot be had'
+    same "$(events_of wrong | sort | xargs)" 'CreateError Creating'
+    # It can be looked at.
+    k -n image-accel logs "$(k get acceleratedimage wrong -o 'jsonpath={.metadata.uid}' |
+        sed 's|.*|job/accel-&-1-0|')" | grep 'team/missing'
+    # Equal names are nothing that a schema could see.
+    task wrong "$registry/team/tiny:1" "target: $registry/team/tiny:1"
+    refused_by_name() { [ "$(condition wrong Accepted reason)" = Invalid ]; }
+    wait_until refused_by_name
+    condition wrong Accepted message | grep '^spec.target: '
+    # Mended, it becomes what it should have been.
+    task wrong "$registry/many/of:1"
+    becomes wrong Ready
+}
+
+keeps_to_the_limit() {
+    local n at_work
+    service 'jobs: {limit: 1, retries: 0, memoryMib: 256, cpuMillis: 300}'
+    for n in 2 3 4; do task "many-$n" "$registry/many/of:$n"; done
+    for ((n = 0; n < 600; n++)); do
+        at_work=$(k -n image-accel get jobs -o json | jq '[.items[] | select(.status.conditions == null)] | length')
+        [ "$at_work" -le 1 ]
+        ! { phase_is many-2 Ready && phase_is many-3 Ready && phase_is many-4 Ready; } || return 0
+        sleep 0.2
+    done
+    k get acceleratedimages,jobs --all-namespaces
+    return 1
+}
+
+# pid_of WORD…: of the process that has these words among its arguments.
+pid_of() {
+    local pid word
+    for pid in /proc/[0-9]*; do
+        for word; do grep -qszxF -- "$word" "$pid/cmdline" || continue 2; done
+        echo "${pid#/proc/}"
+    done
+}
+
+# A conversion that takes a while, and everything that works on it killed meanwhile.
+survives_kills() {
+    local pid='' events target=$registry/team/large:fast
+    service 'jobs: {limit: 1, retries: 3, memoryMib: 256, cpuMillis: 300}'
+    task large "$registry/team/large:1" "target: $target"
+    converting() { pid=$(pid_of mkfs-accel "docker://$target") && [ -n "$pid" ]; }
+    for _ in {1..3000}; do
+        ! converting || break
+        sleep 0.02
+    done
+    # Held, so that what is told of it meanwhile can be seen.
+    kill -STOP "$pid"
+    tells() { [ -n "$(of_task large progress.text)" ]; }
+    wait_until tells
+    of_task large progress
+    same "$(of_task large progress.layers)" 1
+    kill -KILL "$pid"
+    # shellcheck disable=SC2046 # a list of numbers
+    kill -KILL $(pid_of run "--job-image=$registry/accel/mkfs-accel:1")
+    becomes large Ready
+    # It was killed: the Job has more than one pod.
+    events=$(k -n image-accel get events -o json)
+    jq -e --arg job "$(k get acceleratedimage large -o 'jsonpath={.metadata.uid}')" \
+        '[.items[] | select(.reason == "SuccessfulCreate" and .involvedObject.kind == "Job" and (.involvedObject.name | contains($job)))] | length >= 2' \
+        <<<"$events"
+    "$bin/mkfs-accel" verify "docker://$registry/team/large:1" --ufs "$work/ufs"
+    k -n image-accel rollout status deployment/accel-controller --timeout 300s
+}
+
+# The leader's machine is asked to end it; the other one goes on at once.
+passes_on_the_lead() {
+    local before
+    wait_until leads
+    before=$(leader)
+    k -n image-accel delete pod "${before%-*}" --wait=false
+    another_leads() { [ -n "$(leader)" ] && [ "$(leader)" != "$before" ]; }
+    wait_until another_leads
+    task after "$registry/many/of:1" "target: $registry/many/of:after"
+    becomes after Ready
+    k -n image-accel rollout status deployment/accel-controller --timeout 300s
+}
+
+# With a login that the Jobs have and nobody else, and that is nowhere to be seen.
+logs_in() {
+    local password=not-for-everybody registry=$registry private
+    registry_login=robot:$password registry_address=$cluster_address start_registry "$work/private"
+    private=$registry
+    skopeo copy --quiet --dest-tls-verify=false --dest-creds "robot:$password" "oci:$work/made/many:1" "docker://$private/one:1"
+    service 'jobs: {limit: 2, retries: 0, memoryMib: 256, cpuMillis: 300}'
+    task private "$private/one:1"
+    becomes private CreateError
+    of_task private message | grep 'the image cannot be had'
+    k -n image-accel create secret docker-registry login --docker-server "$private" --docker-username robot \
+        --docker-password "$password"
+    k patch imageacceleration cluster --type merge -p '{"spec": {"registry": {"secretName": "login"}}}'
+    # Another version of the task: it is tried at once.
+    task private "$private/one:1" "target: $private/one:fast"
+    becomes private Ready
+    fails sh -c "$(printf '%q ' "${kubectl[@]}") get acceleratedimages,imageaccelerations,jobs,pods,events --all-namespaces -o yaml | grep -F $password"
+    fails sh -c "$(printf '%q ' "${kubectl[@]}") -n image-accel logs --tail -1 -l app.kubernetes.io/name=accel-controller | grep -F $password"
+}
+
+deletes() {
+    task slow "$registry/team/missing:1"
+    becomes slow CreateError
+    k delete acceleratedimages --all --timeout 120s
+    no_jobs
+    same "$(k get acceleratedimages -o name)" ''
+}
+
+turns_off() {
+    k delete imageacceleration cluster --timeout 60s
+    task later "$registry/team/tiny:1"
+    becomes later Creating
+    same "$(condition later Accepted reason)" Disabled
+    k delete acceleratedimage later --timeout 60s
+}
+
+# The same with `kubectl accel`, from nothing to nothing.
+obeys_the_plug_in() {
+    accel() { PATH=$bin:$PATH "${kubectl[@]}" accel "$@"; }
+    accel enable --claim ufs --plain-http --limit 2 --wait
+    k patch imageacceleration cluster --type merge -p '{"spec": {"jobs": {"retries": 0, "memoryMib": 256, "cpuMillis": 300}}}'
+    # What is not named stays.
+    accel enable --claim ufs --limit 3
+    same "$(k get imageacceleration cluster -o 'jsonpath={.spec.jobs.limit} {.spec.jobs.memoryMib} {.spec.registry.plainHttp}')" \
+        '3 256 true'
+    accel create "$registry/many/of:4" --target "$registry/many/of:by-hand" --wait | grep "of-4 is ready: $registry/many/of:by-hand"
+    accel create "$registry/many/of:4" --target "$registry/many/of:by-hand" | grep unchanged
+    fails accel create "$registry/many/of:3" --name of-4
+    fails accel create "$registry/team/missing:1" --wait
+    accel get | grep -E '^of-4 +Ready '
+    accel get missing-1 -o wide | grep 'cannot be had'
+    same "$(accel get "$registry/many/of:by-hand" -o json | jq -r '.items[].metadata.name')" of-4
+    accel get -A -o yaml | grep 'name: missing-1'
+    accel delete "$registry/team/missing:1" --wait
+    accel delete "$registry/many/of:4" --wait
+    same "$(k get acceleratedimages -o name)" ''
+    fails accel delete of-4
+    accel disable --wait
+    fails accel disable
+}
+
+report_cluster() {
+    local failed=0 log
+    if [ -n "$current" ]; then
+        failed=1
+        echo "test $current ... FAILED"
+        "${kubectl[@]}" -n image-accel logs --prefix --tail 40 -l app.kubernetes.io/name=accel-controller >"$work/controller.log" 2>&1
+        "${kubectl[@]}" get acceleratedimages,pods,jobs --all-namespaces >"$work/objects.log" 2>&1
+        "${kubectl[@]}" get events --all-namespaces 2>&1 | tail -n 30 >"$work/events.log"
+        for log in "$current" controller objects events snapshotter ublk-server; do
+            echo "--- the end of $log"
+            tail -n 40 "$work/$log.log" 2>/dev/null | cut -c 1-400 | sed 's/^/    /'
+        done
+    fi
+    echo "test result: $passed passed; $failed failed; 0 ignored"
+} >&3
