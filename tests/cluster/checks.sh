@@ -235,40 +235,35 @@ keeps_to_the_limit() {
     return 1
 }
 
-# pid_of WORD…: of the process that has these words among its arguments.
-pid_of() {
-    local pid word
-    for pid in /proc/[0-9]*; do
-        for word; do grep -qszxF -- "$word" "$pid/cmdline" || continue 2; done
-        echo "${pid#/proc/}"
-    done
-}
+# pid_of WORD: of the processes that have it as an argument.
+pid_of() { { grep -lszxF -- "$1" /proc/[0-9]*/cmdline || true; } | cut -d/ -f3; }
 
 # A conversion that takes a while, and everything that works on it killed meanwhile.
 survives_kills() {
-    local pid='' events target=$registry/team/large:fast
+    local pid uid target=$registry/team/large:fast
     service 'jobs: {limit: 1, retries: 3, memoryMib: 256, cpuMillis: 300}'
     task large "$registry/team/large:1" "target: $target"
-    converting() { pid=$(pid_of mkfs-accel "docker://$target") && [ -n "$pid" ]; }
+    uid=$(k get acceleratedimage large -o 'jsonpath={.metadata.uid}')
+    has_begun() { grep -qs '"progress"' "/var/log/pods/image-accel_accel-$uid-1-0-"*/convert/0.log; }
     for _ in {1..3000}; do
-        ! converting || break
-        sleep 0.02
+        ! has_begun || break
+        sleep 0.01
     done
     # Held, so that what is told of it meanwhile can be seen.
+    pid=$(pid_of "docker://$target")
     kill -STOP "$pid"
     tells() { [ -n "$(of_task large progress.text)" ]; }
     wait_until tells
     of_task large progress
     same "$(of_task large progress.layers)" 1
+    phase_is large Creating
     kill -KILL "$pid"
     # shellcheck disable=SC2046 # a list of numbers
-    kill -KILL $(pid_of run "--job-image=$registry/accel/mkfs-accel:1")
+    kill -KILL $(pid_of "--job-image=$registry/accel/mkfs-accel:1")
     becomes large Ready
-    # It was killed: the Job has more than one pod.
-    events=$(k -n image-accel get events -o json)
-    jq -e --arg job "$(k get acceleratedimage large -o 'jsonpath={.metadata.uid}')" \
-        '[.items[] | select(.reason == "SuccessfulCreate" and .involvedObject.kind == "Job" and (.involvedObject.name | contains($job)))] | length >= 2' \
-        <<<"$events"
+    # It was killed: the Job has had more than one pod.
+    k -n image-accel get events -o json | jq -e --arg task "$uid" \
+        '[.items[] | select(.reason == "SuccessfulCreate" and (.involvedObject.name | contains($task)))] | length >= 2'
     "$bin/mkfs-accel" verify "docker://$registry/team/large:1" --ufs "$work/ufs"
     k -n image-accel rollout status deployment/accel-controller --timeout 300s
 }
