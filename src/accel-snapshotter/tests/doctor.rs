@@ -395,6 +395,7 @@ fn server() -> ServerStatus {
             workers: 1,
             dying: 0,
             reads: 0,
+            operations: 0,
             bytes: 0,
             failed_attempts: 0,
         }],
