@@ -93,19 +93,8 @@ fn is_of(device: &Path, point: &Path) -> bool {
     }
 }
 
-/// Mounts a device or a file. Of a file EROFS reads data past the file's own page cache,
-/// where the kernel can: that would hold every byte a second time, and copy it once more.
 fn mount_erofs(device: &Path, point: &Path, flags: MountFlags) -> rustix::io::Result<()> {
-    let flags = flags | MountFlags::RDONLY;
-    let mount = |options| rustix::mount::mount(device, point, "erofs", flags, options);
-    if fs::metadata(device).is_ok_and(|metadata| metadata.is_file()) {
-        // Kernels that do not know the option say EINVAL, as they do of much else.
-        match mount(Some(c"directio")) {
-            Err(Errno::INVAL) => {}
-            result => return result,
-        }
-    }
-    mount(None)
+    rustix::mount::mount(device, point, "erofs", flags | MountFlags::RDONLY, None)
 }
 
 /// The directories of an overlay.
