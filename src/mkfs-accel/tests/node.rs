@@ -262,12 +262,12 @@ fn lost_layers_are_made_again_under_readers() {
     let (image, contents) = image();
     let registry = Registry::start(&Access::Password);
     let remote = registry.image("team/app:v1");
-    push(&image.source(), &remote, &["--dest-creds", "user:secret"]);
+    push(&image.source(), &remote, &["--dest-creds", "user:s3kr1t"]);
     let scratch = TempDir::new().unwrap();
     let config = scratch.path().join("config.json");
-    // "user:secret"
+    // "user:s3kr1t"
     let auth = format!(
-        r#"{{"auths": {{"{}": {{"auth": "dXNlcjpzZWNyZXQ="}}}}}}"#,
+        r#"{{"auths": {{"{}": {{"auth": "dXNlcjpzM2tyMXQ="}}}}}}"#,
         registry.address
     );
     fs::write(&config, auth).unwrap();
@@ -348,7 +348,7 @@ fn lost_layers_are_made_again_under_readers() {
     );
     told.insert("log".into(), node.log().into_bytes());
     for (path, bytes) in told {
-        for secret in [&b"secret"[..], b"dXNlcjpzZWNyZXQ"] {
+        for secret in [&b"s3kr1t"[..], b"dXNlcjpzM2tyMXQ"] {
             let found = bytes.windows(secret.len()).any(|window| window == secret);
             assert!(!found, "{path:?} has the password");
         }

@@ -144,7 +144,7 @@ fn credentials_are_those_of_the_login() {
     let registry = Registry::start(&Access::Password);
     let image = Image::gzipped(&[sample_tar(1)]);
     let remote = registry.image("private");
-    push(&image.source(), &remote, &["--dest-creds", "user:secret"]);
+    push(&image.source(), &remote, &["--dest-creds", "user:s3kr1t"]);
     let ufs = Ufs::new();
     let error = refuse(&ufs, &remote, &["--plain-http"]);
     assert!(error.contains("login") && error.contains("401"), "{error}");
@@ -173,7 +173,7 @@ fn credentials_are_those_of_the_login() {
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(error.contains("refuses the credentials"), "{error}");
     assert!(!error.contains("wrong"), "{error}");
-    let output = try_with("secret");
+    let output = try_with("s3kr1t");
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{error}");
 }
@@ -183,10 +183,10 @@ fn credentials_can_be_given() {
     let registry = Registry::start(&Access::Password);
     let image = Image::gzipped(&[sample_tar(1)]);
     let remote = registry.image("private");
-    push(&image.source(), &remote, &["--dest-creds", "user:secret"]);
+    push(&image.source(), &remote, &["--dest-creds", "user:s3kr1t"]);
     let directory = TempDir::new().unwrap();
     let file = directory.path().join("password");
-    fs::write(&file, "secret\n").unwrap();
+    fs::write(&file, "s3kr1t\n").unwrap();
     let file = file.to_str().unwrap();
     convert(
         &Ufs::new(),
@@ -218,7 +218,7 @@ fn credentials_can_be_given() {
         "{error}"
     );
     assert!(!error.contains("wrong"), "{error}");
-    let output = with_input("secret");
+    let output = with_input("s3kr1t");
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{error}");
     let output = mkfs_accel()
@@ -245,7 +245,7 @@ fn credential_helpers_are_asked() {
     let registry = Registry::start(&Access::Password);
     let image = Image::gzipped(&[sample_tar(1)]);
     let remote = registry.image("private");
-    push(&image.source(), &remote, &["--dest-creds", "user:secret"]);
+    push(&image.source(), &remote, &["--dest-creds", "user:s3kr1t"]);
     let try_with = |helper: &str| {
         let json = serde_json::json!({"credHelpers": {&registry.address: "test"}});
         let config = docker_config(&json, &format!("#!/bin/sh\ncat >/dev/null\n{helper}\n"));
@@ -264,7 +264,7 @@ fn credential_helpers_are_asked() {
     let (good, error) = try_with("echo no keychain here >&2; exit 1");
     assert!(!good && error.contains("no keychain here"), "{error}");
     assert!(error.contains("wants a login"), "{error}");
-    let answer = r#"{"ServerURL": "", "Username": "user", "Secret": "secret"}"#;
+    let answer = r#"{"ServerURL": "", "Username": "user", "Secret": "s3kr1t"}"#;
     let (good, error) = try_with(&format!("echo '{answer}'"));
     assert!(good, "{error}");
 }
@@ -275,7 +275,7 @@ fn tokens_are_got_for_passwords_and_for_identity_tokens() {
     let registry = Registry::start(&access);
     let image = Image::gzipped(&[sample_tar(1)]);
     let remote = registry.image("x");
-    push(&image.source(), &remote, &["--dest-creds", "user:secret"]);
+    push(&image.source(), &remote, &["--dest-creds", "user:s3kr1t"]);
     let try_with = |login: Value| {
         let json = serde_json::json!({"auths": {&registry.address: login}});
         let config = docker_config(&json, "");
@@ -290,7 +290,7 @@ fn tokens_are_got_for_passwords_and_for_identity_tokens() {
         (output.status.success(), error)
     };
     for login in [
-        serde_json::json!({"username": "user", "password": "secret"}),
+        serde_json::json!({"username": "user", "password": "s3kr1t"}),
         // As docker login writes it.
         serde_json::json!({"auth": "dXNlcjo=", "identitytoken": "refresh"}),
     ] {

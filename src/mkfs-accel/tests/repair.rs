@@ -285,13 +285,13 @@ fn a_password_is_told_to_nobody_but_the_registry() {
     let image = image();
     let registry = Registry::start(&Access::Password);
     let remote = registry.image("team/app:v1");
-    push(&image.source(), &remote, &["--dest-creds", "user:secret"]);
+    push(&image.source(), &remote, &["--dest-creds", "user:s3kr1t"]);
     let ufs = Ufs::new();
     let scratch = tempfile::tempdir().unwrap();
     let config = scratch.path().join("config.json");
     let address = &registry.address;
-    // "user:secret"
-    let auth = format!(r#"{{"auths": {{"{address}": {{"auth": "dXNlcjpzZWNyZXQ="}}}}}}"#);
+    // "user:s3kr1t"
+    let auth = format!(r#"{{"auths": {{"{address}": {{"auth": "dXNlcjpzM2tyMXQ="}}}}}}"#);
     fs::write(&config, auth).unwrap();
     let login = [
         "--plain-http",
@@ -338,7 +338,7 @@ fn a_password_is_told_to_nobody_but_the_registry() {
     let mut told = files(ufs.path());
     told.insert("what was said".into(), said);
     for (path, bytes) in told {
-        for secret in [&b"secret"[..], b"dXNlcjpzZWNyZXQ"] {
+        for secret in [&b"s3kr1t"[..], b"dXNlcjpzM2tyMXQ"] {
             let found = bytes.windows(secret.len()).any(|window| window == secret);
             assert!(!found, "{path:?} has the password");
         }

@@ -21,7 +21,7 @@ pub struct Registry {
 /// How a registry lets users in.
 pub enum Access {
     Open,
-    /// "user" with the password "secret".
+    /// "user" with the password "s3kr1t".
     Password,
     /// Tokens of this server.
     Token(TokenServer),
@@ -29,7 +29,7 @@ pub enum Access {
     Tls(Certificate),
     /// To whoever has a certificate of this authority, over TLS with this certificate.
     Clients(Certificate, String),
-    /// "user" with the password "secret", over TLS with this certificate.
+    /// "user" with the password "s3kr1t", over TLS with this certificate.
     PasswordTls(Certificate),
     /// To everybody, below the path `/as/is/`.
     Below,
@@ -76,8 +76,9 @@ impl Certificate {
     }
 }
 
-/// "user" with the password "secret", as htpasswd(1) writes it with bcrypt.
-const HTPASSWD: &str = "user:$2b$04$abcdefghijklmnopqrstuu2r9OfJnfCsdneAXAGHnS4UpFFP8WIrW\n";
+/// "user" with the password "s3kr1t", which is part of no word that TLS or HTTP has, as
+/// htpasswd(1) writes it with bcrypt.
+const HTPASSWD: &str = "user:$2b$04$abcdefghijklmnopqrstuuQEso6pVgPcSsenWQGjAhI6QHESduL6m\n";
 
 impl Registry {
     pub fn start(access: &Access) -> Self {
@@ -365,7 +366,7 @@ fn read_head(reader: &mut impl BufRead) -> Option<(String, Vec<String>)> {
     }
 }
 
-/// A server of tokens for registries: for "user" with "secret", and for the identity
+/// A server of tokens for registries: for "user" with "s3kr1t", and for the identity
 /// token "refresh". Ends with the test's process.
 pub struct TokenServer {
     address: String,
@@ -416,8 +417,8 @@ fn answer_for_token(mut client: &TcpStream, key: &str, certificate: &str) -> Opt
             .replace("%3A", ":")
             .replace("%2C", ",")
     };
-    // "user:secret"
-    let known = find("authorization:").as_deref() == Some("Basic dXNlcjpzZWNyZXQ=")
+    // "user:s3kr1t"
+    let known = find("authorization:").as_deref() == Some("Basic dXNlcjpzM2tyMXQ=")
         || parameter("grant_type") == "refresh_token" && parameter("refresh_token") == "refresh";
     let (status, answer) = if known {
         let scope = parameter("scope");
