@@ -69,8 +69,8 @@ pub struct Applier<'a, L: ?Sized, O> {
 }
 
 /// containerd sets the times of directories last of all, by their paths. A
-/// directory that something else has replaced so gives its time to that, or to what
-/// a symbolic link in its place leads to.
+/// directory that something else has replaced, it or one above it, so gives its time to
+/// what is there in the end, or to what a symbolic link in its place leads to.
 #[derive(Debug, Default)]
 struct DirectoryTimes {
     /// How many entries were directories.
@@ -129,15 +129,37 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
             if is_directory && entry.kind == Kind::Directory {
                 return self.set_attributes(existing, entry);
             }
-            if let Some(&last) = self.times.last.get(&existing) {
-                self.charge(entry.path.len())?;
-                let path = parts.iter().map(|part| part.to_vec()).collect();
-                let time = self.tree.node(existing).attributes().mtime;
-                self.times.replaced.push((last, path, time));
-            }
+            self.keep_times(existing, &parts)?;
             self.tree.remove(parent, base);
         }
         self.create(entry, archive, parent, name)
+    }
+
+    /// What is at `path` is replaced, with all that is in it: notes the times of its
+    /// directories for whatever is at their paths in the end.
+    fn keep_times(&mut self, node: NodeId, path: &[&[u8]]) -> Result<(), EntryProblem> {
+        let mut path: Vec<Vec<u8>> = path.iter().map(|part| part.to_vec()).collect();
+        let Some(name) = path.pop() else {
+            return Ok(());
+        };
+        // How deep it lies, its name, and what it is.
+        let mut rest = vec![(path.len(), name, node)];
+        while let Some((depth, name, node)) = rest.pop() {
+            path.truncate(depth);
+            path.push(name);
+            let Some(directory) = self.tree.node(node).directory() else {
+                continue;
+            };
+            let below = directory.iter();
+            let below = below.filter(|(_, child)| self.tree.node(*child).directory().is_some());
+            rest.extend(below.map(|(name, child)| (depth + 1, name.as_bytes().to_vec(), child)));
+            if let Some(&last) = self.times.last.get(&node) {
+                let time = self.tree.node(node).attributes().mtime;
+                self.charge(path.iter().map(Vec::len).sum())?;
+                self.times.replaced.push((last, path.clone(), time));
+            }
+        }
+        Ok(())
     }
 
     /// Counts one more node in memory, with `texts` bytes of its own.
