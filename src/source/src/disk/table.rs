@@ -196,8 +196,14 @@ impl Table {
         if self.places.contains_key(&key) || self.coming.contains(&key) {
             return None;
         }
-        let mut found = None;
+        let mut found = self.empty();
+        if let Some(at) = found {
+            self.hand = (at + 1) % self.slots.len();
+        }
         for pass in 0..self.slots.len().min(2 * PASSES) {
+            if found.is_some() {
+                break;
+            }
             let at = self.hand;
             self.hand = (self.hand + 1) % self.slots.len();
             let slot = &mut self.slots[at];
@@ -218,6 +224,19 @@ impl Table {
         self.slots[at].writing = true;
         self.coming.insert(key);
         Some(at)
+    }
+
+    /// The next empty slot, if there may be one: nothing leaves before all are full. After
+    /// a start they may lie anywhere.
+    fn empty(&self) -> Option<usize> {
+        if self.places.len() + self.coming.len() >= self.slots.len() {
+            return None;
+        }
+        let mut all = (self.hand..self.slots.len()).chain(0..self.hand);
+        all.find(|&at| {
+            let slot = &self.slots[at];
+            slot.len == 0 && slot.readers == 0 && !slot.writing
+        })
     }
 
     /// `len` bytes named `key` are in `slot`, or the attempt to write them has failed.
@@ -314,6 +333,25 @@ mod tests {
             assert_eq!((place.offset(), place.len), (0, SLOT));
             assert!(read.find(key(5)).is_none());
         }
+    }
+
+    #[test]
+    fn nothing_leaves_before_all_slots_are_full() {
+        let mut before = Table::new(300);
+        for number in 0..200 {
+            put(&mut before, number);
+        }
+        before.forget(key(70));
+        let mut table = Table::new(300);
+        for page in 0..before.pages() {
+            table.load(page, &before.page(page));
+        }
+        for number in 200..301 {
+            put(&mut table, number);
+        }
+        assert_eq!((table.len(), table.evicted()), (300, 0));
+        put(&mut table, 301);
+        assert_eq!((table.len(), table.evicted()), (300, 1));
     }
 
     #[test]
