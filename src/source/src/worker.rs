@@ -12,15 +12,21 @@
 //! another file system may have been mounted there. A file is read with O_DIRECT where its file system takes it, so
 //! that the node does not cache a chunk twice.
 
+mod neighbours;
+mod process;
+
+pub use process::part_from_daemon;
+
 use crate::arena::Mapping;
 use crate::privileges::{READ, WRITE, keep_only};
 use crate::wire::{HELLO, MAX_REQUEST, WireReply, WireRequest};
 use crate::{ALIGNMENT, Operation, RequestId};
 use io_uring::{IoUring, opcode, squeue, types};
+use neighbours::Run;
+use process::{enter, part};
 use rustix::fs::{Advice, Dir, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
-use rustix::thread::LinkNameSpaceType;
 use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::CString;
@@ -38,8 +44,6 @@ const RING_ENTRIES: u32 = 256;
 const OPEN_FILES: usize = 256;
 /// Kernel threads for operations that block.
 const KERNEL_WORKERS: u32 = 64;
-/// Reads of neighbouring ranges that come together become one, of at most so many bytes.
-const LONGEST_READ: usize = 1 << 20;
 /// Marks the completion of a read for several jobs; the rest is the number of the [`Run`].
 const RUN: u64 = 1 << 62;
 /// Marks the completion that says "the socket has something".
@@ -132,54 +136,6 @@ pub(crate) fn run_with(
     result
 }
 
-/// Ties this process's life to the daemon's, which started it, closes everything that it
-/// inherited but the three standard files, and joins a mount namespace. The process has
-/// one thread yet.
-///
-/// # Errors
-/// One of that failed.
-pub fn part_from_daemon(namespace: Option<&Path>) -> Result<(), WorkerError> {
-    part()?;
-    enter(namespace)
-}
-
-fn part() -> Result<(), WorkerError> {
-    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
-        .map_err(failed("cannot tie the worker's life to the daemon's"))?;
-    close_inherited().map_err(failed("cannot close inherited files"))
-}
-
-/// Joins a mount namespace. The process has one thread yet.
-fn enter(namespace: Option<&Path>) -> Result<(), WorkerError> {
-    let Some(namespace) = namespace else {
-        return Ok(());
-    };
-    let what = || format!("cannot enter the mount namespace {}", namespace.display());
-    let file = std::fs::File::open(namespace).map_err(failed(what()))?;
-    let kind = Some(LinkNameSpaceType::Mount);
-    rustix::thread::move_into_link_name_space(file.as_fd(), kind).map_err(failed(what()))
-}
-
-/// Closes everything but the three standard files: whatever the daemon had open
-/// (devices above all) must not live as long as this process.
-fn close_inherited() -> io::Result<()> {
-    let mut open = Vec::new();
-    for entry in std::fs::read_dir("/proc/self/fd")? {
-        let name = entry?.file_name();
-        if let Some(fd) = name.to_str().and_then(|name| name.parse::<i32>().ok()) {
-            open.push(fd);
-        }
-    }
-    // The listing's own descriptor is closed by now.
-    open.retain(|&fd| fd > 2 && Path::new(&format!("/proc/self/fd/{fd}")).is_symlink());
-    for fd in open {
-        // SAFETY: the descriptor is open, and the process has just started: it
-        // owns no file of its own yet that could be pulled from under it.
-        unsafe { rustix::io::close(fd) };
-    }
-    Ok(())
-}
-
 fn reply(socket: &OwnedFd, reply: &WireReply) -> io::Result<()> {
     loop {
         match rustix::net::send(socket, &reply.encode(), SendFlags::NOSIGNAL) {
@@ -223,35 +179,10 @@ struct Job {
     ended: Option<usize>,
 }
 
-/// A read into the slots of several jobs, whose ranges follow each other.
-struct Run {
-    /// Their places, in the order of the file.
-    jobs: Vec<usize>,
-    /// Where their bytes go. The kernel may look at it until the read is done.
-    parts: Box<[libc::iovec]>,
-}
-
 impl Job {
     /// What to read: `want` rounded up to whole blocks.
     fn span(&self) -> usize {
         self.want.next_multiple_of(ALIGNMENT)
-    }
-
-    /// Whether it is a read of which nothing has been tried yet, and whose file is open.
-    fn may_join(&self) -> bool {
-        let begun = self.filled > 0 || self.ended.is_some();
-        self.file.is_some() && !(begun || self.write || self.fresh || self.alone)
-    }
-
-    /// Whether `next` begins in the same file where this ends, and is as urgent.
-    fn is_followed_by(&self, next: &Self) -> bool {
-        let same = match (&self.file, &next.file) {
-            (Some(one), Some(other)) => Rc::ptr_eq(one, other),
-            _ => false,
-        };
-        same && self.want == self.span()
-            && self.offset + self.want as u64 == next.offset
-            && self.request.is_background() == next.request.is_background()
     }
 
     /// Sets how the file is to be opened.
@@ -492,112 +423,6 @@ impl Worker {
             return Ok(());
         }
         self.send(index, job)
-    }
-
-    /// Sends the reads that have gathered: neighbours in one. What a daemon asks for in
-    /// one breath (a request of the kernel that spans chunks, metadata that is fetched
-    /// ahead) has come together, and to a server each read is a round trip.
-    fn send_ready(&mut self) -> Result<(), WorkerError> {
-        let mut ready = std::mem::take(&mut self.ready);
-        let place = |index: &usize| {
-            let job = self.jobs[*index].as_deref();
-            job.map(|job| (job.file.as_ref().map(Rc::as_ptr), job.offset))
-        };
-        ready.sort_by_key(place);
-        let mut rest = ready.into_iter().peekable();
-        while let Some(first) = rest.next() {
-            let (mut jobs, mut last) = (vec![first], first);
-            let span = |at: usize| self.jobs[at].as_ref().map_or(0, |job| job.span());
-            let mut bytes = span(first);
-            while let Some(&next) = rest.peek() {
-                let follows = match (&self.jobs[last], &self.jobs[next]) {
-                    (Some(last), Some(next)) => last.is_followed_by(next),
-                    _ => false,
-                };
-                bytes += span(next);
-                if !follows || bytes > LONGEST_READ {
-                    break;
-                }
-                rest.next();
-                jobs.push(next);
-                last = next;
-            }
-            if jobs.len() > 1 {
-                self.send_run(jobs)?;
-            } else if let Some(job) = self.jobs[first].take() {
-                self.send(first, job)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Sends one read for all these jobs.
-    fn send_run(&mut self, jobs: Vec<usize>) -> Result<(), WorkerError> {
-        let parts = jobs.iter().filter_map(|&index| {
-            let job = self.jobs[index].as_ref()?;
-            Some(libc::iovec {
-                iov_base: self.arena.at(job.position, job.span())?.as_ptr().cast(),
-                iov_len: job.span(),
-            })
-        });
-        let parts: Box<[libc::iovec]> = parts.collect();
-        let first = jobs.first().and_then(|&first| self.jobs[first].as_ref());
-        // The places were looked at when the requests came.
-        let (
-            Some(Job {
-                file: Some(file),
-                offset,
-                ..
-            }),
-            true,
-        ) = (first.map(|job| &**job), parts.len() == jobs.len())
-        else {
-            return self.send_alone(&jobs);
-        };
-        // At most one part for each block of the longest read.
-        let count = u32::try_from(parts.len()).unwrap_or(0);
-        let entry = opcode::Readv::new(types::Fd(file.fd.as_raw_fd()), parts.as_ptr(), count)
-            .offset(*offset)
-            .build();
-        let number = self.free_runs.pop().unwrap_or_else(|| {
-            self.runs.push(None);
-            self.runs.len() - 1
-        });
-        self.runs[number] = Some(Run { jobs, parts });
-        self.operations += 1;
-        self.push(&entry.user_data(RUN | number as u64))
-    }
-
-    /// Sends a read for each of these jobs.
-    fn send_alone(&mut self, jobs: &[usize]) -> Result<(), WorkerError> {
-        for &index in jobs {
-            if let Some(mut job) = self.jobs[index].take() {
-                job.alone = true;
-                self.send(index, job)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The read for several jobs has ended with `result`.
-    fn run_ended(&mut self, number: usize, result: i32) -> Result<(), WorkerError> {
-        let Some(Run { jobs, parts }) = self.runs.get_mut(number).and_then(Option::take) else {
-            return Ok(());
-        };
-        self.free_runs.push(number);
-        // An error may be one job's alone.
-        let mut left = usize::try_from(result).unwrap_or(0);
-        for (at, (&index, part)) in jobs.iter().zip(&*parts).enumerate() {
-            let read = left.min(part.iov_len);
-            if read == 0 {
-                // It ended before these: they find out whether that is the file's end.
-                return self.send_alone(&jobs[at..]);
-            }
-            left -= read;
-            // No longer than a slot.
-            self.advance(index, i32::try_from(read).unwrap_or(i32::MAX))?;
-        }
-        Ok(())
     }
 
     /// Sends the next operation of `job` and keeps it at `index` meanwhile.

@@ -1,6 +1,6 @@
 //! Mounts that containerd makes itself (`mounts = "native"`).
 
-use super::snapshots::{layers_of, mount, unmount_below};
+use super::snapshots::{clear_after, layers_of, mount};
 use crate::daemon::{Daemon, run_in};
 use crate::snapshotter::{Labels, Snapshotter, api};
 use crate::{Setting, fixture, tree};
@@ -18,11 +18,7 @@ pub fn containerd_mounts_the_devices(setting: &Setting) -> Result<()> {
     let mut snapshotter = Snapshotter::start(setting, &daemon.socket(), scratch.path())?;
     let done = run(setting, &mut snapshotter, scratch.path())
         .with_context(|| format!("{}\n{}", snapshotter.log(), daemon.log()));
-    if done.is_err() {
-        unmount_below(scratch.path());
-        unmount_below(daemon.socket().parent().unwrap_or(Path::new("/nowhere")));
-    }
-    done?;
+    clear_after(done, scratch.path(), &daemon)?;
     drop(snapshotter);
     daemon.stop()
 }

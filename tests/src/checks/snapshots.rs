@@ -77,11 +77,7 @@ pub fn mixed_chains_are_the_model(setting: &Setting) -> Result<()> {
         })
         .with_context(|| format!("{}\n{}", world.snapshotter.log(), daemon.log()));
     world.unmount_all();
-    if done.is_err() {
-        unmount_below(scratch.path());
-        unmount_below(daemon.socket().parent().unwrap_or(Path::new("/nowhere")));
-    }
-    done?;
+    clear_after(done, scratch.path(), &daemon)?;
     drop(world);
     daemon.stop()
 }
@@ -105,11 +101,7 @@ pub fn a_stopped_server_is_not_waited_for(setting: &Setting) -> Result<()> {
         .with_context(|| format!("{}\n{}", world.snapshotter.log(), daemon.log()));
     daemon.resume()?;
     let done = done.and_then(|()| world.end());
-    if done.is_err() {
-        unmount_below(scratch.path());
-        unmount_below(daemon.socket().parent().unwrap_or(Path::new("/nowhere")));
-    }
-    done?;
+    clear_after(done, scratch.path(), &daemon)?;
     drop(world);
     daemon.stop()
 }
@@ -599,8 +591,16 @@ fn points(root: &Path) -> Result<BTreeSet<PathBuf>> {
     Ok(points.filter(|point| point.starts_with(&layers)).collect())
 }
 
-/// For a check that failed.
-pub(super) fn unmount_below(directory: &Path) {
+/// Unmounts what a check that failed has left.
+pub(super) fn clear_after(done: Result<()>, scratch: &Path, daemon: &Daemon) -> Result<()> {
+    if done.is_err() {
+        unmount_below(scratch);
+        unmount_below(daemon.socket().parent().unwrap_or(Path::new("/nowhere")));
+    }
+    done
+}
+
+fn unmount_below(directory: &Path) {
     let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let points = text.lines().filter_map(|line| line.split(' ').nth(4));
     let mut points: Vec<_> = points

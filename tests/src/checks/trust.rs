@@ -1,6 +1,6 @@
 //! Layers that the snapshotter takes on the word of UFS.
 
-use super::snapshots::{ROOT, labels, unmount_below};
+use super::snapshots::{ROOT, clear_after, labels};
 use crate::daemon::Daemon;
 use crate::snapshotter::{Labels, REF, Snapshotter};
 use crate::{Setting, fixture};
@@ -29,12 +29,7 @@ pub fn ufs_is_trusted_only_if_told_to(setting: &Setting) -> Result<()> {
     let mut snapshotter = Snapshotter::start(setting, &daemon.socket(), scratch.path())?;
     let done = take(&mut snapshotter, &layers, &ufs)
         .with_context(|| format!("{}\n{}", snapshotter.log(), daemon.log()));
-    if done.is_err() {
-        unmount_below(scratch.path());
-        let run = daemon.socket();
-        unmount_below(run.parent().unwrap_or(Path::new("/nowhere")));
-    }
-    done?;
+    clear_after(done, scratch.path(), &daemon)?;
     drop(snapshotter);
     daemon.stop()
 }

@@ -196,14 +196,20 @@ impl Table {
         if self.places.contains_key(&key) || self.coming.contains(&key) {
             return None;
         }
-        let mut found = self.empty();
-        if let Some(at) = found {
-            self.hand = (at + 1) % self.slots.len();
+        let at = self.empty().or_else(|| self.sweep())?;
+        self.hand = (at + 1) % self.slots.len();
+        if self.slots[at].len > 0 {
+            self.evicted += 1;
+            self.forget(Key(self.slots[at].key));
         }
+        self.slots[at].writing = true;
+        self.coming.insert(key);
+        Some(at)
+    }
+
+    /// The next slot whose content was not read since the hand last came by.
+    fn sweep(&mut self) -> Option<usize> {
         for pass in 0..self.slots.len().min(2 * PASSES) {
-            if found.is_some() {
-                break;
-            }
             let at = self.hand;
             self.hand = (self.hand + 1) % self.slots.len();
             let slot = &mut self.slots[at];
@@ -213,17 +219,9 @@ impl Table {
             if slot.len > 0 && std::mem::take(&mut slot.used) && pass < PASSES {
                 continue;
             }
-            found = Some(at);
-            break;
+            return Some(at);
         }
-        let at = found?;
-        if self.slots[at].len > 0 {
-            self.evicted += 1;
-            self.forget(Key(self.slots[at].key));
-        }
-        self.slots[at].writing = true;
-        self.coming.insert(key);
-        Some(at)
+        None
     }
 
     /// The next empty slot, if there may be one: nothing leaves before all are full. After

@@ -25,6 +25,7 @@ mod abi;
 mod control;
 mod error;
 mod inventory;
+mod mailbox;
 mod probe;
 mod queue;
 mod ring;
