@@ -2,15 +2,12 @@
 //!
 //! The kernel takes a mapping from a user namespace (mount_setattr(2)). One is made by
 //! a process of its own, which ends as soon as the namespace is held open here.
-#![allow(unsafe_code)]
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 use std::fs::{self, File};
-use std::io;
-use std::mem::size_of;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -18,16 +15,6 @@ use std::time::{Duration, Instant};
 
 /// How long it may take to start a process.
 const PATIENCE: Duration = Duration::from_secs(10);
-const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
-
-/// As the kernel reads it.
-#[repr(C)]
-struct MountAttr {
-    attr_set: u64,
-    attr_clr: u64,
-    propagation: u64,
-    userns_fd: u64,
-}
 
 /// A user namespace with these mappings: `INSIDE:OUTSIDE:LENGTH`, several with commas.
 pub fn user_namespace(uids: &str, gids: &str) -> Result<OwnedFd> {
@@ -76,47 +63,9 @@ pub fn mount_mapped(source: &Path, point: &Path, namespace: &OwnedFd) -> Result<
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = open_tree(CWD, source, flags)
         .with_context(|| format!("cannot clone the mount of {}", source.display()))?;
-    map_ids(&tree, namespace)
+    accel_sys::map_mount_ids(tree.as_fd(), namespace.as_fd())
         .with_context(|| format!("cannot map the ids of {}", source.display()))?;
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     move_mount(&tree, "", CWD, point, flags)
         .with_context(|| format!("cannot mount {}", point.display()))
-}
-
-fn map_ids(tree: &OwnedFd, namespace: &OwnedFd) -> io::Result<()> {
-    let attributes = MountAttr {
-        attr_set: MOUNT_ATTR_IDMAP,
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: u64::try_from(namespace.as_raw_fd()).unwrap_or(u64::MAX),
-    };
-    // SAFETY: the path is a string with a zero at its end, the attributes are of the
-    // kernel's layout and as long as said, both live until the call returns, and the
-    // kernel writes to neither. Descriptors are open.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            &raw const attributes,
-            size_of::<MountAttr>(),
-        )
-    };
-    match result {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_mapping_that_makes_no_sense_is_an_error() {
-        for wrong in ["", "x", "0:0:0"] {
-            user_namespace(wrong, "0:1000:1").unwrap_err();
-        }
-    }
 }

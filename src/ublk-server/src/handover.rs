@@ -18,7 +18,6 @@
 use crate::lock::Lock;
 use crate::paths::Paths;
 use crate::protocol::Upgrading;
-use crate::sys;
 use anyhow::{Context, Result, bail};
 use rustix::io::FdFlags;
 use rustix::process::{Pid, WaitOptions};
@@ -221,7 +220,8 @@ impl Inherited {
             bail!("{OPTION}: a file comes twice");
         }
         let file = |number: i32| {
-            let fd = sys::inherited(number).with_context(|| format!("{OPTION}: file {number}"))?;
+            let fd =
+                accel_sys::inherited(number).with_context(|| format!("{OPTION}: file {number}"))?;
             rustix::io::fcntl_setfd(&fd, FdFlags::CLOEXEC)?;
             anyhow::Ok(fd)
         };

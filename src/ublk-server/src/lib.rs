@@ -34,7 +34,6 @@ pub mod remake;
 pub mod rescue;
 pub mod serve;
 pub mod size;
-mod sys;
 pub mod time;
 
 pub use accel_client::{lock, mountinfo, notify, paths, protocol, wire};

@@ -92,7 +92,7 @@ fn lift_cover(pin: &Path) -> Result<Option<(PathBuf, OwnedFd)>> {
 }
 
 fn unshare() -> rustix::io::Result<()> {
-    crate::sys::unshare_mounts()
+    accel_sys::unshare_mounts()
 }
 
 fn pins(run: &Path, needed: &[&Path]) -> Result<Vec<PathBuf>> {

@@ -3,7 +3,6 @@
 
 use super::{WorkerError, failed};
 use rustix::thread::LinkNameSpaceType;
-use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
 
@@ -21,7 +20,8 @@ pub fn part_from_daemon(namespace: Option<&Path>) -> Result<(), WorkerError> {
 pub(super) fn part() -> Result<(), WorkerError> {
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
         .map_err(failed("cannot tie the worker's life to the daemon's"))?;
-    close_inherited().map_err(failed("cannot close inherited files"))
+    // Whatever the daemon had open (devices above all) must not live as long as this process.
+    accel_sys::close_inherited().map_err(failed("cannot close inherited files"))
 }
 
 /// Joins a mount namespace. The process has one thread yet.
@@ -33,24 +33,4 @@ pub(super) fn enter(namespace: Option<&Path>) -> Result<(), WorkerError> {
     let file = std::fs::File::open(namespace).map_err(failed(what()))?;
     let kind = Some(LinkNameSpaceType::Mount);
     rustix::thread::move_into_link_name_space(file.as_fd(), kind).map_err(failed(what()))
-}
-
-/// Closes everything but the three standard files: whatever the daemon had open
-/// (devices above all) must not live as long as this process.
-fn close_inherited() -> io::Result<()> {
-    let mut open = Vec::new();
-    for entry in std::fs::read_dir("/proc/self/fd")? {
-        let name = entry?.file_name();
-        if let Some(fd) = name.to_str().and_then(|name| name.parse::<i32>().ok()) {
-            open.push(fd);
-        }
-    }
-    // The listing's own descriptor is closed by now.
-    open.retain(|&fd| fd > 2 && Path::new(&format!("/proc/self/fd/{fd}")).is_symlink());
-    for fd in open {
-        // SAFETY: the descriptor is open, and the process has just started: it
-        // owns no file of its own yet that could be pulled from under it.
-        unsafe { rustix::io::close(fd) };
-    }
-    Ok(())
 }

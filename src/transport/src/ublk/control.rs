@@ -16,9 +16,9 @@ use std::{io, thread};
 
 use rustix::io::Errno;
 
-use super::abi::{ControlOp, DeviceInfo, Features, Geometry, NewDevice, Payload};
 use super::error::{UblkError, Unavailable};
-use super::ring::{ControlEvent, ControlRing, Wake};
+use accel_sys::ublk::{ControlEvent, ControlRing, Wake};
+use accel_sys::ublk::{ControlOp, DeviceInfo, Features, Geometry, NewDevice, Payload};
 
 /// The driver's control device.
 pub(super) const CONTROL_PATH: &str = "/dev/ublk-control";
@@ -202,7 +202,7 @@ impl Control {
 
     /// A command that carries neither buffer nor data.
     pub fn plain(&self, op: ControlOp, device: u32, bound: Duration) -> Result<(), UblkError> {
-        self.start(op, device, 0, Payload::None).wait(bound)?;
+        self.start(op, device, 0, Payload::none()).wait(bound)?;
         Ok(())
     }
 
@@ -319,7 +319,7 @@ fn run(file: &File, mut ring: ControlRing, wake: &Wake, inbox: &Receiver<Order>)
                             let errno = error.raw_os_error().unwrap_or(Errno::IO.raw_os_error());
                             let _ = answer.try_send(Answer {
                                 result: -errno,
-                                payload: Payload::None,
+                                payload: Payload::none(),
                             });
                         }
                     }

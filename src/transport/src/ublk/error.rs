@@ -5,7 +5,7 @@ use std::{fmt, io};
 
 use rustix::io::Errno;
 
-use super::abi::{ControlOp, DeviceState, Features};
+use accel_sys::ublk::{ControlOp, DeviceState, Features};
 
 /// Why this machine cannot serve ublk devices.
 #[derive(Debug, thiserror::Error)]

@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::abi::{ControlOp, DeviceInfo, DeviceState, Features};
 use super::control::Control;
 use super::error::{UblkError, Unavailable};
 use super::{Removal, abandoned, open_exclusive, probe};
+use accel_sys::ublk::{ControlOp, DeviceInfo, DeviceState, Features};
 
 /// Where the driver lists its devices, started or not.
 const CLASS: &str = "/sys/class/ublk-char";

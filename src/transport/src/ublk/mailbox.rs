@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{io, mem};
 
-use super::ring::Wake;
+use accel_sys::ublk::Wake;
 
 /// A result on its way to the driver.
 #[derive(Debug, Clone, Copy)]

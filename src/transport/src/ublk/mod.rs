@@ -21,14 +21,12 @@
 //! failing), `CMD_IOCTL_ENCODE`, and, where there are such, `NO_AUTO_PART_SCAN` and
 //! `QUIESCE` (devices can be handed over in order).
 
-mod abi;
 mod control;
 mod error;
 mod inventory;
 mod mailbox;
 mod probe;
 mod queue;
-mod ring;
 mod unfinished;
 
 use std::collections::HashMap;
@@ -43,14 +41,14 @@ use std::{io, thread};
 
 use rustix::io::Errno;
 
-pub use abi::{DeviceInfo, DeviceState, Features};
+pub use accel_sys::ublk::{DeviceInfo, DeviceState, Features};
 pub use error::{OpName, UblkError, Unavailable};
 pub use inventory::Inventory;
 pub use probe::probe;
 pub use queue::UblkRequest;
 
 use crate::request::Reader;
-use abi::{ControlOp, Geometry, NewDevice, Payload};
+use accel_sys::ublk::{ControlOp, Geometry, MAX_DEVICE_ID, NewDevice, Payload};
 use control::{Control, Pending};
 use queue::{Queue, Served};
 
@@ -420,7 +418,7 @@ impl<R: Reader> UblkTransport<R> {
                 // Milliseconds; zero would be for ever.
                 let limit = left().as_millis().clamp(1, 1000) as u64;
                 self.control
-                    .start(ControlOp::QuiesceDev, served.id, limit, Payload::None)
+                    .start(ControlOp::QuiesceDev, served.id, limit, Payload::none())
             };
             let pending: Vec<_> = some.iter().map(quiesce).collect();
             for (pending, served) in pending.into_iter().zip(some) {
@@ -473,7 +471,7 @@ impl<R: Reader> UblkTransport<R> {
         let id = served.id;
         let since = Instant::now();
         let daemon = u64::from(std::process::id());
-        let pending = self.control.start(op, id, daemon, Payload::None);
+        let pending = self.control.start(op, id, daemon, Payload::none());
         self.outlast(pending, served, self.options.control_timeout)?;
         let path = block_path(id);
         let left = self.options.control_timeout.saturating_sub(since.elapsed());
@@ -604,11 +602,8 @@ fn check(spec: &UblkSpec, size: u64) -> Result<(), UblkError> {
             spec.max_io_bytes
         )));
     }
-    if spec.id.is_some_and(|id| id >= abi::MAX_DEVICE_ID) {
-        return Err(UblkError::Spec(format!(
-            "ids are below {}",
-            abi::MAX_DEVICE_ID
-        )));
+    if spec.id.is_some_and(|id| id >= MAX_DEVICE_ID) {
+        return Err(UblkError::Spec(format!("ids are below {}", MAX_DEVICE_ID)));
     }
     Ok(())
 }

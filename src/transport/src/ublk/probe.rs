@@ -4,9 +4,9 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use super::abi::Features;
 use super::control::Control;
 use super::error::{UblkError, Unavailable};
+use accel_sys::ublk::Features;
 
 /// How long the driver may take to say what it can.
 const BOUND: Duration = Duration::from_secs(10);

@@ -33,11 +33,11 @@ use std::{io, io::IoSlice, thread};
 use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
 
-use super::abi::{self, Ask};
 use super::error::{UblkError, Unavailable};
 use super::mailbox::{Done, Mailbox, Own, lock};
-use super::ring::{Descriptors, QueueEvent, QueueRing};
 use crate::request::{ReadError, Reader, Request};
+use accel_sys::ublk::{self as driver, Ask};
+use accel_sys::ublk::{Descriptors, QueueEvent, QueueRing};
 
 /// Where a device stands with its queue thread.
 #[derive(Debug, Default, Clone, Copy)]
@@ -149,7 +149,7 @@ impl Request for UblkRequest {
         if end.is_none_or(|end| end > self.len as usize) {
             return Err(self.misfit(at, bytes.len()));
         }
-        let mut offset = abi::data_offset(self.tag) + at as u64;
+        let mut offset = driver::data_offset(self.tag) + at as u64;
         let mut rest = bytes;
         while !rest.is_empty() {
             match rustix::io::pwrite(&self.device.cdev, rest, offset) {
@@ -174,7 +174,7 @@ impl Request for UblkRequest {
         if len > self.len as usize {
             return Err(self.misfit(0, len));
         }
-        let offset = abi::data_offset(self.tag);
+        let offset = driver::data_offset(self.tag);
         match rustix::io::pwritev(&self.device.cdev, parts, offset) {
             Ok(written) if written == len => {
                 self.filled(len);
@@ -472,7 +472,7 @@ impl<R: Reader> Worker<R> {
         }
         slot.tags -= 1;
         let tags = slot.tags;
-        let refused = (result != abi::IO_RES_ABORT).then(|| Errno::from_raw_os_error(-result));
+        let refused = (result != driver::IO_RES_ABORT).then(|| Errno::from_raw_os_error(-result));
         if let Some(errno) = refused {
             tracing::error!(device = slot.served.id, tag, %errno, "the ublk driver refused an I/O command");
         }

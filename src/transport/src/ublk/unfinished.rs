@@ -13,7 +13,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::thread;
 
-use super::ring::{QueueRing, Wake};
+use accel_sys::ublk::{QueueRing, Wake};
 
 /// Hands the driver `depth` tags of the device whose character device is at `path`, from
 /// a thread that then ends. The driver lets go of it a little later.

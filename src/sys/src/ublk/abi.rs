@@ -17,13 +17,13 @@ use std::path::Path;
 use libublk::sys;
 
 /// Result of an I/O command whose tag the driver takes back for good.
-pub(super) const IO_RES_ABORT: i32 = sys::UBLK_IO_RES_ABORT;
+pub const IO_RES_ABORT: i32 = sys::UBLK_IO_RES_ABORT;
 
 /// Size of the descriptor of one tag.
 pub(super) const DESCRIPTOR_SIZE: usize = size_of::<sys::ublksrv_io_desc>();
 
 /// The first dev_id that the driver refuses: ids are minor numbers.
-pub(super) const MAX_DEVICE_ID: u32 = 1 << 20;
+pub const MAX_DEVICE_ID: u32 = 1 << 20;
 
 /// Bits of `GET_FEATURES` and of a device's flags.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -76,7 +76,8 @@ impl Features {
             | Self::USER_COPY.0,
     );
 
-    pub(super) fn from_bits(bits: u64) -> Self {
+    /// Bits as the driver has them.
+    pub fn from_bits(bits: u64) -> Self {
         Features(bits)
     }
 
@@ -178,19 +179,25 @@ impl DeviceInfo {
 
 /// What `ADD_DEV` and `SET_PARAMS` need.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct NewDevice {
+pub struct NewDevice {
     /// `None`: the driver chooses.
     pub id: Option<u32>,
+    /// Flags.
     pub features: Features,
+    /// Tags of its one queue.
     pub queue_depth: u16,
+    /// Largest request in bytes.
     pub max_io_bytes: u32,
+    /// See [`DeviceInfo::mark`].
     pub mark: u64,
 }
 
 /// Geometry of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Geometry {
+pub struct Geometry {
+    /// In bytes.
     pub size: u64,
+    /// Largest request in bytes.
     pub max_io_bytes: u32,
 }
 
@@ -201,9 +208,9 @@ const BLOCK_SHIFT: u8 = 12;
 /// Log2 of the optimal request: a chunk. The kernel reads ahead twice of it.
 const OPTIMAL_SHIFT: u8 = 17;
 
-/// A control command's number.
+/// A control command; displayed as the driver's header names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum ControlOp {
+pub enum ControlOp {
     GetFeatures,
     GetDevInfo,
     AddDev,
@@ -261,7 +268,9 @@ impl fmt::Display for ControlOp {
 
 /// The buffer of a control command. On the heap, so that the driver may write
 /// to it for as long as the command is under way wherever its owner moves.
-pub(super) enum Payload {
+pub struct Payload(Buffer);
+
+enum Buffer {
     None,
     Features(Box<u64>),
     Device(Box<sys::ublksrv_ctrl_dev_info>),
@@ -269,19 +278,24 @@ pub(super) enum Payload {
 }
 
 impl Payload {
+    /// For commands without a buffer.
+    pub fn none() -> Self {
+        Payload(Buffer::None)
+    }
+
     /// For `GET_FEATURES`.
     pub fn features() -> Self {
-        Payload::Features(Box::new(0))
+        Payload(Buffer::Features(Box::new(0)))
     }
 
     /// For `GET_DEV_INFO`.
     pub fn device() -> Self {
-        Payload::Device(Box::default())
+        Payload(Buffer::Device(Box::default()))
     }
 
     /// For `ADD_DEV`.
     pub fn new_device(new: &NewDevice) -> Self {
-        Payload::Device(Box::new(sys::ublksrv_ctrl_dev_info {
+        Payload(Buffer::Device(Box::new(sys::ublksrv_ctrl_dev_info {
             nr_hw_queues: 1,
             queue_depth: new.queue_depth,
             max_io_buf_bytes: new.max_io_bytes,
@@ -289,21 +303,21 @@ impl Payload {
             flags: new.features.bits(),
             ublksrv_flags: new.mark,
             ..Default::default()
-        }))
+        })))
     }
 
     /// For `GET_PARAMS`.
     pub fn params() -> Self {
-        Payload::Params(Box::new(sys::ublk_params {
+        Payload(Buffer::Params(Box::new(sys::ublk_params {
             len: u32_size::<sys::ublk_params>(),
             types: sys::UBLK_PARAM_TYPE_BASIC,
             ..Default::default()
-        }))
+        })))
     }
 
     /// For `SET_PARAMS`: read-only, without a volatile cache.
     pub fn new_params(geometry: &Geometry) -> Self {
-        Payload::Params(Box::new(sys::ublk_params {
+        Payload(Buffer::Params(Box::new(sys::ublk_params {
             len: u32_size::<sys::ublk_params>(),
             types: sys::UBLK_PARAM_TYPE_BASIC,
             basic: sys::ublk_param_basic {
@@ -317,20 +331,20 @@ impl Payload {
                 ..Default::default()
             },
             ..Default::default()
-        }))
+        })))
     }
 
     /// The feature bits that came back.
     pub fn as_features(&self) -> Option<Features> {
-        match self {
-            Payload::Features(bits) => Some(Features(**bits)),
+        match &self.0 {
+            Buffer::Features(bits) => Some(Features(**bits)),
             _ => None,
         }
     }
 
     /// The device that came back.
     pub fn as_device(&self) -> Option<DeviceInfo> {
-        let Payload::Device(info) = self else {
+        let Buffer::Device(info) = &self.0 else {
             return None;
         };
         let state = match u32::from(info.state) {
@@ -354,7 +368,7 @@ impl Payload {
 
     /// The geometry that came back.
     pub fn as_geometry(&self) -> Option<Geometry> {
-        let Payload::Params(params) = self else {
+        let Buffer::Params(params) = &self.0 else {
             return None;
         };
         Some(Geometry {
@@ -363,27 +377,45 @@ impl Payload {
         })
     }
 
+    /// Whether the driver reads or writes no more than this with `op`.
+    pub(super) fn is_for(&self, op: ControlOp) -> bool {
+        use ControlOp as Op;
+        match op {
+            Op::GetFeatures => matches!(self.0, Buffer::Features(_)),
+            Op::GetDevInfo | Op::AddDev => matches!(self.0, Buffer::Device(_)),
+            Op::SetParams | Op::GetParams => matches!(self.0, Buffer::Params(_)),
+            Op::StartDev
+            | Op::StopDev
+            | Op::TryStopDev
+            | Op::DelDev
+            | Op::DelDevAsync
+            | Op::StartUserRecovery
+            | Op::EndUserRecovery
+            | Op::QuiesceDev => true,
+        }
+    }
+
     /// Address and length for the command's header.
     fn location(&mut self) -> (u64, u16) {
-        match self {
-            Payload::None => (0, 0),
-            Payload::Features(bits) => (address(&raw mut **bits), u16_size::<u64>()),
-            Payload::Device(info) => (
+        match &mut self.0 {
+            Buffer::None => (0, 0),
+            Buffer::Features(bits) => (address(&raw mut **bits), u16_size::<u64>()),
+            Buffer::Device(info) => (
                 address(&raw mut **info),
                 u16_size::<sys::ublksrv_ctrl_dev_info>(),
             ),
-            Payload::Params(params) => (address(&raw mut **params), u16_size::<sys::ublk_params>()),
+            Buffer::Params(params) => (address(&raw mut **params), u16_size::<sys::ublk_params>()),
         }
     }
 }
 
 impl fmt::Debug for Payload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Payload::None => "None",
-            Payload::Features(_) => "Features",
-            Payload::Device(_) => "Device",
-            Payload::Params(_) => "Params",
+        f.write_str(match &self.0 {
+            Buffer::None => "None",
+            Buffer::Features(_) => "Features",
+            Buffer::Device(_) => "Device",
+            Buffer::Params(_) => "Params",
         })
     }
 }
@@ -434,7 +466,7 @@ pub(super) fn io_command(commit: Option<i32>, tag: u16) -> (u32, [u8; 16]) {
 }
 
 /// Where the data of a request on queue 0 begins in the character device.
-pub(super) fn data_offset(tag: u16) -> u64 {
+pub fn data_offset(tag: u16) -> u64 {
     u64::from(sys::UBLKSRV_IO_BUF_OFFSET) + (u64::from(tag) << sys::UBLK_TAG_OFF)
 }
 
@@ -443,11 +475,15 @@ pub(super) type RawDescriptor = sys::ublksrv_io_desc;
 
 /// What a request asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ask {
+pub enum Ask {
+    /// Bytes of the device.
     Read {
+        /// The first one.
         offset: u64,
+        /// How many.
         len: u64,
     },
+    /// Nothing to do for a device that nobody writes.
     Flush,
     /// Anything that would change the device.
     Write,
@@ -456,7 +492,7 @@ pub(super) enum Ask {
 }
 
 impl Ask {
-    pub fn from_raw(raw: RawDescriptor) -> Self {
+    pub(super) fn from_raw(raw: RawDescriptor) -> Self {
         let op = raw.op_flags.to_ne_bytes();
         let op = if cfg!(target_endian = "little") {
             op[0]

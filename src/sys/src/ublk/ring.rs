@@ -1,17 +1,15 @@
-//! The two io_uring rings of the ublk transport, and the shared descriptors.
+//! The two io_uring rings of the ublk transport, and the shared descriptors. What makes
+//! the wrappers safe to use:
 //!
-//! The only unsafe code of the transport. What makes the wrappers safe to use:
-//!
-//! * [`ControlRing`] owns the buffer of each command from submission to
-//!   completion; it is given back with the completion and never before. A ring
-//!   that is dropped with commands under way leaks their buffers.
+//! * [`ControlRing`] owns the buffer of each command, which is the one that the driver
+//!   expects with it, from submission to completion; it is given back with the completion
+//!   and never before. A ring that is dropped with commands under way leaks their buffers.
 //! * [`QueueRing`] submits only commands without buffers: with `USER_COPY` an
 //!   I/O command carries a tag and a result, and the wake-up is a poll.
 //! * [`Descriptors`] reads a mapping that it owns.
 
-#![allow(unsafe_code)]
-
 use std::collections::HashMap;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
@@ -24,22 +22,26 @@ use super::abi::{self, Ask, ControlOp, Payload, RawDescriptor};
 
 /// Wakes a thread that waits in its ring.
 #[derive(Debug)]
-pub(super) struct Wake(OwnedFd);
+pub struct Wake(OwnedFd);
 
 impl Wake {
+    /// One that wakes nobody yet.
+    ///
+    /// # Errors
+    /// Those of eventfd(2).
     pub fn new() -> io::Result<Self> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         Ok(Wake(rustix::event::eventfd(0, flags)?))
     }
 
-    /// The ring polls for edges and nobody reads the counter: it would overflow
-    /// (and then still be readable) only after 2^64 wakes.
+    /// Wakes the thread, now or when it next waits.
     pub fn wake(&self) {
+        // The ring polls for edges and nobody reads the counter: it would overflow
+        // (and then still be readable) only after 2^64 wakes.
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 
     /// What becomes readable with each wake.
-    #[cfg(test)]
     pub fn file(&self) -> &OwnedFd {
         &self.0
     }
@@ -59,28 +61,35 @@ const WAKE: u64 = u64::MAX;
 /// `user_data` of cancellations, whose own results matter to nobody.
 const CANCEL: u64 = u64::MAX - 1;
 
-/// What a ring reports.
+/// What a [`ControlRing`] reports.
 #[derive(Debug)]
-pub(super) enum ControlEvent {
+pub enum ControlEvent {
     /// Somebody called [`Wake::wake`].
     Woken,
     /// A command is done; its buffer is back.
     Done {
+        /// What [`ControlRing::start`] returned.
         token: u64,
+        /// The driver's answer; negative: an errno.
         result: i32,
+        /// The command's buffer.
         payload: Payload,
     },
 }
 
 /// A ring for control commands. They are always handed to a kernel thread, so
 /// that submitting never blocks, however long the command takes.
-pub(super) struct ControlRing {
+pub struct ControlRing {
     ring: IoUring<squeue::Entry128, cqueue::Entry>,
     in_flight: HashMap<u64, Payload>,
     next: u64,
 }
 
 impl ControlRing {
+    /// A ring that `wake` interrupts.
+    ///
+    /// # Errors
+    /// io_uring cannot be had.
     pub fn new(wake: &Wake) -> io::Result<Self> {
         let ring = IoUring::<squeue::Entry128>::builder().build(32)?;
         let mut ring = ControlRing {
@@ -105,6 +114,9 @@ impl ControlRing {
     }
 
     /// Queues a command; returns the token that its completion bears.
+    ///
+    /// # Errors
+    /// The payload is not one of this command's, or the ring takes nothing.
     pub fn start(
         &mut self,
         control: BorrowedFd<'_>,
@@ -113,6 +125,9 @@ impl ControlRing {
         data: u64,
         mut payload: Payload,
     ) -> io::Result<u64> {
+        if !payload.is_for(op) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         let (number, body) = abi::control_command(op, device, data, &mut payload);
         let token = self.next;
         let entry = opcode::UringCmd80::new(types::Fd(control.as_raw_fd()), number)
@@ -131,12 +146,18 @@ impl ControlRing {
 
     /// Asks the kernel to interrupt a command; whether it obeys shows in the
     /// command's own completion.
+    ///
+    /// # Errors
+    /// The ring takes nothing.
     pub fn cancel(&mut self, token: u64) -> io::Result<()> {
         let entry = opcode::AsyncCancel::new(token).build().user_data(CANCEL);
         self.push(&entry.into())
     }
 
     /// Waits for at least one event.
+    ///
+    /// # Errors
+    /// Those of io_uring_enter(2).
     pub fn wait(&mut self, wake: &Wake, events: &mut Vec<ControlEvent>) -> io::Result<()> {
         match self.ring.submit_and_wait(1) {
             Ok(_) => {}
@@ -169,6 +190,12 @@ impl ControlRing {
     }
 }
 
+impl fmt::Debug for ControlRing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ControlRing({} in flight)", self.in_flight.len())
+    }
+}
+
 impl Drop for ControlRing {
     fn drop(&mut self) {
         for (_, payload) in self.in_flight.drain() {
@@ -177,21 +204,32 @@ impl Drop for ControlRing {
     }
 }
 
-/// What a queue's ring reports.
+/// What a [`QueueRing`] reports.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum QueueEvent {
+pub enum QueueEvent {
     /// Somebody called [`Wake::wake`].
     Woken,
     /// The driver completed the command of a tag.
-    Tag { slot: u32, tag: u16, result: i32 },
+    Tag {
+        /// As it was handed over.
+        slot: u32,
+        /// As it was handed over.
+        tag: u16,
+        /// 0: a request has come; else [`super::IO_RES_ABORT`], or an errno, negative.
+        result: i32,
+    },
 }
 
 /// A ring for I/O commands. It belongs to the thread that made it.
-pub(super) struct QueueRing {
+pub struct QueueRing {
     ring: IoUring,
 }
 
 impl QueueRing {
+    /// A ring that `wake` interrupts.
+    ///
+    /// # Errors
+    /// io_uring cannot be had.
     pub fn new(wake: &Wake) -> io::Result<Self> {
         let ring = IoUring::builder()
             .setup_single_issuer()
@@ -218,7 +256,11 @@ impl QueueRing {
     }
 
     /// Queues the command that hands `tag` to the driver, after answering its
-    /// request when there is a result to `commit`.
+    /// request when there is a result to `commit`: the number of bytes or an errno,
+    /// negative. `slot` is the caller's name for the device.
+    ///
+    /// # Errors
+    /// The ring takes nothing.
     pub fn hand_over(
         &mut self,
         cdev: BorrowedFd<'_>,
@@ -236,6 +278,9 @@ impl QueueRing {
 
     /// Submits what is queued, waits for at least one event if `sleep`, and
     /// collects what has come.
+    ///
+    /// # Errors
+    /// Those of io_uring_enter(2).
     pub fn turn(
         &mut self,
         wake: &Wake,
@@ -272,6 +317,12 @@ impl QueueRing {
     }
 }
 
+impl fmt::Debug for QueueRing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("QueueRing")
+    }
+}
+
 /// Interrupted, or the completion ring must be emptied first.
 fn retry(error: &io::Error) -> bool {
     use rustix::io::Errno;
@@ -281,7 +332,8 @@ fn retry(error: &io::Error) -> bool {
 }
 
 /// The descriptors of a device's queue, written by the driver.
-pub(super) struct Descriptors {
+#[derive(Debug)]
+pub struct Descriptors {
     base: NonNull<RawDescriptor>,
     bytes: usize,
     depth: u16,
@@ -292,6 +344,9 @@ unsafe impl Send for Descriptors {}
 
 impl Descriptors {
     /// Maps the descriptors of queue 0.
+    ///
+    /// # Errors
+    /// Those of mmap(2).
     pub fn map(cdev: BorrowedFd<'_>, depth: u16) -> io::Result<Self> {
         let bytes = (usize::from(depth) * abi::DESCRIPTOR_SIZE)
             .next_multiple_of(rustix::param::page_size());

@@ -1,0 +1,19 @@
+//! What the kernel is asked for that has no safe wrapper, and the wrappers: all unsafe code
+//! of the product is here, the other crates deny it.
+//!
+//! Whoever adds something keeps its interface safe whatever its caller does: memory that
+//! the kernel may touch belongs to the wrapper until the kernel is done with it.
+//!
+//! * [`ublk`]: the driver's commands, its rings and its descriptors;
+//! * [`inherited`], [`close_inherited`]: the descriptors a process was started with;
+//! * [`map_mount_ids`], [`unshare_mounts`], [`loop_devices`]: mounts.
+
+#![allow(unsafe_code)]
+
+mod descriptors;
+pub mod loop_devices;
+mod mounts;
+pub mod ublk;
+
+pub use descriptors::{close_inherited, inherited};
+pub use mounts::{map_mount_ids, unshare_mounts};
