@@ -17,11 +17,10 @@ mod process;
 
 pub use process::part_from_daemon;
 
-use crate::arena::Mapping;
 use crate::privileges::{READ, WRITE, keep_only};
 use crate::wire::{HELLO, MAX_REQUEST, WireReply, WireRequest};
 use crate::{ALIGNMENT, Operation, RequestId};
-use io_uring::{IoUring, opcode, squeue, types};
+use accel_sys::{Done, FileRing, Outcome, SharedMemory};
 use neighbours::Run;
 use process::{enter, part};
 use rustix::fs::{Advice, Dir, FileType, Mode, OFlags, ResolveFlags};
@@ -32,7 +31,7 @@ use std::collections::{HashMap, VecDeque};
 use std::ffi::CString;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -44,12 +43,6 @@ const RING_ENTRIES: u32 = 256;
 const OPEN_FILES: usize = 256;
 /// Kernel threads for operations that block.
 const KERNEL_WORKERS: u32 = 64;
-/// Marks the completion of a read for several jobs; the rest is the number of the [`Run`].
-const RUN: u64 = 1 << 62;
-/// Marks the completion that says "the socket has something".
-const SOCKET: u64 = u64::MAX;
-/// Marks that of opening the directory anew.
-const ROOT: u64 = u64::MAX - 1;
 /// The directory is not opened more often.
 const REOPEN: Duration = Duration::from_secs(1);
 
@@ -68,6 +61,10 @@ const RESOLVE: ResolveFlags = ResolveFlags::BENEATH
 pub struct WorkerError {
     what: String,
     source: io::Error,
+}
+
+fn submitting(error: io::Error) -> WorkerError {
+    failed("cannot submit to io_uring")(error)
 }
 
 pub(crate) fn failed<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> WorkerError {
@@ -129,11 +126,7 @@ pub(crate) fn run_with(
         },
         Err(error) => return Err(failed("cannot answer the daemon")(error)),
     };
-    let result = worker.serve();
-    // The kernel may still be using paths and slots of operations in flight:
-    // their memory stays until the process is gone.
-    std::mem::forget(worker);
-    result
+    worker.serve()
 }
 
 fn reply(socket: &OwnedFd, reply: &WireReply) -> io::Result<()> {
@@ -157,10 +150,8 @@ struct Job {
     /// For the log.
     request: RequestId,
     path: Rc<str>,
-    /// `path` as the kernel wants it, and how to open it; both must stay where
-    /// they are while an open is in flight, which is why jobs are boxed.
+    /// `path` as the kernel wants it.
     c_path: CString,
-    how: types::OpenHow,
     direct: bool,
     fresh: bool,
     file: Option<Rc<OpenFile>>,
@@ -184,36 +175,33 @@ impl Job {
     fn span(&self) -> usize {
         self.want.next_multiple_of(ALIGNMENT)
     }
+}
 
-    /// Sets how the file is to be opened.
-    fn open_with(&mut self, access: OFlags, direct: bool) {
-        let extra = if direct {
-            OFlags::DIRECT
-        } else {
-            OFlags::empty()
-        };
-        self.direct = direct;
-        self.how = types::OpenHow::new()
-            .flags(u64::from((FLAGS | access | extra).bits()))
-            .resolve(RESOLVE.bits());
-    }
+/// What an operation of the ring is for.
+#[derive(Debug, Clone, Copy)]
+enum Tag {
+    /// The socket has something.
+    Socket,
+    /// The directory is opened anew.
+    Root,
+    /// A job, at its place.
+    Job(usize),
+    /// A read for several jobs: the number of its [`Run`].
+    Run(usize),
 }
 
 struct Worker {
-    ring: IoUring,
+    ring: FileRing<Tag>,
     socket: Arc<OwnedFd>,
     root: Arc<OwnedFd>,
     /// For reading, or for writing too.
     access: OFlags,
-    /// Where that is, as the kernel wants it, and how to open it: the kernel may
-    /// look at both whenever it is opened anew.
+    /// Where that is, as the kernel wants it.
     directory: Arc<CString>,
-    how: Box<types::OpenHow>,
     /// When it was last opened.
     opened: Instant,
     /// What waits for it to be opened anew, while it is.
     parked: Option<Vec<Job>>,
-    arena: Arc<Mapping>,
     jobs: Vec<Option<Box<Job>>>,
     free: Vec<usize>,
     /// Places of jobs that are to be read next, together with their neighbours.
@@ -247,43 +235,20 @@ impl Worker {
             .map_err(failed("cannot size the shared memory"))?
             .st_size;
         let size = usize::try_from(size).unwrap_or(0);
-        let arena = Mapping::new(memory, size).map_err(failed("cannot map the shared memory"))?;
-        let ring = IoUring::new(RING_ENTRIES).map_err(failed(
+        let arena =
+            SharedMemory::map(memory, size).map_err(failed("cannot map the shared memory"))?;
+        let ring = FileRing::new(RING_ENTRIES, KERNEL_WORKERS, Arc::new(arena)).map_err(failed(
             "io_uring is not available (Linux 5.6 or newer is needed, \
              and sysctl kernel.io_uring_disabled must be 0 or 1)",
         ))?;
-        let mut probe = io_uring::Probe::new();
-        ring.submitter()
-            .register_probe(&mut probe)
-            .map_err(failed("cannot ask what io_uring supports"))?;
-        for (name, code) in [
-            ("READ", opcode::Read::CODE),
-            ("READV", opcode::Readv::CODE),
-            ("WRITE", opcode::Write::CODE),
-            ("OPENAT2", opcode::OpenAt2::CODE),
-            ("POLL_ADD", opcode::PollAdd::CODE),
-        ] {
-            if !probe.is_supported(code) {
-                let error = io::Error::from(io::ErrorKind::Unsupported);
-                return Err(failed(format!("this kernel's io_uring has no {name}"))(
-                    error,
-                ));
-            }
-        }
-        // Since 5.15; without it the kernel's own bounds hold.
-        let _ = ring
-            .submitter()
-            .register_iowq_max_workers(&mut [KERNEL_WORKERS, KERNEL_WORKERS]);
         Ok(Self {
             ring,
             socket,
             root: Arc::new(root),
             access,
             directory: Arc::new(path),
-            how: Box::new(types::OpenHow::new().flags(u64::from(DIRECTORY.bits()))),
             opened: Instant::now(),
             parked: None,
-            arena: Arc::new(arena),
             jobs: Vec::new(),
             free: Vec::new(),
             ready: Vec::new(),
@@ -297,54 +262,35 @@ impl Worker {
 
     fn serve(&mut self) -> Result<(), WorkerError> {
         self.watch_socket()?;
+        let mut ended = Vec::new();
         loop {
             self.send_ready()?;
-            match self.ring.submit_and_wait(1) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(failed("cannot submit to io_uring")(error)),
-            }
-            let done: Vec<_> = self
-                .ring
-                .completion()
-                .map(|entry| (entry.user_data(), entry.result()))
-                .collect();
-            for (tag, result) in done {
-                if tag == SOCKET {
-                    if !self.take_requests()? {
-                        return Ok(());
+            self.ring.turn(&mut ended).map_err(submitting)?;
+            for Done { tag, result } in ended.drain(..) {
+                match tag {
+                    Tag::Socket => {
+                        if !self.take_requests()? {
+                            return Ok(());
+                        }
+                        self.watch_socket()?;
                     }
-                    self.watch_socket()?;
-                } else if tag == ROOT {
-                    self.reopened(result)?;
-                } else if tag & RUN != 0 {
-                    self.run_ended(usize::try_from(tag & !RUN).unwrap_or(usize::MAX), result)?;
-                } else {
-                    self.advance(usize::try_from(tag).unwrap_or(usize::MAX), result)?;
+                    Tag::Root => self.reopened(result)?,
+                    Tag::Job(index) => self.advance(index, result)?,
+                    Tag::Run(number) => {
+                        let read = match result {
+                            Ok(Outcome::Count(read)) => Some(read),
+                            _ => None,
+                        };
+                        self.run_ended(number, read)?;
+                    }
                 }
             }
         }
     }
 
     fn watch_socket(&mut self) -> Result<(), WorkerError> {
-        let fd = types::Fd(self.socket.as_raw_fd());
-        let events = rustix::event::PollFlags::IN.bits();
-        let entry = opcode::PollAdd::new(fd, u32::from(events)).build();
-        self.push(&entry.user_data(SOCKET))
-    }
-
-    fn push(&mut self, entry: &squeue::Entry) -> Result<(), WorkerError> {
-        // SAFETY: what entries point to outlives their operation: the directory's
-        // path and its `OpenHow` in this worker, which is never dropped; paths and
-        // `OpenHow` in a boxed job that stays in `jobs` until its completion, and so
-        // do the parts of a run in `runs`; slots in the arena's mapping, which is never unmapped while the
-        // worker runs, and files in the job's `Rc`.
-        while unsafe { self.ring.submission().push(entry) }.is_err() {
-            self.ring
-                .submit()
-                .map_err(failed("cannot submit to io_uring"))?;
-        }
-        Ok(())
+        let polled = self.ring.poll(Tag::Socket, self.socket.as_fd());
+        polled.map_err(submitting)
     }
 
     /// Takes every waiting request; false when the daemon has closed the socket.
@@ -370,8 +316,8 @@ impl Worker {
     fn begin(&mut self, request: WireRequest) -> Result<(), WorkerError> {
         let id = request.id;
         let room = request.room.next_multiple_of(ALIGNMENT);
-        let (Some(_), Ok(c_path)) = (
-            self.arena.at(request.position, room),
+        let (true, Ok(c_path)) = (
+            self.ring.memory().holds(request.position, room),
             CString::new(request.path.as_str()),
         ) else {
             return self.answer(id, Err(Errno::INVAL));
@@ -392,13 +338,12 @@ impl Worker {
             self.forget(&path);
         }
         tracing::debug!(request = %request.request, file = %path, offset, len = want, fresh, "reads");
-        let mut job = Box::new(Job {
+        let job = Box::new(Job {
             id,
             request: request.request,
             file: self.files.get(&path).cloned(),
             path,
             c_path,
-            how: types::OpenHow::new(),
             direct: true,
             fresh,
             position: request.position,
@@ -410,7 +355,6 @@ impl Worker {
             again: false,
             ended: None,
         });
-        job.open_with(self.access, true);
         let index = self.place();
         self.issue(index, job)
     }
@@ -427,64 +371,47 @@ impl Worker {
 
     /// Sends the next operation of `job` and keeps it at `index` meanwhile.
     fn send(&mut self, index: usize, job: Box<Job>) -> Result<(), WorkerError> {
-        let entry = match &job.file {
-            None => opcode::OpenAt2::new(
-                types::Fd(self.root.as_raw_fd()),
-                job.c_path.as_ptr(),
-                &raw const job.how,
-            )
-            .build(),
-            Some(file) => {
-                let (at, len) = (job.position + job.filled, job.span() - job.filled);
-                let Some(address) = self.arena.at(at, len) else {
-                    return self.end(index, &job, Err(Errno::INVAL));
+        let tag = Tag::Job(index);
+        let sent = match &job.file {
+            None => {
+                let direct = match job.direct {
+                    true => OFlags::DIRECT,
+                    false => OFlags::empty(),
                 };
-                // A slot is far smaller than 4 GiB.
-                let len = u32::try_from(len).unwrap_or(u32::MAX);
-                let (fd, offset) = (
-                    types::Fd(file.fd.as_raw_fd()),
-                    job.offset + job.filled as u64,
-                );
+                let flags = FLAGS | self.access | direct;
+                let path = job.c_path.clone();
+                self.ring.open(tag, self.root.as_fd(), path, flags, RESOLVE)
+            }
+            Some(file) => {
                 self.operations += 1;
-                if job.write {
-                    opcode::Write::new(fd, address.as_ptr(), len)
-                        .offset(offset)
-                        .build()
-                } else {
-                    opcode::Read::new(fd, address.as_ptr(), len)
-                        .offset(offset)
-                        .build()
+                let place = job.position + job.filled..job.position + job.span();
+                let (fd, offset) = (file.fd.as_fd(), job.offset + job.filled as u64);
+                match job.write {
+                    true => self.ring.write(tag, fd, offset, place),
+                    false => self.ring.read(tag, fd, offset, place),
                 }
             }
         };
         self.jobs[index] = Some(job);
-        self.push(&entry.user_data(index as u64))
+        sent.map_err(submitting)
     }
 
-    /// The operation of the job at `index` has ended with `result`.
-    fn advance(&mut self, index: usize, result: i32) -> Result<(), WorkerError> {
+    /// The operation of the job at `index` has ended.
+    fn advance(&mut self, index: usize, result: Result<Outcome, Errno>) -> Result<(), WorkerError> {
         let Some(mut job) = self.jobs.get_mut(index).and_then(Option::take) else {
             return Ok(());
         };
-        let outcome = match u32::try_from(result) {
-            Ok(value) => Ok(value),
-            Err(_) => Err(Errno::from_raw_os_error(-result)),
-        };
-        match (job.file.clone(), outcome) {
+        match (job.file.clone(), result) {
             (_, Err(Errno::INTR | Errno::AGAIN)) => self.issue(index, job),
-            (None, Ok(_)) => {
-                // SAFETY: the kernel has just opened this descriptor for us.
-                let fd = unsafe { OwnedFd::from_raw_fd(result) };
-                match self.keep(&job, fd) {
-                    Ok(file) => {
-                        job.file = Some(file);
-                        self.issue(index, job)
-                    }
-                    Err(error) => self.end(index, &job, Err(error)),
+            (_, Ok(Outcome::Opened(fd))) => match self.keep(&job, fd) {
+                Ok(file) => {
+                    job.file = Some(file);
+                    self.issue(index, job)
                 }
-            }
+                Err(error) => self.end(index, &job, Err(error)),
+            },
             (None, Err(Errno::INVAL)) if job.direct => {
-                job.open_with(self.access, false);
+                job.direct = false;
                 self.issue(index, job)
             }
             (None, Err(error)) => self.fail(index, job, error),
@@ -501,7 +428,7 @@ impl Worker {
                 self.forget(&job.path);
                 self.fail(index, job, error)
             }
-            (Some(_), Ok(read)) => {
+            (_, Ok(Outcome::Count(read))) => {
                 let end = job.filled + read as usize;
                 let at_the_end = read == 0 || job.ended == Some(end);
                 if end < job.want && !at_the_end {
@@ -525,23 +452,23 @@ impl Worker {
         }
         self.free.push(index);
         (job.again, job.file, job.filled, job.ended) = (true, None, 0, None);
-        job.open_with(self.access, true);
+        job.direct = true;
         if let Some(parked) = &mut self.parked {
             parked.push(*job);
             return Ok(());
         }
         self.parked = Some(vec![*job]);
-        let at = types::Fd(rustix::fs::CWD.as_raw_fd());
-        let entry = opcode::OpenAt2::new(at, self.directory.as_ptr(), &raw const *self.how);
-        self.push(&entry.build().user_data(ROOT))
+        let (path, anywhere) = (CString::clone(&self.directory), ResolveFlags::empty());
+        self.ring
+            .open(Tag::Root, rustix::fs::CWD, path, DIRECTORY, anywhere)
+            .map_err(submitting)
     }
 
     /// The directory was opened anew, or cannot be.
-    fn reopened(&mut self, result: i32) -> Result<(), WorkerError> {
+    fn reopened(&mut self, result: Result<Outcome, Errno>) -> Result<(), WorkerError> {
         self.opened = Instant::now();
-        if result >= 0 {
-            // SAFETY: the kernel has just opened this descriptor for us.
-            self.root = Arc::new(unsafe { OwnedFd::from_raw_fd(result) });
+        if let Ok(Outcome::Opened(root)) = result {
+            self.root = Arc::new(root);
             self.files.clear();
             self.order.clear();
         }
@@ -640,7 +567,7 @@ impl Worker {
     fn list(&self, request: WireRequest) {
         let (root, socket) = (Arc::clone(&self.root), Arc::clone(&self.socket));
         let directory = Arc::clone(&self.directory);
-        let arena = Arc::clone(&self.arena);
+        let arena = Arc::clone(self.ring.memory());
         std::thread::spawn(move || {
             let result = list(&root, &request, &arena).or_else(|error| {
                 // Another file system may be mounted there by now.
@@ -665,7 +592,7 @@ fn open_directory<P: rustix::path::Arg>(path: P) -> Result<OwnedFd, Errno> {
     rustix::fs::open(path, DIRECTORY, Mode::empty())
 }
 
-fn list(root: &OwnedFd, request: &WireRequest, arena: &Mapping) -> Result<usize, Errno> {
+fn list(root: &OwnedFd, request: &WireRequest, arena: &SharedMemory) -> Result<usize, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let fd = rustix::fs::openat2(root, &*request.path, flags, Mode::empty(), RESOLVE)?;
     let mut names = Vec::new();
@@ -685,9 +612,9 @@ fn list(root: &OwnedFd, request: &WireRequest, arena: &Mapping) -> Result<usize,
         text.extend(name);
         text.push(b'\n');
     }
-    let place = arena.at(request.position, text.len()).ok_or(Errno::INVAL)?;
-    // SAFETY: the range lies in the mapping; the request owns the slot, and the
-    // daemon neither reads nor lends it before the reply.
-    unsafe { std::ptr::copy_nonoverlapping(text.as_ptr(), place.as_ptr(), text.len()) };
+    // The request owns the slot, and the daemon neither reads nor lends it before the reply.
+    if !arena.write(request.position, &text) {
+        return Err(Errno::INVAL);
+    }
     Ok(text.len())
 }

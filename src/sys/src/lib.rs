@@ -5,15 +5,21 @@
 //! the kernel may touch belongs to the wrapper until the kernel is done with it.
 //!
 //! * [`ublk`]: the driver's commands, its rings and its descriptors;
+//! * [`FileRing`]: opening, reading and writing files through io_uring, into
+//!   [`SharedMemory`];
 //! * [`inherited`], [`close_inherited`]: the descriptors a process was started with;
 //! * [`map_mount_ids`], [`unshare_mounts`], [`loop_devices`]: mounts.
 
 #![allow(unsafe_code)]
 
 mod descriptors;
+mod file_ring;
 pub mod loop_devices;
+mod memory;
 mod mounts;
 pub mod ublk;
 
 pub use descriptors::{close_inherited, inherited};
+pub use file_ring::{Done, FileRing, Outcome};
+pub use memory::{HUGE_PAGE, Part, SharedMemory};
 pub use mounts::{map_mount_ids, unshare_mounts};

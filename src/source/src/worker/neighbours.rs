@@ -2,9 +2,10 @@
 //! kernel that spans chunks, metadata that is fetched ahead) comes together, and to a server
 //! each read is a round trip.
 
-use super::{Job, RUN, Worker, WorkerError};
-use io_uring::{opcode, types};
-use std::os::fd::AsRawFd as _;
+use super::{Job, Tag, Worker, WorkerError, submitting};
+use accel_sys::Outcome;
+use std::ops::Range;
+use std::os::fd::AsFd as _;
 use std::rc::Rc;
 
 /// Reads of neighbouring ranges that come together become one, of at most so many bytes.
@@ -14,8 +15,8 @@ const LONGEST_READ: usize = 1 << 20;
 pub(super) struct Run {
     /// Their places, in the order of the file.
     jobs: Vec<usize>,
-    /// Where their bytes go. The kernel may look at it until the read is done.
-    parts: Box<[libc::iovec]>,
+    /// Where their bytes go.
+    places: Vec<Range<usize>>,
 }
 
 impl Job {
@@ -75,39 +76,30 @@ impl Worker {
 
     /// Sends one read for all these jobs.
     fn send_run(&mut self, jobs: Vec<usize>) -> Result<(), WorkerError> {
-        let parts = jobs.iter().filter_map(|&index| {
-            let job = self.jobs[index].as_ref()?;
-            Some(libc::iovec {
-                iov_base: self.arena.at(job.position, job.span())?.as_ptr().cast(),
-                iov_len: job.span(),
-            })
-        });
-        let parts: Box<[libc::iovec]> = parts.collect();
-        let first = jobs.first().and_then(|&first| self.jobs[first].as_ref());
-        // The places were looked at when the requests came.
-        let (
-            Some(Job {
-                file: Some(file),
-                offset,
-                ..
-            }),
-            true,
-        ) = (first.map(|job| &**job), parts.len() == jobs.len())
+        let all = jobs.iter().filter_map(|&index| self.jobs[index].as_ref());
+        let places: Vec<_> = all
+            .map(|job| job.position..job.position + job.span())
+            .collect();
+        let first = jobs.first().and_then(|&first| self.jobs[first].as_deref());
+        let Some(Job {
+            file: Some(file),
+            offset,
+            ..
+        }) = first
         else {
             return self.send_alone(&jobs);
         };
-        // At most one part for each block of the longest read.
-        let count = u32::try_from(parts.len()).unwrap_or(0);
-        let entry = opcode::Readv::new(types::Fd(file.fd.as_raw_fd()), parts.as_ptr(), count)
-            .offset(*offset)
-            .build();
         let number = self.free_runs.pop().unwrap_or_else(|| {
             self.runs.push(None);
             self.runs.len() - 1
         });
-        self.runs[number] = Some(Run { jobs, parts });
         self.operations += 1;
-        self.push(&entry.user_data(RUN | number as u64))
+        let tag = Tag::Run(number);
+        let sent = self
+            .ring
+            .read_places(tag, file.fd.as_fd(), *offset, places.iter().cloned());
+        self.runs[number] = Some(Run { jobs, places });
+        sent.map_err(submitting)
     }
 
     /// Sends a read for each of these jobs.
@@ -121,23 +113,28 @@ impl Worker {
         Ok(())
     }
 
-    /// The read for several jobs has ended with `result`.
-    pub(super) fn run_ended(&mut self, number: usize, result: i32) -> Result<(), WorkerError> {
-        let Some(Run { jobs, parts }) = self.runs.get_mut(number).and_then(Option::take) else {
+    /// The read for several jobs has ended with so many bytes, or an error.
+    pub(super) fn run_ended(
+        &mut self,
+        number: usize,
+        read: Option<u32>,
+    ) -> Result<(), WorkerError> {
+        let Some(Run { jobs, places }) = self.runs.get_mut(number).and_then(Option::take) else {
             return Ok(());
         };
         self.free_runs.push(number);
         // An error may be one job's alone.
-        let mut left = usize::try_from(result).unwrap_or(0);
-        for (at, (&index, part)) in jobs.iter().zip(&*parts).enumerate() {
-            let read = left.min(part.iov_len);
+        let mut left = read.unwrap_or(0) as usize;
+        for (at, (&index, place)) in jobs.iter().zip(&places).enumerate() {
+            let read = left.min(place.len());
             if read == 0 {
                 // It ended before these: they find out whether that is the file's end.
                 return self.send_alone(&jobs[at..]);
             }
             left -= read;
             // No longer than a slot.
-            self.advance(index, i32::try_from(read).unwrap_or(i32::MAX))?;
+            let read = u32::try_from(read).unwrap_or(u32::MAX);
+            self.advance(index, Ok(Outcome::Count(read)))?;
         }
         Ok(())
     }
