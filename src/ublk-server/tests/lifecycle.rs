@@ -8,6 +8,7 @@ use common::{publish_image, publish_tree};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
@@ -330,6 +331,66 @@ fn what_an_earlier_boot_left_is_in_nobodys_way() {
     assert!(!node.ask(&["list"]).contains(&root));
     node.ask(&["mount", &image, &root]);
     check_big(&root, &files[..2]);
+    node.ask(&["unmount", &root]);
+    node.stop();
+}
+
+/// Whoever starts the next daemon may have such a file open, and its children close it.
+#[test]
+fn closing_a_file_waits_for_no_daemon() {
+    let mut made = None;
+    let mut node = Node::start(|ufs| made = Some(big(ufs)));
+    let (image, files) = made.unwrap();
+    // Attached only: who mounts closes files, too.
+    node.ask(&["attach", &image]);
+    let exports = fs::read_dir(node.path("socket.d/exports")).unwrap();
+    let open: Vec<_> = exports
+        .map(|entry| File::open(entry.unwrap().path()).unwrap())
+        .collect();
+    assert!(!open.is_empty());
+    node.child.kill().unwrap();
+    node.child.wait().unwrap();
+    let (closed, when) = std::sync::mpsc::channel();
+    thread::spawn(move || {
+        drop(open);
+        closed.send(())
+    });
+    let in_time = when.recv_timeout(Duration::from_secs(30));
+    node.child = serve(node.directory.path());
+    node.await_daemon();
+    in_time.expect("closing a file waits for the daemon");
+    let root = node.directory("root");
+    node.ask(&["mount", &image, &root]);
+    check_big(&root, &files);
+    node.ask(&["unmount", &root]);
+    node.ask(&["detach", &image]);
+    node.stop();
+}
+
+/// As when a node boots, and its mounts come late.
+#[test]
+fn a_ufs_that_comes_after_the_daemon_is_waited_for() {
+    let (mut node, _, root, files) = mounted();
+    node.child.kill().unwrap();
+    node.child.wait().unwrap();
+    let (ufs, away) = (node.path("ufs"), node.path("away"));
+    fs::rename(&ufs, &away).unwrap();
+    let for_ever: [&OsStr; 2] = ["--request-timeout".as_ref(), "0".as_ref()];
+    node.child = serve_with(node.directory.path(), &for_ever);
+    node.await_daemon();
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            drop_caches();
+            check_big(&root, &files);
+        });
+        let kept = node.status()["exports"].as_array().unwrap().len();
+        assert!(kept > 0, "the export did not come back");
+        std::thread::sleep(Duration::from_secs(3));
+        assert!(!reader.is_finished(), "it did not wait");
+        fs::rename(&away, &ufs).unwrap();
+        reader.join().unwrap();
+    });
+    assert_eq!(node.status()["failed_reads"], 0);
     node.ask(&["unmount", &root]);
     node.stop();
 }
