@@ -63,7 +63,9 @@ fn known(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(error) = error.downcast_ref::<PublishedError>() {
         return Some(match error {
             PublishedError::Read { .. } => STORAGE,
-            PublishedError::Damaged { .. } | PublishedError::Index { .. } => DAMAGED,
+            PublishedError::Damaged { .. }
+            | PublishedError::Index { .. }
+            | PublishedError::Start { .. } => DAMAGED,
         });
     }
     match error.downcast_ref::<LayerError<SinkError>>()? {

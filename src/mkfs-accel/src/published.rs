@@ -2,9 +2,12 @@
 
 use accel_erofs::Input;
 use accel_layer::{ErofsLower, LowerDirectory, LowerError, LowerLookup};
-use accel_ufs::index::{CHUNK_SIZE, ChunkNo, Header, Layout, Mismatch, Page, Root, Step};
+use accel_ufs::index::{
+    CHUNK_SIZE, ChunkNo, Header, Layout, Mismatch, PAGE_SIZE, Page, Root, Step,
+};
 use accel_ufs::names::LayerName;
 use accel_ufs::publish::Ufs;
+use accel_ufs::start::{Block, LayerStart, StartError};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -37,6 +40,14 @@ pub enum PublishedError {
         path: PathBuf,
         /// What is wrong with it.
         error: accel_ufs::index::HeaderError,
+    },
+    /// Blocks do not match their proofs.
+    #[error("{path:?} is damaged: {error}")]
+    Start {
+        /// The image.
+        path: PathBuf,
+        /// Which.
+        error: StartError,
     },
 }
 
@@ -136,6 +147,44 @@ impl Published {
         bytes.resize(usize::try_from(range.length).unwrap_or(CHUNK_SIZE), 0);
         read_at(&self.image, bytes, range.offset)?;
         layout.verify_chunk(chunk, bytes, value).map_err(damaged)
+    }
+}
+
+impl Published {
+    /// What mounting the layer reads, with its proofs.
+    ///
+    /// # Errors
+    /// Image or index cannot be read, or are not what the root promises.
+    pub fn start(&self) -> Result<LayerStart, PublishedError> {
+        let (layout, root) = (self.header.layout(), self.header.root());
+        let metadata = self.header.metadata();
+        let mut blocks = Vec::new();
+        let mut chunk = (NONE, Vec::new());
+        for number in LayerStart::wanted(metadata) {
+            let offset = number * PAGE_SIZE as u64;
+            let of = ChunkNo::containing(offset);
+            if chunk.0 != of {
+                self.read_chunk(of, &mut chunk.1)?;
+                chunk.0 = of;
+            }
+            let proof = layout.prove_block(root, number, &chunk.1, |at| {
+                let mut page: Page = [0; PAGE_SIZE];
+                read_at(&self.index, &mut page, at).map(|()| page)
+            })?;
+            // Less than a chunk.
+            let from = usize::try_from(offset % CHUNK_SIZE as u64).unwrap_or(0);
+            let bytes = chunk.1.get(from..).and_then(|rest| rest.first_chunk());
+            if let Some(bytes) = bytes {
+                let bytes = Box::new(*bytes);
+                blocks.push((Block { number, bytes }, proof));
+            }
+        }
+        LayerStart::new(root, layout.image_size(), metadata, blocks).map_err(|error| {
+            PublishedError::Start {
+                path: self.image.1.clone(),
+                error,
+            }
+        })
     }
 }
 

@@ -575,3 +575,97 @@ fn a_disk_cache_is_warm_after_a_restart() {
     node.unmount();
     node.stop();
 }
+
+/// An image of so many layers, each of several chunks with metadata in another one than
+/// the superblock is in; and what is in it.
+fn image_of(layers: usize) -> (Image, Vec<(String, Vec<u8>)>) {
+    let content = |number: usize| {
+        let seed = number as u64;
+        (
+            format!("opt/layer-{number}"),
+            noise(seed, (160 << 10) + number),
+        )
+    };
+    let contents: Vec<_> = (0..layers).map(content).collect();
+    let tars = contents.iter().map(|(path, bytes)| {
+        let tar = Tar::new().directory("opt/", 0o755).file(path, bytes);
+        let mut tar = tar.file("opt/zeros", &vec![0; 1 << 20]);
+        for file in 0..100 {
+            tar = tar.file(&format!("opt/{file}-of-{}", &path[4..]), b"small");
+        }
+        tar.finish()
+    });
+    let tars: Vec<_> = tars.collect();
+    (Image::gzipped(&tars), contents)
+}
+
+/// The start file of the only image on UFS.
+fn start_file(ufs: &Path) -> PathBuf {
+    let all = files(&ufs.join("images"));
+    let mut starts = all
+        .keys()
+        .filter(|path| path.extension() == Some("start".as_ref()));
+    ufs.join("images").join(starts.next().unwrap())
+}
+
+/// Mounts the image with nothing in memory and gives the bytes that UFS gave up for that
+/// (as `status` has them, counted where the sources are), and the daemon's log.
+#[track_caller]
+fn mount_and_count(ufs: &Ufs, image: &str, contents: &[(String, Vec<u8>)]) -> (u64, String) {
+    let node = Node::start(ufs.clone(), &[]);
+    drop_caches();
+    let root = node.mount(image);
+    let ready = |node: &Node| node.status()["holders"][0]["ready"].clone();
+    await_that(|| ready(&node)["metadata_ms"].is_u64());
+    let until = ready(&node)["mounted_bytes"].as_u64().unwrap();
+    for (path, bytes) in contents {
+        assert!(fs::read(root.join(path)).unwrap() == *bytes, "{path}");
+    }
+    assert!(fs::read(root.join("opt/zeros")).unwrap() == vec![0; 1 << 20]);
+    let read = node.status()["fetched_bytes"].as_u64().unwrap();
+    let most = contents.len() as u64 * (6 * (128 << 10) + (64 << 10)) + until;
+    assert!(read <= most, "{read} bytes: zeros were read of UFS");
+    node.unmount();
+    (until, node.stop())
+}
+
+#[test]
+fn a_mount_takes_at_most_1_mib_of_ufs_however_many_layers() {
+    for layers in [1, 3, 10, 70, 100] {
+        let (image, contents) = image_of(layers);
+        let ufs = Ufs::new();
+        ufs.convert(&image.source());
+        let (until, log) = mount_and_count(&ufs, &image.source(), &contents);
+        println!("{layers} layers: {until} bytes");
+        assert!(until <= 1 << 20, "{layers} layers: {until} bytes\n{log}");
+    }
+}
+
+#[test]
+fn without_a_start_file_or_with_a_wrong_one_a_mount_works() {
+    let (image, contents) = image_of(10);
+    let ufs = Ufs::new();
+    ufs.convert(&image.source());
+    let start = start_file(ufs.path());
+    let good = fs::read(&start).unwrap();
+    let mut wrong = good.clone();
+    wrong[100] ^= 1;
+    fs::write(&start, &wrong).unwrap();
+    let (more, log) = mount_and_count(&ufs, &image.source(), &contents);
+    assert!(more > 1 << 20 && log.contains("checksum"), "{more}\n{log}");
+    // Nobody but the layers' roots is believed.
+    let (checked, checksum) = wrong.split_last_chunk_mut::<32>().unwrap();
+    *checksum = *blake3::hash(checked).as_bytes();
+    fs::write(&start, &wrong).unwrap();
+    let (more, log) = mount_and_count(&ufs, &image.source(), &contents);
+    assert!(
+        more > 1 << 20 && log.contains("does not match"),
+        "{more}\n{log}"
+    );
+    fs::remove_file(&start).unwrap();
+    let (more, _) = mount_and_count(&ufs, &image.source(), &contents);
+    assert!(more > 1 << 20, "{more}");
+    // An image that was converted before there were such files gets its own.
+    ufs.convert(&image.source());
+    assert!(fs::read(&start).unwrap() == good);
+}

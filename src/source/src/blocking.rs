@@ -68,6 +68,25 @@ pub fn read_file(
     })
 }
 
+/// Sees to it that the file is there: opens it, and reads nothing.
+///
+/// # Errors
+/// It is not ([`SourceError::is_not_found`]), or nobody answers.
+pub fn see_to(
+    source: &dyn Source,
+    pool: &Arc<Pool>,
+    file: &FileName,
+    patience: Patience,
+) -> Result<(), SourceError> {
+    let nothing = Operation::Read {
+        offset: 0,
+        len: 0,
+        fresh: false,
+    };
+    let rejected = Rejected::default();
+    run(source, pool, file, nothing, patience, rejected).map(drop)
+}
+
 /// Reads the file from its start, at most `limit` bytes, and makes of it what
 /// `check` does, which also learns who gave the last of it. What fails the check
 /// counts as a wrong answer: other sources are asked as long as there are any. The

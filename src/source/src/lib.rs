@@ -44,7 +44,7 @@ mod wire;
 pub mod worker;
 
 pub use arena::{Arena, ArenaError, Pool, Slot};
-pub use blocking::{list, read_checked, read_file};
+pub use blocking::{list, read_checked, read_file, see_to};
 pub use disk::{
     DiskCache, DiskCounters, DiskError, DiskOptions, DiskStanding, disk_slots,
     worker as disk_worker,

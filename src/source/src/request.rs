@@ -68,6 +68,8 @@ pub struct Patience {
     /// Whether a file that no source has may still appear. If not, `ENOENT` is
     /// an answer.
     pub await_file: bool,
+    /// Whether it can be done without: nobody counts it as a failure then.
+    pub optional: bool,
 }
 
 impl Patience {
@@ -77,6 +79,7 @@ impl Patience {
         attempt: Duration::from_secs(5),
         whole: Some(Duration::from_secs(600)),
         await_file: true,
+        optional: false,
     };
 
     /// For an operator who waits for an answer.
@@ -84,6 +87,15 @@ impl Patience {
         attempt: Duration::from_secs(5),
         whole: Some(Duration::from_secs(20)),
         await_file: false,
+        optional: false,
+    };
+
+    /// For what makes things faster: a second, and then without it.
+    pub const HELP: Self = Self {
+        attempt: Duration::from_secs(5),
+        whole: Some(Duration::from_secs(1)),
+        await_file: false,
+        optional: true,
     };
 
     /// [`LOOKUP`](Self::LOOKUP) with attempts as long as these: all sources can
@@ -93,6 +105,7 @@ impl Patience {
             attempt: self.attempt,
             whole: Some(self.attempt * 4),
             await_file: false,
+            optional: false,
         }
     }
 }

@@ -98,7 +98,8 @@ struct State {
 /// Something to be done without the lock.
 enum Action {
     Send(usize, Request, Done),
-    Finish(Done, Result<Filled, SourceError>),
+    /// And whether it can be done without.
+    Finish(Done, Result<Filled, SourceError>, bool),
 }
 
 impl Sources {
@@ -198,9 +199,10 @@ impl Shared {
         for action in actions {
             match action {
                 Action::Send(member, request, done) => self.members[member].submit(request, done),
-                Action::Finish(done, outcome) => {
+                Action::Finish(done, outcome, optional) => {
                     // A name that is looked up need not exist.
-                    if outcome.as_ref().is_err_and(|error| !error.is_not_found()) {
+                    let failed = outcome.as_ref().is_err_and(|error| !error.is_not_found());
+                    if failed && !optional {
                         self.failed.fetch_add(1, Relaxed);
                     }
                     done(outcome);
@@ -485,7 +487,8 @@ impl Shared {
                         if let Some(spare) = pending.slot {
                             Pool::take_back(spare);
                         }
-                        actions.push(Action::Finish(pending.done, Ok(filled)));
+                        let optional = pending.patience.optional;
+                        actions.push(Action::Finish(pending.done, Ok(filled), optional));
                     }
                     None => Pool::take_back(filled.slot),
                 }

@@ -2,7 +2,9 @@
 
 use crate::remake::Origin;
 use accel_oci::{ChainId, DiffId, Digest, ImageSource, Version};
-use accel_source::{FileName, Patience, Pool, Source, SourceError, list, read_file};
+use accel_source::{
+    FileName, Origin as Giver, Patience, Pool, Source, SourceError, list, read_checked, read_file,
+};
 use accel_ufs::UfsError;
 use accel_ufs::index::{Header, HeaderError, ImageSize, PAGE_SIZE, Page, Root};
 use accel_ufs::names::{self, LayerName, Nanoseconds};
@@ -10,6 +12,7 @@ use accel_ufs::record::{
     DigestRecord, ImageRecord, LayerRecord, MAX_RECORD, NameRecord, RecordError,
 };
 use accel_ufs::resolve::ImageName;
+use accel_ufs::start::{self, LayerStart};
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -52,7 +55,7 @@ pub struct Image {
 }
 
 /// A layer to serve.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Layer {
     /// What it is called on UFS.
     pub name: LayerName,
@@ -60,6 +63,8 @@ pub struct Layer {
     pub root: Root,
     /// Its size.
     pub size: ImageSize,
+    /// What a mount reads of it, if that came with its image's record.
+    pub start: Option<Arc<LayerStart>>,
 }
 
 /// Where an image's layers came from. Of a registry's image the manifest's digest counts:
@@ -114,10 +119,17 @@ impl Catalog<'_, dyn Source> {
             record => record?,
         };
         let manifest = record.manifest;
+        let starts = self.starts(&manifest);
         let layers = record.layers.iter().map(|layer| {
             let name = layer.name().ok_or(CatalogError::Path { manifest })?;
             let (root, size) = (layer.erofs.root, layer.erofs.size);
-            Ok(Layer { name, root, size })
+            let start = starts.get(&root).filter(|start| start.size() == size);
+            Ok(Layer {
+                name,
+                root,
+                size,
+                start: start.map(Arc::clone),
+            })
         });
         Ok(Image {
             digest: manifest,
@@ -207,8 +219,40 @@ impl Catalog<'_, dyn Source> {
                 name,
                 root: header.root(),
                 size: header.image_size(),
+                start: None,
             }))
         })
+    }
+
+    /// What mounting an image reads of its layers, if that lies beside its record. It is a
+    /// help: without it layers are opened one by one.
+    fn starts(&self, manifest: &Digest) -> HashMap<Root, Arc<LayerStart>> {
+        let name = names::image_start(manifest);
+        let file = FileName::new(name.as_str());
+        let mut read = 0;
+        let parse = |bytes: &[u8], _: &Giver| {
+            read += bytes.len();
+            start::parse(bytes)
+        };
+        let limit = start::MAX_START + 1;
+        let patience = Patience::HELP;
+        let starts = match read_checked(self.source, self.pool, &file, limit, patience, parse) {
+            Ok(Ok(starts)) => starts,
+            Ok(Err(error)) => {
+                tracing::warn!(%file, %error, "mounting the image takes more of UFS than it need");
+                Vec::new()
+            }
+            Err(error) if error.is_not_found() => Vec::new(),
+            Err(error) => {
+                tracing::debug!(%file, %error, "cannot be read");
+                Vec::new()
+            }
+        };
+        self.count(read);
+        let starts = starts.into_iter();
+        starts
+            .map(|start| (start.root(), Arc::new(start)))
+            .collect()
     }
 
     /// The record of the image that `name` means.

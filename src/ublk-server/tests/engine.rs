@@ -401,6 +401,7 @@ fn all_memory_held_by_a_stalled_ufs_is_an_error_in_time() {
         attempt: Duration::from_millis(50),
         whole: Some(Duration::from_millis(500)),
         await_file: true,
+        optional: false,
     };
     let engine = Engine::start(sources, arena, patience).unwrap();
     let export = Export::recovered(layer.name, layer.root, layer.size);
@@ -550,4 +551,58 @@ fn reads_that_are_under_way_end_when_their_export_does() {
         std::thread::yield_now();
     }
     assert_eq!(setup.engine.totals().requests, 16);
+}
+
+#[test]
+fn what_lies_beside_comes_with_it_from_a_source_far_away() {
+    let ufs = tempfile::tempdir().unwrap();
+    let mut image = noise(96 * CHUNK, 5);
+    // Zeros among them.
+    image[93 * CHUNK..94 * CHUNK].fill(0);
+    let layer = publish(ufs.path(), "a", &image);
+    let slow = |inner: Arc<dyn Source>| -> Arc<dyn Source> {
+        let plan = |file: &str, _: Operation| match file.ends_with(".erofs") {
+            true => Fault::Delay(Duration::from_millis(20)),
+            false => Fault::None,
+        };
+        Arc::new(Faulty::new(inner, Box::new(plan)))
+    };
+    let setup = setup_with(ufs.path(), 256, 16, slow);
+    let reader = setup.open(&layer);
+    let counters = &reader.export().counters;
+    let wanted = |chunk: usize| {
+        let bytes = read(&reader, chunk * CHUNK + 4096, 4096).unwrap();
+        assert!(bytes == image[chunk * CHUNK + 4096..][..4096]);
+    };
+    // One after the other, far from each other: how slow it is has to be seen.
+    for group in 0..8 {
+        wanted(group * 8);
+    }
+    assert_eq!(counters.background_bytes.load(Relaxed), 0);
+    // Its group begins at 80.
+    wanted(83);
+    let until = Instant::now() + Duration::from_secs(60);
+    while setup.engine.cached_chunks() < 8 + 4 {
+        assert!(Instant::now() < until, "{}", setup.engine.cached_chunks());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let (misses, read) = (
+        counters.misses.load(Relaxed),
+        counters.source_bytes.load(Relaxed),
+    );
+    for chunk in 80..84 {
+        wanted(chunk);
+    }
+    assert_eq!(counters.source_bytes.load(Relaxed), read);
+    assert_eq!(counters.misses.load(Relaxed), misses);
+    // What is asked for goes across groups, and is not asked for twice; zeros are not read.
+    let answer = start(&reader, 71 * CHUNK, 2 * CHUNK).recv().unwrap();
+    assert!(answer.unwrap() == image[71 * CHUNK..73 * CHUNK]);
+    wanted(95);
+    while setup.engine.cached_chunks() < 12 + 8 + 3 {
+        assert!(Instant::now() < until, "{}", setup.engine.cached_chunks());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let all = counters.source_bytes.load(Relaxed) - read;
+    assert_eq!(all, (8 + 3) * CHUNK as u64);
 }

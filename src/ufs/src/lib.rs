@@ -8,6 +8,7 @@
 //! * [`publish`]: how files get their final names: complete, durable, and never
 //!   replacing anything.
 //! * [`lease`]: which processes are at work, so that what the others left can go.
+//! * [`start`]: what mounting an image reads first, in one file.
 //! * [`resolve`]: from what a user calls an image to its record.
 //!
 //! The bytes and names are specified in `ARCHITECTURE.md`, "Formats"; this is
@@ -20,6 +21,7 @@ pub mod names;
 pub mod publish;
 pub mod record;
 pub mod resolve;
+pub mod start;
 
 mod error;
 mod hex;

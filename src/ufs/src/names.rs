@@ -199,6 +199,11 @@ pub fn image_record(manifest: &Digest) -> RelPath {
     RelPath(format!("{IMAGES}/sha256/{}.json", manifest.hex()))
 }
 
+/// What mounting the image with this manifest digest reads first.
+pub fn image_start(manifest: &Digest) -> RelPath {
+    RelPath(format!("{IMAGES}/sha256/{}.start", manifest.hex()))
+}
+
 /// The directory of what `source` pointed to: a canonical source (see
 /// [`crate::resolve::canonical`]), or the digest of an index.
 pub fn name_directory(source: &dyn fmt::Display) -> RelPath {

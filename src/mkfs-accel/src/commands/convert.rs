@@ -3,6 +3,7 @@
 
 use crate::layers::{self, Done, Fate, Tell};
 use crate::output::{Bytes, Seconds, say};
+use crate::published::Published;
 use crate::registry::RegistryArguments;
 use crate::{interrupt, jobs};
 use accel_image::{Accelerated, Image, Images, Platforms, Target};
@@ -13,6 +14,7 @@ use accel_ufs::names;
 use accel_ufs::publish::{Outcome, Ufs};
 use accel_ufs::record::{self, ImageRecord, LayerRecord, NameRecord, Process};
 use accel_ufs::resolve::canonical;
+use accel_ufs::start;
 use anyhow::{Context, bail, ensure};
 use serde::Serialize;
 use std::fmt::Display;
@@ -355,6 +357,8 @@ fn publish_image(
         },
         layers: layers.iter().map(|done| done.record.clone()).collect(),
     };
+    // First, so that who finds the record finds it.
+    publish_start(ufs, &record)?;
     let path = names::image_record(&image.manifest);
     match ufs.publish(&path, &record.to_json()) {
         Ok(Outcome::Published) => {}
@@ -375,6 +379,31 @@ fn publish_image(
         Err(error) => return Err(error.into()),
     }
     Ok(())
+}
+
+/// Publishes what mounting the image reads, of all its layers in one file.
+fn publish_start(ufs: &Ufs, record: &ImageRecord) -> anyhow::Result<()> {
+    let path = names::image_start(&record.manifest);
+    // What is there already follows from the same layers.
+    if ufs.path(&path).exists() {
+        return Ok(());
+    }
+    let mut starts = Vec::new();
+    for name in record.layers.iter().filter_map(LayerRecord::name) {
+        match Published::open(ufs, &name).and_then(|layer| layer.start()) {
+            Ok(start) => starts.push(start),
+            // It was there before, and is not this conversion's to judge; who mends it
+            // converts again.
+            Err(error) => {
+                eprintln!("mkfs-accel: mounting the image reads more of UFS than it need: {error}");
+                return Ok(());
+            }
+        }
+    }
+    match ufs.publish(&path, &start::encode(&starts)) {
+        Ok(_) | Err(UfsError::Differs { .. }) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Notes what `source` points to. What is noted already leaves no trace.

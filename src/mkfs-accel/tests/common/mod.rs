@@ -12,6 +12,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
+use std::sync::Arc;
 use tempfile::TempDir;
 
 /// The program under test.
@@ -232,11 +233,12 @@ impl Image {
 }
 
 /// An empty UFS.
-pub struct Ufs(pub TempDir);
+#[derive(Clone)]
+pub struct Ufs(pub Arc<TempDir>);
 
 impl Ufs {
     pub fn new() -> Self {
-        Self(TempDir::new().unwrap())
+        Self(Arc::new(TempDir::new().unwrap()))
     }
 
     pub fn path(&self) -> &Path {

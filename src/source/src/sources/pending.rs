@@ -151,6 +151,6 @@ impl Pending {
         };
         // The slot is free before the request is over: who fails may wait for it.
         drop(self.slot);
-        Action::Finish(self.done, Err(error))
+        Action::Finish(self.done, Err(error), self.patience.optional)
     }
 }

@@ -414,6 +414,7 @@ fn no_memory() {
         attempt: Duration::from_secs(60),
         whole: Some(Duration::from_millis(300)),
         await_file: false,
+        optional: false,
     };
     // Attempts that are given up while nobody answers hold all slots there are.
     let name = FileName::new("file");
@@ -447,6 +448,7 @@ fn late_slots() {
         attempt: Duration::from_secs(60),
         whole: Some(Duration::from_millis(100)),
         await_file: false,
+        optional: false,
     };
     let sources = patient(&source);
     let receiver = submit(&arena, &sources, "file", at(0, 4096), patience);

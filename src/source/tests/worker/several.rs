@@ -331,6 +331,7 @@ pub(crate) fn all_stalled() {
         // Long enough to be asked on a busy machine.
         whole: Some(Duration::from_secs(3)),
         await_file: true,
+        optional: false,
     };
     let read = submit(&arena, &sources, "file", at(0, CHUNK), patience);
     let error = read.recv().unwrap().unwrap_err().to_string();

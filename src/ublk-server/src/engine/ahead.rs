@@ -2,7 +2,8 @@
 //!
 //! The kernel reads the superblock, then the root directory, one after the other; both
 //! are known beforehand. Nothing else is read: where nobody mounts, nothing more than
-//! this is wasted.
+//! this is wasted. Of a layer that came with its start nothing is read before the mount,
+//! and the chunk with the root directory after it.
 
 use super::content::{Content as _, PageLoad};
 use super::pending::{Pending, Piece};
@@ -28,10 +29,26 @@ impl Pending for Unasked {
 impl Engine {
     /// Begins to read what mounting `export` takes. Waits for nothing.
     pub fn expect_mount(self: &Arc<Self>, export: &Arc<Export>) {
-        let pending = Arc::new(Unasked(export.expected()));
         let first = ChunkNo::containing(export.metadata.offset);
         let chunks = [ChunkNo(0), first];
-        let chunks = &chunks[..if first == ChunkNo(0) { 1 } else { 2 }];
+        self.expect(
+            export,
+            &chunks[..if first == ChunkNo(0) { 1 } else { 2 }],
+            export.expected(),
+        );
+    }
+
+    /// Begins to read what is looked at first once `export`, of which only the start was
+    /// read so far, is mounted. Waits for nothing.
+    pub fn expect_look(self: &Arc<Self>, export: &Arc<Export>) {
+        if export.is_begun() && export.complete().is_none() {
+            let first = ChunkNo::containing(export.metadata.offset);
+            self.expect(export, &[first], export.background());
+        }
+    }
+
+    fn expect(self: &Arc<Self>, export: &Arc<Export>, chunks: &[ChunkNo], request: RequestId) {
+        let pending = Arc::new(Unasked(request));
         for &chunk in chunks {
             // What the index says of its metadata is a hint, and may be past the end.
             let Ok(walk) = export.layout.walk(export.root, chunk) else {

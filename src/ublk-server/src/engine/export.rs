@@ -5,12 +5,15 @@ use super::pending::{KernelRequest, Pending as _, Piece};
 use super::verify::ZEROS;
 use super::{ChunkLoad, Engine};
 use accel_cache::Guard;
-use accel_source::{FileName, Origin, Patience, RequestId, Slot, SourceError, read_checked};
+use accel_source::{
+    FileName, Origin, Patience, RequestId, Slot, SourceError, read_checked, see_to,
+};
 use accel_transport::{ReadError, Reader, Request};
 use accel_ufs::index::{
     ByteRange, CHUNK_SIZE, ChunkNo, Header, HeaderError, ImageSize, Layout, PAGE_SIZE, Page, Root,
 };
 use accel_ufs::names::LayerName;
+use accel_ufs::start::LayerStart;
 use std::fmt;
 use std::io::{self, IoSlice};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
@@ -77,14 +80,17 @@ pub struct Export {
     pub root: Root,
     /// Where the image's metadata lies: a hint.
     pub metadata: ByteRange,
-    pub(super) zeros: Zeros,
+    /// Not known before the index was opened.
+    zeros: OnceLock<Zeros>,
+    /// What was read for the mount, if only that was.
+    start: Option<Arc<LayerStart>>,
     /// What it has done.
     pub counters: Arc<ExportCounters>,
     /// The topmost page of its index, unverified, and who gave it, until it is in the
     /// cache: it came with the header.
     top: Mutex<Option<(Box<Page>, Origin)>>,
-    /// When its metadata had been fetched.
-    complete: OnceLock<Instant>,
+    /// When its metadata had been fetched, and how many bytes in the background by then.
+    complete: OnceLock<(Instant, u64)>,
 }
 
 impl fmt::Debug for Export {
@@ -104,15 +110,76 @@ impl Export {
         size: ImageSize,
         patience: Patience,
     ) -> Result<Self, OpenError> {
-        let index = FileName::new(name.index().as_str());
-        let layout = Layout::new(size);
+        let export = Self::unopened(name, root, size);
+        let header = export.open_index(engine, patience)?;
+        Ok(Self {
+            metadata: header.metadata(),
+            ..export
+        })
+    }
+
+    /// A layer of which what a mount reads is known: nothing is read, but that its index
+    /// is there is seen to. Waits for the source.
+    pub fn begun(
+        engine: &Engine,
+        name: LayerName,
+        start: &Arc<LayerStart>,
+        patience: Patience,
+    ) -> Result<Self, OpenError> {
+        let export = Self::unopened(name, start.root(), start.size());
+        let (source, pool) = (engine.source(), engine.arena().chunks());
+        let there = see_to(source, pool, &export.index, patience);
+        there.map_err(|source| OpenError::Source {
+            layer: name,
+            source,
+        })?;
+        Ok(Self {
+            metadata: start.metadata(),
+            start: Some(Arc::clone(start)),
+            ..export
+        })
+    }
+
+    fn unopened(name: LayerName, root: Root, size: ImageSize) -> Self {
+        Self {
+            name,
+            number: NUMBERS.fetch_add(1, Relaxed),
+            image: FileName::new(name.image().as_str()),
+            index: FileName::new(name.index().as_str()),
+            layout: Layout::new(size),
+            root,
+            metadata: ByteRange::default(),
+            zeros: OnceLock::new(),
+            start: None,
+            counters: Arc::default(),
+            top: Mutex::default(),
+            complete: OnceLock::new(),
+        }
+    }
+
+    /// Whether it was [begun](Self::begun), and its index not read yet.
+    pub(super) fn is_begun(&self) -> bool {
+        self.start.is_some() && self.zeros.get().is_none()
+    }
+
+    /// Reads the header of the index, the zero map and the topmost page. Waits for the
+    /// source.
+    pub(super) fn open_index(
+        &self,
+        engine: &Engine,
+        patience: Patience,
+    ) -> Result<Header, OpenError> {
+        let (name, root, size) = (self.name, self.root, self.image_size());
+        let (index, layout) = (&self.index, &self.layout);
         let map = usize::try_from(layout.zero_map().length).unwrap_or(ZERO_MAP);
         let map = map.min(ZERO_MAP);
-        // It follows the zero map, if that is read to its end.
+        // It follows the zero map, if that is read to its end. A begun layer's is in use by
+        // now.
         let top = layout
             .top_page(root)
             .map(|(page, _)| layout.page_range(page));
-        let top = top.filter(|range| range.offset == (PAGE_SIZE + map) as u64);
+        let top =
+            top.filter(|range| self.start.is_none() && range.offset == (PAGE_SIZE + map) as u64);
         let limit = PAGE_SIZE + map + top.map_or(0, |_| PAGE_SIZE);
         let (source, pool) = (engine.source(), engine.arena().chunks());
         let check = |bytes: &[u8], origin: &Origin| {
@@ -140,57 +207,76 @@ impl Export {
             }
             Ok((header, bytes.to_vec(), origin.clone()))
         };
-        let read = read_checked(source, pool, &index, limit, patience, check);
+        let read = read_checked(source, pool, index, limit, patience, check);
         let (header, bytes, origin) = read.map_err(|source| OpenError::Source {
             layer: name,
             source,
         })??;
-        let counters = ExportCounters::default();
-        counters.source_bytes.store(bytes.len() as u64, Relaxed);
-        Ok(Self {
-            name,
-            number: NUMBERS.fetch_add(1, Relaxed),
-            image: FileName::new(name.image().as_str()),
-            index: index.clone(),
-            layout,
-            root,
-            metadata: header.metadata(),
-            // One that is cut off is read like other pages.
-            top: Mutex::new(top.and_then(|_| {
-                let page = bytes.get(PAGE_SIZE + map..)?;
-                Some((Box::new(*<&Page>::try_from(page).ok()?), origin))
-            })),
-            zeros: Zeros::new(&bytes[PAGE_SIZE..bytes.len().min(PAGE_SIZE + map)]),
-            counters: Arc::new(counters),
-            complete: OnceLock::new(),
-        })
+        let counters = &self.counters;
+        counters.source_bytes.fetch_add(bytes.len() as u64, Relaxed);
+        // One that is cut off is read like other pages.
+        let top = top.and_then(|_| {
+            let page = bytes.get(PAGE_SIZE + map..)?;
+            Some((Box::new(*<&Page>::try_from(page).ok()?), origin))
+        });
+        *self.top.lock().unwrap_or_else(PoisonError::into_inner) = top;
+        let zeros = &bytes[PAGE_SIZE..bytes.len().min(PAGE_SIZE + map)];
+        let _ = self.zeros.set(Zeros::new(zeros));
+        Ok(header)
     }
 
     /// A layer that was opened by an earlier daemon. Nothing is read: its zeros
     /// are read like other bytes, and its metadata is not fetched ahead.
     pub fn recovered(name: LayerName, root: Root, size: ImageSize) -> Self {
-        Self {
-            name,
-            number: NUMBERS.fetch_add(1, Relaxed),
-            image: FileName::new(name.image().as_str()),
-            index: FileName::new(name.index().as_str()),
-            layout: Layout::new(size),
-            root,
-            metadata: ByteRange::default(),
-            zeros: Zeros::new(&[]),
-            top: Mutex::default(),
-            counters: Arc::default(),
-            complete: OnceLock::new(),
+        Self::unopened(name, root, size)
+    }
+
+    /// Whether the index says that the chunk is all zeros, and is not known to be wrong.
+    pub(super) fn says_zeros(&self, chunk: ChunkNo) -> bool {
+        self.zeros.get().is_some_and(|zeros| zeros.says(chunk))
+    }
+
+    /// Whether a verifier has found that the chunk is all zeros.
+    pub(super) fn is_verified_zeros(&self, chunk: ChunkNo) -> bool {
+        self.zeros
+            .get()
+            .is_some_and(|zeros| zeros.is_verified(chunk))
+    }
+
+    /// The chunk is all zeros, or is not.
+    pub(super) fn found_zeros(&self, chunk: ChunkNo, zeros: bool) {
+        match self.zeros.get() {
+            Some(map) if zeros => map.verified(chunk),
+            Some(map) => map.refuted(chunk),
+            None => {}
         }
+    }
+
+    /// The bytes at `offset`, if they are of one block that came before the mount.
+    fn started(&self, offset: u64, len: usize) -> Option<&[u8]> {
+        let number = offset / PAGE_SIZE as u64;
+        let mut blocks = self.start.as_ref()?.blocks();
+        let block = blocks.find(|block| block.number == number)?;
+        // Less than a block.
+        let from = usize::try_from(offset % PAGE_SIZE as u64).unwrap_or(0);
+        block.bytes.get(from..from.checked_add(len)?)
     }
 
     /// When all of its metadata, or as much as is fetched ahead, had been.
     pub fn complete(&self) -> Option<Instant> {
-        self.complete.get().copied()
+        self.complete.get().map(|(at, _)| *at)
+    }
+
+    /// Bytes of it that were read in the background until its metadata was complete, so
+    /// far if it is not.
+    pub fn metadata_bytes(&self) -> u64 {
+        let now = || self.counters.background_bytes.load(Relaxed);
+        self.complete.get().map_or_else(now, |(_, bytes)| *bytes)
     }
 
     pub(super) fn is_complete(&self) {
-        let _ = self.complete.set(Instant::now());
+        let bytes = self.counters.background_bytes.load(Relaxed);
+        let _ = self.complete.set((Instant::now(), bytes));
     }
 
     /// The topmost page of its index, if it came with the header; once.
@@ -221,7 +307,7 @@ impl Export {
 }
 
 /// Chunks of zeros: what the index says, and what was verified.
-pub(super) struct Zeros {
+struct Zeros {
     /// The index's bits; a bit is cleared when it turns out wrong.
     said: Box<[AtomicU8]>,
     verified: Box<[AtomicU8]>,
@@ -242,27 +328,27 @@ impl Zeros {
 
     /// Whether the index says that the chunk is all zeros, and is not known to be
     /// wrong.
-    pub(super) fn says(&self, chunk: ChunkNo) -> bool {
+    fn says(&self, chunk: ChunkNo) -> bool {
         let (byte, bit) = Self::place(chunk);
         let said = self.said.get(byte);
         said.is_some_and(|said| said.load(Relaxed) & bit != 0)
     }
 
     /// Whether a verifier has found that it is.
-    pub(super) fn is_verified(&self, chunk: ChunkNo) -> bool {
+    fn is_verified(&self, chunk: ChunkNo) -> bool {
         let (byte, bit) = Self::place(chunk);
         let verified = self.verified.get(byte);
         verified.is_some_and(|verified| verified.load(Relaxed) & bit != 0)
     }
 
-    pub(super) fn verified(&self, chunk: ChunkNo) {
+    fn verified(&self, chunk: ChunkNo) {
         let (byte, bit) = Self::place(chunk);
         if let Some(verified) = self.verified.get(byte) {
             verified.fetch_or(bit, Relaxed);
         }
     }
 
-    pub(super) fn refuted(&self, chunk: ChunkNo) {
+    fn refuted(&self, chunk: ChunkNo) {
         let (byte, bit) = Self::place(chunk);
         if let Some(said) = self.said.get(byte) {
             said.fetch_and(!bit, Relaxed);
@@ -338,7 +424,7 @@ impl ExportReader {
             let Some(place) = found.get_mut(at) else {
                 return Ok(false);
             };
-            let cached = if export.zeros.says(chunk) && export.zeros.is_verified(chunk) {
+            let cached = if export.says_zeros(chunk) && export.is_verified_zeros(chunk) {
                 Cached::Zeros
             } else if let Some(guard) = engine.recent.find(export.number, chunk) {
                 hits += 1;
@@ -384,7 +470,14 @@ impl Reader for ExportReader {
         let id = RequestId::new(self.export.number, number);
         tracing::trace!(request = %id, layer = %self.export.name, offset, len, "read");
         let came = number.is_multiple_of(TIMED).then(Instant::now);
-        match self.read_known(offset, len, &request) {
+        let known = match self.export.started(offset, len) {
+            Some(bytes) => {
+                counters.served_bytes.fetch_add(len as u64, Relaxed);
+                request.fill_from(&[IoSlice::new(bytes)]).map(|()| true)
+            }
+            None => self.read_known(offset, len, &request),
+        };
+        match known {
             Ok(true) => {
                 request.finish(Ok(()));
                 if let Some(came) = came {
@@ -403,6 +496,7 @@ impl Reader for ExportReader {
         let pending = KernelRequest::new(request, len, id, came, &self.engine, &self.export);
         let pending = Arc::new(pending);
         let mut at = 0;
+        let mut missed: Option<(u64, u64)> = None;
         for (chunk, start, part) in parts(offset, len) {
             let walk = match self.export.layout.walk(self.export.root, chunk) {
                 Ok(walk) => walk,
@@ -418,7 +512,12 @@ impl Reader for ExportReader {
                 at,
             };
             at += part;
-            self.engine.serve(piece);
+            if self.engine.serve(piece) {
+                missed = Some((missed.map_or(chunk.0, |(first, _)| first), chunk.0));
+            }
+        }
+        if let Some((first, last)) = missed {
+            self.engine.read_around(&self.export, first..=last);
         }
     }
 }

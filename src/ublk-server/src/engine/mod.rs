@@ -25,6 +25,7 @@
 //! in a cache of their own, in page slots of the same shared memory.
 
 mod ahead;
+mod around;
 mod content;
 mod counters;
 mod export;
@@ -44,6 +45,7 @@ use accel_source::{
     Arena, Filled, Operation, Patience, Rejected, Request, Slot, Source, SourceError,
 };
 use accel_ufs::index::{ChunkValue, PAGE_SIZE, PageValue, Step};
+use around::Around;
 use content::{ChunkLoad, Content, PageLoad};
 use counters::Ledger;
 use gate::Gate;
@@ -67,6 +69,7 @@ pub struct Engine {
     chunks: Chunks,
     pages: Pages,
     recent: Recent,
+    around: Around,
     source: Arc<dyn Source>,
     arena: Arc<Arena>,
     jobs: Arc<JobQueue>,
@@ -100,6 +103,7 @@ impl Engine {
         let jobs = Arc::new(JobQueue::default());
         let engine = Arc::new(Self {
             recent: Recent::new(chunk_pool.capacity()),
+            around: Around::new(chunk_pool.capacity()),
             chunks: Cache::new(chunk_pool.capacity(), move || chunk_pool.take()),
             pages: Cache::new(page_pool.capacity(), move || page_pool.take()),
             source,
@@ -185,20 +189,21 @@ impl Engine {
         self.chunks.len()
     }
 
-    /// Serves one piece, now or when its chunk has come.
-    fn serve(self: &Arc<Self>, mut piece: Piece) {
+    /// Serves one piece, now or when its chunk has come. Whether it is the first to want
+    /// a chunk that is not in memory.
+    fn serve(self: &Arc<Self>, mut piece: Piece) -> bool {
         let Some(value) = self.chunk_value(&mut piece) else {
-            return;
+            return false;
         };
         let (export, chunk) = (&piece.export, piece.chunk);
-        if export.zeros.says(chunk) {
-            if export.zeros.is_verified(chunk) {
+        if export.says_zeros(chunk) {
+            if export.is_verified_zeros(chunk) {
                 piece.fill(&ZEROS);
             } else {
                 let engine = Arc::clone(self);
                 self.jobs.push(Job::zeros(engine, piece, value));
             }
-            return;
+            return false;
         }
         let park = || {
             let load = ChunkLoad::new(export, chunk, piece.pending.id());
@@ -221,6 +226,7 @@ impl Engine {
                     "not in memory"
                 );
                 self.load(load, Rejected::default());
+                return true;
             }
             Lookup::Joined => {
                 export.counters.misses.fetch_add(1, Relaxed);
@@ -232,6 +238,7 @@ impl Engine {
                 );
             }
         }
+        false
     }
 
     /// The value of the piece's chunk, if every page on the way is cached. If one
@@ -357,6 +364,8 @@ impl Engine {
                 if what.request().is_background() {
                     let background = &export.counters.background_bytes;
                     background.fetch_add(len as u64, Relaxed);
+                } else if what.chunk().is_some() {
+                    self.around.came(what.since().elapsed());
                 }
                 match what.check(filled.bytes(), key) {
                     Ok(()) => {
@@ -425,14 +434,14 @@ impl Engine {
         let range = export.layout.chunk_range(piece.chunk).unwrap_or_default();
         let len = usize::try_from(range.length).unwrap_or(0);
         if verify::chunk(export, piece.chunk, &ZEROS[..len], value).is_ok() {
-            export.zeros.verified(piece.chunk);
+            export.found_zeros(piece.chunk, true);
             piece.fill(&ZEROS);
         } else {
             tracing::warn!(
                 layer = %export.name, chunk = piece.chunk.0, file = %export.index,
                 "the zero map is wrong about a chunk; reading it"
             );
-            export.zeros.refuted(piece.chunk);
+            export.found_zeros(piece.chunk, false);
             self.serve(piece);
         }
     }

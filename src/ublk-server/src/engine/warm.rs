@@ -77,10 +77,15 @@ impl Warmer {
 /// Fetches the metadata of `export`, if it is still there: at most a quarter of what the
 /// cache holds, lest images push each other's out.
 fn warm(engine: &Arc<Engine>, export: &Weak<Export>) {
-    let Some((range, done)) = export
-        .upgrade()
-        .map(|export| (export.metadata, export.complete().is_some()))
-    else {
+    let Some((range, done)) = export.upgrade().map(|export| {
+        if export.is_begun()
+            && let Err(error) = export.open_index(engine, engine.patience.lookup())
+        {
+            // Zeros are read like other bytes then.
+            tracing::warn!(layer = %export.name, %error, "cannot read the index's header");
+        }
+        (export.metadata, export.complete().is_some())
+    }) else {
         return;
     };
     let most = (engine.arena().chunks().capacity() / 4).max(1) as u64;

@@ -173,7 +173,7 @@ fn look_ahead(
             let under_way = (Instant::now(), Progress::UnderWay);
             state.layers.insert(layer.root, under_way);
         }
-        let opened = open_layer(engine, layer);
+        let opened = open_layer(engine, &layer);
         let mut state = shared.state();
         match opened {
             Ok(export) => {

@@ -27,11 +27,15 @@ pub(super) enum Rooted {
     Absent,
 }
 
-/// Opens a layer, and begins to read what mounting it takes.
-pub(super) fn open_layer(engine: &Arc<Engine>, layer: Layer) -> Result<Arc<Export>, OpenError> {
-    let Layer { name, root, size } = layer;
+/// Opens a layer, and begins to read what mounting it takes, if that is not known.
+pub(super) fn open_layer(engine: &Arc<Engine>, layer: &Layer) -> Result<Arc<Export>, OpenError> {
     let patience = engine.patience().lookup();
-    let export = Arc::new(Export::open(engine, name, root, size, patience)?);
+    if let Some(start) = &layer.start {
+        let export = Export::begun(engine, layer.name, start, patience)?;
+        return Ok(Arc::new(export));
+    }
+    let export = Export::open(engine, layer.name, layer.root, layer.size, patience)?;
+    let export = Arc::new(export);
     engine.expect_mount(&export);
     Ok(export)
 }
@@ -85,7 +89,7 @@ impl Registry {
             let state = self.state();
             for layer in &image.layers {
                 if !state.exports.contains_key(&layer.root) {
-                    wanted.insert(layer.root, *layer);
+                    wanted.insert(layer.root, layer.clone());
                 }
             }
         }
@@ -95,7 +99,7 @@ impl Registry {
             if lock().is_err() {
                 return;
             }
-            let export = open_layer(&self.engine, layer);
+            let export = open_layer(&self.engine, &layer);
             let mut all = lock();
             match (&mut *all, export) {
                 (Ok(opened), Ok(export)) => {
@@ -109,7 +113,7 @@ impl Registry {
         Ok(opened?)
     }
 
-    pub(super) fn open_layer(&self, layer: Layer) -> Result<Arc<Export>> {
+    pub(super) fn open_layer(&self, layer: &Layer) -> Result<Arc<Export>> {
         Ok(open_layer(&self.engine, layer)?)
     }
 
@@ -123,7 +127,13 @@ impl Registry {
     ) -> Result<Rooted, OpenError> {
         let mut other = None;
         for name in [LayerName::Layer(diff_id), LayerName::Chain(chain_id)] {
-            match open_layer(&self.engine, Layer { name, root, size }) {
+            let layer = Layer {
+                name,
+                root,
+                size,
+                start: None,
+            };
+            match open_layer(&self.engine, &layer) {
                 Ok(export) => return Ok(Rooted::Found(export)),
                 Err(OpenError::Differs { found, .. }) => other = other.or(Some(found)),
                 Err(OpenError::Source { source, .. }) if source.is_not_found() => {}

@@ -237,7 +237,12 @@ impl Registry {
         let origins = origins.map(|origin| (root, origin)).into_iter().collect();
         let image = Image {
             digest: diff_id.0,
-            layers: vec![Layer { name, root, size }],
+            layers: vec![Layer {
+                name,
+                root,
+                size,
+                start: None,
+            }],
             origins,
         };
         let found = Found {
@@ -332,7 +337,7 @@ impl Registry {
                     let export = match found.opened.remove(&layer.root) {
                         Some(export) => export,
                         // Its last holder has let it go since it was looked up.
-                        None => self.open_layer(*layer)?,
+                        None => self.open_layer(layer)?,
                     };
                     let origin = found.image.origins.get(&layer.root).cloned();
                     let served = self.export(export, origin)?;
@@ -596,10 +601,16 @@ impl Registry {
             ready.mounted();
         }
         // The top layer is looked at first.
-        for root in holding.layers.iter().rev() {
-            if let Some(served) = state.exports.get(root) {
-                self.warmer.push(&served.export);
-            }
+        let exports = holding.layers.iter().rev();
+        let exports = exports.filter_map(|root| state.exports.get(root));
+        let exports: Vec<_> = exports.map(|served| Arc::clone(&served.export)).collect();
+        drop(state);
+        // The root directories of all are looked at next, and one after the other.
+        for export in &exports {
+            self.engine.expect_look(export);
+        }
+        for export in &exports {
+            self.warmer.push(export);
         }
     }
 

@@ -39,10 +39,7 @@ impl Readiness {
         let counters = &export.counters;
         let before = match new {
             true => (0, 0),
-            false => (
-                counters.source_bytes.load(Relaxed),
-                counters.background_bytes.load(Relaxed),
-            ),
+            false => (counters.source_bytes.load(Relaxed), export.metadata_bytes()),
         };
         let export = Arc::clone(export);
         self.layers.push(Layer { export, before });
@@ -62,7 +59,7 @@ impl Readiness {
     pub(super) fn status(&self) -> Option<ReadyStatus> {
         let (mounted_bytes, mounted) = *self.mounted.get()?;
         let metadata_bytes = self.layers.iter().map(|layer| {
-            let now = layer.export.counters.background_bytes.load(Relaxed);
+            let now = layer.export.metadata_bytes();
             now.saturating_sub(layer.before.1)
         });
         let complete = self.layers.iter().map(|layer| layer.export.complete());

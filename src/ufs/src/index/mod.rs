@@ -21,12 +21,14 @@
 mod builder;
 mod header;
 mod layout;
+mod proof;
 mod units;
 mod verify;
 
 pub use builder::{BuildError, HashedChunk, IndexBuilder};
 pub use header::{Header, HeaderError};
 pub use layout::{Layout, TreePage};
+pub use proof::BlockProof;
 pub use units::{ByteRange, ChunkNo, ChunkValue, ImageSize, PageValue, Root, SizeError};
 pub use verify::{Mismatch, Step, Walk};
 

@@ -55,7 +55,7 @@ pub(super) fn value_at(page: &Page, slot: u64) -> [u8; 32] {
 /// The value of a subtree that consists of `values`, each but the last a full
 /// power of two. As in BLAKE3, the left side takes the largest power of two that
 /// leaves something to the right.
-fn subtree(values: &[ChainingValue]) -> ChainingValue {
+pub(super) fn subtree(values: &[ChainingValue]) -> ChainingValue {
     match values {
         [] => [0; 32],
         [value] => *value,
@@ -66,7 +66,7 @@ fn subtree(values: &[ChainingValue]) -> ChainingValue {
     }
 }
 
-fn left_of(values: usize) -> usize {
+pub(super) fn left_of(values: usize) -> usize {
     values.next_power_of_two() / 2
 }
 
@@ -84,8 +84,13 @@ pub(super) fn page_value_of(values: &[ChainingValue], top: bool) -> PageValue {
 /// Hashes a chunk. `bytes` must not be empty nor longer than a chunk, and
 /// `chunk` must lie below 2⁴⁷ (every image does).
 pub(super) fn hash_chunk(chunk: ChunkNo, bytes: &[u8]) -> blake3::Hasher {
+    hash_piece(chunk.0 * CHUNK, bytes)
+}
+
+/// Hashes a piece of an image, a whole subtree of BLAKE3's, that begins at `offset`.
+pub(super) fn hash_piece(offset: u64, bytes: &[u8]) -> blake3::Hasher {
     let mut hasher = blake3::Hasher::new();
-    hasher.set_input_offset(chunk.0 * CHUNK).update(bytes);
+    hasher.set_input_offset(offset).update(bytes);
     hasher
 }
 
