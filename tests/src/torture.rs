@@ -240,6 +240,7 @@ fn is_enough(scene: &Scene) -> bool {
     get(&tally.reads) >= 20 + seconds
         && get(&tally.kills) >= 2.max(seconds / 30)
         && get(&tally.kills_in_flight) * 2 >= get(&tally.kills)
+        && get(&tally.stalls) > 0
         && get(&tally.repaired) > 0
         && (seconds < 60 || get(&tally.refused) > 0)
 }

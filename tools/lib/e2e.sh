@@ -81,19 +81,26 @@ containerd_2_in_guest() {
 # 1.7 is the one with which the README's steps are followed.
 containerd_1_7_in_guest() { containerd_in_guest "$1" 1.7 pulls_lazily ends_containerd follows_the_readme; }
 
-# torture_in_guest KERNEL WHAT OPTION…: the programs in $work/bin. After the time is over
-# everything that waits has to end, which a slow machine may take long for.
+# torture_in_guest KERNEL TRANSPORT WHAT OPTION…: the programs in $work/bin. It may take
+# four times as long as it is told to, and after that everything that waits has to end.
 torture_in_guest() {
-    local kernel=$1 what=$2 seconds=600 word last=
-    shift 2
+    local kernel=$1 transport=$2 what=$3 seconds=600 word last='' modules
+    shift 3
     for word; do
         [ "$last" != --seconds ] || seconds=$word
         last=$word
     done
-    "$repo/tools/guest/run" --kernel "$kernel" --timeout $((seconds + 1800)) --share "$work/bin=/accel/bin:ro" -- \
-        sh -c 'modprobe ublk_drv && exec /accel/bin/torture "$@"' torture \
-        "$what" --bin /accel/bin --transport ublk --scratch /var/tmp "$@"
+    case $transport in ublk) modules='ublk_drv' ;; fuse) modules='loop fuse' ;; esac
+    "$repo/tools/guest/run" --kernel "$kernel" --timeout $((4 * seconds + 1800)) --share "$work/bin=/accel/bin:ro" -- \
+        sh -c "modprobe -a $modules"' && exec /accel/bin/torture "$@"' torture \
+        "$what" --bin /accel/bin --transport "$transport" --scratch /var/tmp "$@"
 }
+
+# torture_here: some of that in short over FUSE, on this machine.
+torture_here() { "$work/bin/torture" run --bin "$work/bin" --transport fuse --scratch "$work" --seconds 45; }
+
+# nfs_in_guest KERNEL: UFS on a real NFS server that is stopped, comes back, is damaged.
+nfs_in_guest() { torture_in_guest "$1" ublk nfs; }
 
 # torture_tests_in_guest KERNEL: some of that in short, and that it would notice.
 torture_tests_in_guest() {

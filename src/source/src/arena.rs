@@ -12,12 +12,11 @@
 //! gives the memory back to its [`Pool`]. The memfd is sealed against growing
 //! and shrinking, so a worker cannot pull it from under the daemon.
 
+use accel_sys::{Part, SharedMemory};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags};
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Size of a chunk slot.
@@ -34,81 +33,25 @@ pub struct ArenaError {
     source: io::Error,
 }
 
-/// A mapping of the whole memfd, in the daemon or in a worker.
-pub(crate) struct Mapping {
-    base: NonNull<u8>,
-    len: usize,
-}
-
-// SAFETY: the mapping is plain memory; who may touch which part of it, and
-// when, is ruled by `Slot` (daemon) and by the requests (worker).
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
-
-impl Mapping {
-    /// Maps `len` bytes of `fd`, shared.
-    pub(crate) fn new(fd: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
-        // SAFETY: a fresh mapping at an address of the kernel's choice; it
-        // replaces nothing.
-        let base = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                fd,
-                0,
-            )
-        }?;
-        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at zero"))?;
-        Ok(Self { base, len })
-    }
-
-    /// Address of `len` bytes at `offset`, if they lie inside.
-    pub(crate) fn at(&self, offset: usize, len: usize) -> Option<NonNull<u8>> {
-        let end = offset.checked_add(len)?;
-        // SAFETY: `offset <= end <= self.len`, so the result stays inside the
-        // mapping (or one past it).
-        (end <= self.len).then(|| unsafe { self.base.add(offset) })
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: exactly what `new` mapped; nothing borrowed from it outlives
-        // the owner (slots and workers hold an `Arc`).
-        if let Err(error) = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) } {
-            tracing::warn!(%error, "cannot unmap the cache's memory");
-        }
-    }
-}
-
 /// The shared memory and its two pools of slots.
 pub struct Arena {
     chunks: Arc<Pool>,
     pages: Arc<Pool>,
-    memory: Arc<Memory>,
-}
-
-struct Memory {
-    mapping: Mapping,
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
 }
 
 /// Slots of one size.
 pub struct Pool {
-    memory: Arc<Memory>,
-    /// Where the pool starts in the arena, bytes.
-    start: usize,
+    /// The memfd.
+    fd: Arc<OwnedFd>,
     /// Bytes per slot.
     unit: usize,
     /// How many slots ordinary takers leave for reads that must be repeated
     /// into another slot.
     reserve: usize,
-    /// Numbers of the free slots; the one returned last is used first, so that
+    /// The memory of the free slots; the one returned last is used first, so that
     /// memory which was never needed is never touched.
-    free: Mutex<Vec<u32>>,
+    free: Mutex<Vec<Part>>,
     capacity: usize,
     /// Called when a slot comes back that no request ended with.
     returned: OnceLock<Box<dyn Fn() + Send + Sync>>,
@@ -143,25 +86,28 @@ impl Arena {
         rustix::fs::ftruncate(&fd, bytes as u64).map_err(|error| failed("size")(error.into()))?;
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
             .map_err(|error| failed("seal")(error.into()))?;
-        let mapping = Mapping::new(fd.as_fd(), bytes).map_err(failed("map"))?;
-        let memory = Arc::new(Memory { mapping, fd });
-        let pool = |start, unit, capacity: usize, reserve| {
-            let numbers = 0..u32::try_from(capacity).unwrap_or(u32::MAX);
+        let memory = SharedMemory::map(fd.as_fd(), bytes).map_err(failed("map"))?;
+        let sizes = std::iter::repeat_n(CHUNK_SLOT, all_chunks)
+            .chain(std::iter::repeat_n(PAGE_SLOT, all_pages));
+        let mut of_chunks = memory.into_parts(sizes);
+        let of_pages = of_chunks.split_off(all_chunks);
+        let fd = Arc::new(fd);
+        let pool = |mut parts: Vec<Part>, unit, reserve| {
+            parts.reverse();
             Arc::new(Pool {
-                memory: Arc::clone(&memory),
-                start,
+                fd: Arc::clone(&fd),
                 unit,
                 reserve,
-                free: Mutex::new(numbers.rev().collect()),
-                capacity: capacity - reserve,
+                capacity: parts.len() - reserve,
+                free: Mutex::new(parts),
                 returned: OnceLock::new(),
                 short: OnceLock::new(),
             })
         };
         Ok(Self {
-            chunks: pool(0, CHUNK_SLOT, all_chunks, chunk_reserve),
-            pages: pool(all_chunks * CHUNK_SLOT, PAGE_SLOT, all_pages, page_reserve),
-            memory,
+            chunks: pool(of_chunks, CHUNK_SLOT, chunk_reserve),
+            pages: pool(of_pages, PAGE_SLOT, page_reserve),
+            fd,
         })
     }
 
@@ -177,7 +123,7 @@ impl Arena {
 
     /// The memfd, for a worker to map.
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
-        self.memory.fd.as_fd()
+        self.fd.as_fd()
     }
 }
 
@@ -206,9 +152,10 @@ impl Pool {
         if free.len() <= rest {
             return None;
         }
-        free.pop().map(|number| Slot {
+        let part = free.pop()?;
+        Some(Slot {
             pool: Arc::clone(self),
-            number,
+            part: Some(part),
         })
     }
 
@@ -250,7 +197,8 @@ impl Pool {
 /// The right to use one piece of the arena, and the only way to its bytes.
 pub struct Slot {
     pool: Arc<Pool>,
-    number: u32,
+    /// There until this is dropped.
+    part: Option<Part>,
 }
 
 impl Slot {
@@ -264,29 +212,26 @@ impl Slot {
         &self.pool
     }
 
-    /// Where the slot starts in the arena, bytes.
-    pub(crate) fn position(&self) -> usize {
-        self.pool.start + self.number as usize * self.pool.unit
+    fn part(&self) -> &Part {
+        self.part.as_ref().expect("it is given back in drop alone")
     }
 
-    fn address(&self) -> NonNull<u8> {
-        let at = self.pool.memory.mapping.at(self.position(), self.size());
-        at.expect("the arena was made large enough for every slot of its pools")
+    /// Where the slot starts in the arena, bytes.
+    pub(crate) fn position(&self) -> usize {
+        self.part().offset()
     }
 
     /// The slot's bytes, as the last read left them.
+    ///
+    /// Workers write them only while a read owns the slot, and then nobody can call this.
     pub fn bytes(&self) -> &[u8] {
-        // SAFETY: the range lies in the mapping, which the pool keeps alive.
-        // This process writes it only through `bytes_mut`, which needs the slot
-        // mutably; workers write it only while a read owns the slot, and then
-        // nobody can call this.
-        unsafe { std::slice::from_raw_parts(self.address().as_ptr(), self.size()) }
+        self.part().bytes()
     }
 
     /// The same, to write.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `bytes`; `&mut self` makes it the only borrow.
-        unsafe { std::slice::from_raw_parts_mut(self.address().as_ptr(), self.size()) }
+        let part = self.part.as_mut();
+        part.expect("it is given back in drop alone").bytes_mut()
     }
 
     /// Gives the slot new pages. What the kernel may still be writing on behalf
@@ -294,7 +239,7 @@ impl Slot {
     /// the old ones, which nobody sees any more.
     pub(crate) fn renew(&mut self) -> io::Result<()> {
         rustix::fs::fallocate(
-            &self.pool.memory.fd,
+            &*self.pool.fd,
             FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
             self.position() as u64,
             self.size() as u64,
@@ -310,13 +255,13 @@ impl Drop for Slot {
             .free
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        free.push(self.number);
+        free.extend(self.part.take());
     }
 }
 
 impl fmt::Debug for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Slot({} of {} bytes)", self.number, self.pool.unit)
+        write!(f, "Slot({:?})", self.part())
     }
 }
 

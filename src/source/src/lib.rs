@@ -25,10 +25,6 @@
 //! What a source delivers is *not* trusted here: digests are checked by whoever
 //! asked, who gives back what was wrong ([`Rejected`]) to have another source asked. [`Faulty`] decorates any source with faults, for tests.
 
-// The arena maps memory that another process writes, and the worker hands
-// addresses to the kernel.
-#![allow(unsafe_code)]
-
 mod arena;
 mod blocking;
 mod disk;

@@ -1,5 +1,5 @@
 //! What the kernel is asked for that has no safe wrapper, and the wrappers: all unsafe code
-//! of the product is here, the other crates deny it.
+//! of the product is here, the other crates forbid it.
 //!
 //! Whoever adds something keeps its interface safe whatever its caller does: memory that
 //! the kernel may touch belongs to the wrapper until the kernel is done with it.
@@ -9,8 +9,6 @@
 //!   [`SharedMemory`];
 //! * [`inherited`], [`close_inherited`]: the descriptors a process was started with;
 //! * [`map_mount_ids`], [`unshare_mounts`], [`loop_devices`]: mounts.
-
-#![allow(unsafe_code)]
 
 mod descriptors;
 mod file_ring;

@@ -149,6 +149,14 @@ fn main() -> anyhow::Result<ExitCode> {
         },
         without_recovery: run.without_recovery,
     };
+    println!(
+        "torture: UFS is {}",
+        match options.nfs {
+            Some(nfs::Mode::Hard) => "on NFS, mounted hard",
+            Some(nfs::Mode::Soft) => "on NFS, mounted soft",
+            None => "not on NFS",
+        }
+    );
     Ok(match torture::run(&setting, &options)? {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,

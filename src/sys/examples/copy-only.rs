@@ -13,8 +13,6 @@
 //!
 //! Prints the block device; ends with standard input.
 
-#![allow(unsafe_code)]
-
 use std::error::Error;
 use std::io::{self, Read as _, Write as _};
 
