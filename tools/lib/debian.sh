@@ -47,7 +47,8 @@ apt_update() {
     local stamp=$cache/apt-updated
     if [ -z "$(find "$stamp" -mmin -1440 2>/dev/null)" ] || [ -z "$(ls /var/lib/apt/lists/*Packages* 2>/dev/null)" ]; then
         apt-get update -q -o DPkg::Lock::Timeout=600 </dev/null >&2 || die "apt-get update failed"
-        mkdir -p "$cache" && touch "$stamp"
+        mkdir -p "$cache"
+        touch "$stamp"
     fi
 }
 

@@ -54,6 +54,11 @@ def main(path):
     def median(key, field):
         return statistics.median(run[field] for run in runs[key])
 
+    def unpacked(key):
+        """What a row's figures are not those of, if some layers were downloaded."""
+        most = max(run["fallbacks"] for run in runs[key])
+        return f" ({most} layers unpacked)" if most else ""
+
     print("| image | | until it can be started | until the first output | the second time | from the registry | from UFS | runs |")
     print("|---|---|---|---|---|---|---|---|")
     for image, name in IMAGES.items():
@@ -62,7 +67,7 @@ def main(path):
             if key not in runs:
                 continue
             print(
-                f"| {name} | {WAYS[way]} | {seconds(median(key, 'pull'))} | **{seconds(median(key, 'first'))}** "
+                f"| {name} | {WAYS[way]}{unpacked(key)} | {seconds(median(key, 'pull'))} | **{seconds(median(key, 'first'))}** "
                 f"| {seconds(median(key, 'second'))} | {mib(median(key, 'registry'))} "
                 f"| {mib(median(key, 'from_ufs')) if way != 'overlayfs' else ''} | {len(runs[key])} |"
             )
@@ -79,8 +84,7 @@ def main(path):
             if key not in runs:
                 cells.append("")
                 continue
-            unpacked = max(run["fallbacks"] for run in runs[key])
-            cells.append(seconds(median(key, "first")) + (f" ({unpacked} layers unpacked)" if unpacked else ""))
+            cells.append(seconds(median(key, "first")) + unpacked(key))
         if any(cells):
             print(f"| {name} | " + " | ".join(cells) + " |")
 

@@ -310,3 +310,88 @@ fn a_push_that_breaks_off_is_sent_again() {
         .unwrap();
     assert!(!there.status.success());
 }
+
+/// Whether the registry has an image of this name.
+fn is_there(image: &str) -> bool {
+    let inspect = ["inspect", "--raw", "--tls-verify=false", image];
+    let output = Command::new("skopeo").args(inspect).output().unwrap();
+    output.status.success()
+}
+
+#[test]
+fn a_push_outlasts_refusals_that_pass() {
+    let image = Image::gzipped(&[sample_tar(1)]);
+    for (request, answer) in [
+        ("POST /v2/x/blobs/uploads/", "503 Service Unavailable"),
+        (
+            "HEAD /v2/x/blobs/",
+            "429 Too Many Requests\r\nRetry-After: 1",
+        ),
+        ("PUT /v2/x/blobs/uploads/", "502 Bad Gateway"),
+        (
+            "PUT /v2/x/blobs/uploads/",
+            "429 Too Many Requests\r\nRetry-After: 1",
+        ),
+        ("PUT /v2/x/manifests/", "500 Internal Server Error"),
+        ("PUT /v2/x/manifests/", "429 Too Many Requests"),
+    ] {
+        let registry = Registry::start(&Access::Open);
+        let proxy = Proxy::start(&registry, request, Harm::Refuse(2, answer));
+        let output = convert_and_push(&image.source(), &proxy.image("x:acc"), &Ufs::new());
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{request} {answer}: {error}");
+        assert!(proxy.count(request) > 2, "{request} {answer}");
+        let made = raw(&registry.image("x:acc"));
+        assert_eq!(made["layers"][0]["digest"], image.layer(0));
+        let blob = fs::read(registry.blob(&image.layer(0))).unwrap();
+        assert!(blob == fs::read(image.blob_path(&image.layer(0))).unwrap());
+    }
+}
+
+#[test]
+fn a_manifest_that_is_refused_after_the_conversion_can_be_pushed_later() {
+    let image = Image::gzipped(&[sample_tar(1)]);
+    let registry = Registry::start(&Access::Open);
+    let ufs = Ufs::new();
+    for (answer, part) in [
+        ("403 Forbidden", "does not allow it without a login"),
+        ("405 Method Not Allowed", "405"),
+        ("400 Bad Request", "400"),
+    ] {
+        let proxy = Proxy::start(&registry, "PUT /v2/x/manifests/", Harm::Refuse(99, answer));
+        let output = convert_and_push(&image.source(), &proxy.image("x:acc"), &ufs);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(4), "{error}");
+        assert!(
+            error.contains("cannot push the tag \"acc\"") && error.contains(part),
+            "{answer}: {error}"
+        );
+        // It is not asked again what it has refused for good.
+        assert_eq!(proxy.count("PUT /v2/x/manifests/"), 1, "{answer}");
+        assert!(!is_there(&registry.image("x:acc")));
+    }
+    // What was converted is on UFS, and is not converted again.
+    let target = registry.image("x:acc");
+    let report = ufs.convert_with(&image.source(), &["--plain-http", "--push", &target]);
+    assert_eq!(report["images"][0]["layers"][0]["fate"], "present");
+    assert!(is_there(&target));
+}
+
+#[test]
+fn a_conversion_that_fails_pushes_nothing() {
+    let mut image = Image::gzipped(&[sample_tar(1), sample_tar(2)]);
+    // The second layer is another one than the config says.
+    let other = accel_oci::Digest::of(&sample_tar(3));
+    image.config["rootfs"]["diff_ids"][1] = json!(other.to_string());
+    image.write();
+    let registry = Registry::start(&Access::Open);
+    let proxy = Proxy::watching(&registry);
+    let output = convert_and_push(&image.source(), &proxy.image("x:acc"), &Ufs::new());
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(common::failed(output.status), "{error}");
+    assert!(error.contains(&image.layer(1)), "{error}");
+    // The right to push was tried, and that was all.
+    assert_eq!(proxy.count("POST /v2/x/blobs/uploads/"), 1);
+    assert_eq!(proxy.count("PUT "), 0);
+    assert!(!is_there(&registry.image("x:acc")));
+}

@@ -1,11 +1,12 @@
-//! Runs the end-to-end checks on this kernel; prints like `cargo test`.
+//! Runs the end-to-end checks on this kernel; prints like `cargo test`. Ends with 77 if
+//! all that are named are for the other transport.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use accel_tests::{Setting, checks};
 use clap::Parser;
-use libtest_mimic::Arguments as Libtest;
+use libtest_mimic::{Arguments as Libtest, Trial};
 
 /// End-to-end checks of image-accel, as root, on the running kernel
 #[derive(Debug, Parser)]
@@ -29,6 +30,9 @@ struct Arguments {
     filter: Vec<String>,
 }
 
+/// The exit status for tools/test that says that nothing was tested.
+const SKIPPED: u8 = 77;
+
 fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
     let setting = Setting {
@@ -37,16 +41,26 @@ fn main() -> anyhow::Result<ExitCode> {
         transport: arguments.transport,
         scratch: arguments.scratch.canonicalize()?,
     };
-    let trials = checks::all(&setting)?
-        .into_iter()
-        .filter(|trial| {
-            arguments.filter.is_empty()
-                || arguments
-                    .filter
-                    .iter()
-                    .any(|part| trial.name().contains(part))
-        })
-        .collect();
+    let named = |trial: &Trial| {
+        let mut parts = arguments.filter.iter();
+        arguments.filter.is_empty() || parts.any(|part| trial.name().contains(part))
+    };
+    let mut trials = checks::all(&setting)?;
+    trials.retain(named);
+    if trials.is_empty() {
+        let filter = arguments.filter.join(" ");
+        let transport = "ublk".to_owned();
+        let all = checks::all(&Setting {
+            transport,
+            ..setting.clone()
+        })?;
+        anyhow::ensure!(
+            all.iter().any(named),
+            "no check's name contains any of: {filter}"
+        );
+        println!("checks of ublk, not of {}: {filter}", setting.transport);
+        return Ok(ExitCode::from(SKIPPED));
+    }
     // One after the other: the checks look at what is left on the whole machine.
     let libtest = Libtest {
         test_threads: Some(1),

@@ -44,6 +44,8 @@ struct World<'a> {
     mounted: BTreeMap<String, PathBuf>,
     directory: &'a Path,
     number: u32,
+    /// How often the machine "went down".
+    reboots: u32,
 }
 
 /// Random operations over lazy and ordinary chains of two namespaces, with garbage
@@ -63,6 +65,7 @@ pub fn mixed_chains_are_the_model(setting: &Setting) -> Result<()> {
         mounted: BTreeMap::new(),
         directory: scratch.path(),
         number: 0,
+        reboots: 0,
     };
     let mut random = Random::new(20_261_125);
     let done = world
@@ -73,6 +76,11 @@ pub fn mixed_chains_are_the_model(setting: &Setting) -> Result<()> {
                     .operate(&mut random, round)
                     .with_context(|| format!("operation {round}"))?;
             }
+            // Over ublk nothing that a reboot ends can be ended without one.
+            ensure!(
+                world.reboots > 0 || !daemon.is_fuse(),
+                "chance has brought no reboot: other operations, or more, are needed"
+            );
             world.end()
         })
         .with_context(|| format!("{}\n{}", world.snapshotter.log(), daemon.log()));
@@ -95,6 +103,7 @@ pub fn a_stopped_server_is_not_waited_for(setting: &Setting) -> Result<()> {
         mounted: BTreeMap::new(),
         directory: scratch.path(),
         number: 0,
+        reboots: 0,
     };
     let done = world
         .ask_while_stopped()
@@ -407,6 +416,7 @@ impl World<'_> {
         self.daemon.kill_and_forget(&self.snapshotter.root())?;
         self.snapshotter.restart()?;
         self.daemon.start_again()?;
+        self.reboots += 1;
         self.await_layers()
     }
 

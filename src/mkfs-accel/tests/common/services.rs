@@ -256,7 +256,7 @@ pub enum Harm {
 }
 
 impl Proxy {
-    /// Harms the requests whose path contains `path`.
+    /// Harms the requests whose first line, `METHOD PATH VERSION`, contains `path`.
     pub fn start(registry: &Registry, path: &str, harm: Harm) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let proxy = Self {
@@ -301,7 +301,10 @@ fn relay(
     requests: &Mutex<Vec<String>>,
     all: &Mutex<Vec<String>>,
 ) -> Option<()> {
-    let (line, headers) = read_head(&mut BufReader::new(client))?;
+    let mut reader = BufReader::new(client);
+    let (line, headers) = read_head(&mut reader)?;
+    let mut body = vec![0; length(&headers)];
+    reader.read_exact(&mut body).ok()?;
     all.lock().unwrap().push(headers.concat());
     let harmed = line.contains(path);
     let earlier = {
@@ -338,6 +341,7 @@ fn relay(
     };
     let mut server = TcpStream::connect(upstream).ok()?;
     server.write_all(head.as_bytes()).ok()?;
+    server.write_all(&body).ok()?;
     if harmed && matches!(harm, Harm::CutBody) {
         let (line, headers) = read_head(&mut BufReader::new(&server))?;
         let head = line + &headers.concat() + "\r\n";
@@ -349,6 +353,13 @@ fn relay(
         let _ = client.read(&mut [0]);
     }
     Some(())
+}
+
+/// How many bytes follow a head.
+fn length(headers: &[String]) -> usize {
+    let mut all = headers.iter().filter_map(|header| header.split_once(':'));
+    let found = all.find(|(name, _)| name.eq_ignore_ascii_case("content-length"));
+    found.map_or(0, |(_, length)| length.trim().parse().unwrap())
 }
 
 /// A request's first line and its headers, each with its line's end.
