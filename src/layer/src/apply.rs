@@ -118,10 +118,10 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
         self.charge(base.len() + entry.link.len() + xattrs)?;
         let parent = self.parent(above)?;
         if base == OPAQUE {
-            return self.opaque(parent);
+            return self.opaque(parent, above);
         }
         if let Some(hidden) = base.strip_prefix(WHITEOUT) {
-            return self.whiteout(entry, parent, hidden);
+            return self.whiteout(entry, parent, above, hidden);
         }
         let name = to_name(base)?;
         if let Some(existing) = self.tree.lookup(parent, base) {
@@ -135,8 +135,8 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
         self.create(entry, archive, parent, name)
     }
 
-    /// What is at `path` is replaced, with all that is in it: notes the times of its
-    /// directories for whatever is at their paths in the end.
+    /// What is at `path` is replaced or removed, with all that is in it: notes the times
+    /// of its directories for whatever is at their paths in the end.
     fn keep_times(&mut self, node: NodeId, path: &[&[u8]]) -> Result<(), EntryProblem> {
         let mut path: Vec<Vec<u8>> = path.iter().map(|part| part.to_vec()).collect();
         let Some(name) = path.pop() else {
@@ -287,8 +287,8 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
         Ok(attributes)
     }
 
-    /// Hides what the layers below have in a directory.
-    fn opaque(&mut self, directory: NodeId) -> Result<(), ApplyError<O::Error>> {
+    /// Hides what the layers below have in the directory at `path`.
+    fn opaque(&mut self, directory: NodeId, path: &[&[u8]]) -> Result<(), ApplyError<O::Error>> {
         self.whiteouts = true;
         if !self.lowest {
             let name = XattrName::new(b"trusted.overlay.opaque")?;
@@ -300,8 +300,12 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
         }
         // What no entry named is taken for a lower layer's.
         self.needs_lower = true;
-        let mut waiting = vec![directory];
-        while let Some(directory) = waiting.pop() {
+        let mut path: Vec<Vec<u8>> = path.iter().map(|part| part.to_vec()).collect();
+        // How much of the path leads to the one above it, its name, and what it is.
+        let mut waiting = vec![(path.len(), None, directory)];
+        while let Some((depth, name, directory)) = waiting.pop() {
+            path.truncate(depth);
+            path.extend(name);
             let Some(entries) = self.tree.node(directory).directory() else {
                 continue;
             };
@@ -311,12 +315,15 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
             let mut gone = Vec::new();
             for (name, node) in entries.iter() {
                 if self.implied.contains(&node) {
-                    gone.push(name.clone());
+                    gone.push((name.clone(), node));
                 } else if self.tree.node(node).directory().is_some() {
-                    waiting.push(node);
+                    waiting.push((path.len(), Some(name.as_bytes().to_vec()), node));
                 }
             }
-            for name in gone {
+            for (name, node) in gone {
+                let mut path: Vec<&[u8]> = path.iter().map(Vec::as_slice).collect();
+                path.push(name.as_bytes());
+                self.keep_times(node, &path)?;
                 self.tree.remove(directory, name.as_bytes());
             }
         }
@@ -327,13 +334,17 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
         &mut self,
         entry: &Entry,
         parent: NodeId,
+        above: &[&[u8]],
         hidden: &[u8],
     ) -> Result<(), ApplyError<O::Error>> {
         let name = Name::new(hidden).map_err(|_| EntryProblem::Whiteout)?;
         self.whiteouts = true;
         if self.lowest {
             self.needs_lower = true;
-            self.tree.remove(parent, hidden);
+            if let Some(existing) = self.tree.lookup(parent, hidden) {
+                self.keep_times(existing, &[above, &[hidden]].concat())?;
+                self.tree.remove(parent, hidden);
+            }
             return Ok(());
         }
         if let Some(existing) = self.tree.lookup(parent, hidden) {
