@@ -8,11 +8,11 @@ use crate::{
     error::{EntryProblem, LowerError},
     lower::{LowerDirectory, LowerLookup},
     options::LayerOptions,
-    walk::{self, Files, Resolved},
+    walk::{self, Files, MAX_PATH, Resolved},
 };
 use accel_erofs::{
     Attributes, Content, Device, Directory, Extent, FileKind, ImageWriter, Name, NodeId, Output,
-    Permissions, SymlinkTarget, Timestamp, Tree, WriteError, XattrName,
+    Permissions, SymlinkTarget, Timestamp, Tree, WriteError, XattrName, Xattrs,
 };
 use std::{
     collections::{HashMap, HashSet},
@@ -25,10 +25,10 @@ const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 /// What an entry takes of [`LayerOptions::max_tree_size`], its texts aside.
 const NODE_SIZE: u64 = 512;
+/// And what an extended attribute takes, name and value aside: it is in several maps.
+const XATTR_SIZE: u64 = 512;
 /// The most files that are looked at for all marks of opaque directories together.
 const MAX_MARKED: u64 = 1 << 26;
-/// `PATH_MAX`.
-const MAX_PATH: usize = 4096;
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// Why an entry could not be applied.
@@ -77,8 +77,8 @@ struct DirectoryTimes {
     entries: u64,
     /// Which of these the last one of each directory was.
     last: HashMap<NodeId, u64>,
-    /// Which entry, its path and its time.
-    replaced: Vec<(u64, Vec<Vec<u8>>, Timestamp)>,
+    /// Which entry, its path (parts between slashes) and its time.
+    replaced: Vec<(u64, Box<[u8]>, Timestamp)>,
 }
 
 impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
@@ -113,15 +113,16 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
             }
             return Ok(());
         };
-        let xattrs = entry.xattrs.iter();
-        let xattrs: usize = xattrs.map(|(name, value)| name.len() + value.len()).sum();
-        self.charge(base.len() + entry.link.len() + xattrs)?;
+        self.charge(base.len() + entry.link.len())?;
+        for (name, value) in &entry.xattrs {
+            self.charge_bytes(XATTR_SIZE + (name.len() + value.len()) as u64)?;
+        }
         let parent = self.parent(above)?;
         if base == OPAQUE {
-            return self.opaque(parent);
+            return self.opaque(parent, above);
         }
         if let Some(hidden) = base.strip_prefix(WHITEOUT) {
-            return self.whiteout(entry, parent, hidden);
+            return self.whiteout(entry, parent, above, hidden);
         }
         let name = to_name(base)?;
         if let Some(existing) = self.tree.lookup(parent, base) {
@@ -135,8 +136,8 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
         self.create(entry, archive, parent, name)
     }
 
-    /// What is at `path` is replaced, with all that is in it: notes the times of its
-    /// directories for whatever is at their paths in the end.
+    /// What is at `path` is replaced or removed, with all that is in it: notes the times
+    /// of its directories for whatever is at their paths in the end.
     fn keep_times(&mut self, node: NodeId, path: &[&[u8]]) -> Result<(), EntryProblem> {
         let mut path: Vec<Vec<u8>> = path.iter().map(|part| part.to_vec()).collect();
         let Some(name) = path.pop() else {
@@ -155,8 +156,9 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
             rest.extend(below.map(|(name, child)| (depth + 1, name.as_bytes().to_vec(), child)));
             if let Some(&last) = self.times.last.get(&node) {
                 let time = self.tree.node(node).attributes().mtime;
-                self.charge(path.iter().map(Vec::len).sum())?;
-                self.times.replaced.push((last, path.clone(), time));
+                let path = path.join(&b'/').into_boxed_slice();
+                self.charge(path.len())?;
+                self.times.replaced.push((last, path, time));
             }
         }
         Ok(())
@@ -164,8 +166,17 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
 
     /// Counts one more node in memory, with `texts` bytes of its own.
     fn charge(&mut self, texts: usize) -> Result<(), EntryProblem> {
+        self.charge_bytes(NODE_SIZE + texts as u64)
+    }
+
+    /// Counts attributes that a file does not have from its own entry.
+    fn charge_xattrs(&mut self, xattrs: &Xattrs) -> Result<(), EntryProblem> {
+        self.charge_bytes(xattrs.iter().len() as u64 * XATTR_SIZE + xattrs.size())
+    }
+
+    fn charge_bytes(&mut self, bytes: u64) -> Result<(), EntryProblem> {
         let (limit, left) = self.tree_size;
-        let left = left.checked_sub(NODE_SIZE + texts as u64);
+        let left = left.checked_sub(bytes);
         let left = left.ok_or(EntryProblem::TreeTooLarge { limit })?;
         self.tree_size = (limit, left);
         Ok(())
@@ -177,7 +188,7 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
             .replaced
             .sort_unstable_by_key(|(entry, ..)| *entry);
         for (entry, path, time) in std::mem::take(&mut self.times.replaced) {
-            let path: Vec<&[u8]> = path.iter().map(Vec::as_slice).collect();
+            let path: Vec<&[u8]> = path.split(|byte| *byte == b'/').collect();
             if let Resolved::File(node) = resolve(&self.tree, &path)
                 && self.times.last.get(&node).is_none_or(|last| *last < entry)
             {
@@ -212,6 +223,7 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
         };
         let above = self.tree.node(parent).attributes();
         let attributes = attributes::born(above, content.kind())?;
+        self.charge_xattrs(&attributes.xattrs)?;
         let node = self.tree.insert(parent, name, attributes, content)?;
         self.set_attributes(node, entry)
     }
@@ -224,12 +236,9 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
                 return Err(EntryProblem::NotADirectory(join(path)).into());
             }
             Resolved::TooManyLinks => return Err(EntryProblem::TooManyLinks.into()),
+            Resolved::TooLong(len) => return Err(EntryProblem::PathTooLong(len).into()),
             Resolved::Missing(path) => path,
         };
-        let len = missing.iter().map(|part| part.len() + 1).sum::<usize>();
-        if len > MAX_PATH {
-            return Err(EntryProblem::PathTooLong(len).into());
-        }
         let mut node = self.tree.root();
         let mut sofar: Vec<&[u8]> = Vec::with_capacity(missing.len());
         let mut below = true;
@@ -284,11 +293,12 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
                 }
             }
         }
+        self.charge_xattrs(&attributes.xattrs)?;
         Ok(attributes)
     }
 
-    /// Hides what the layers below have in a directory.
-    fn opaque(&mut self, directory: NodeId) -> Result<(), ApplyError<O::Error>> {
+    /// Hides what the layers below have in the directory at `path`.
+    fn opaque(&mut self, directory: NodeId, path: &[&[u8]]) -> Result<(), ApplyError<O::Error>> {
         self.whiteouts = true;
         if !self.lowest {
             let name = XattrName::new(b"trusted.overlay.opaque")?;
@@ -300,8 +310,12 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
         }
         // What no entry named is taken for a lower layer's.
         self.needs_lower = true;
-        let mut waiting = vec![directory];
-        while let Some(directory) = waiting.pop() {
+        let mut path: Vec<Vec<u8>> = path.iter().map(|part| part.to_vec()).collect();
+        // How much of the path leads to the one above it, its name, and what it is.
+        let mut waiting = vec![(path.len(), None, directory)];
+        while let Some((depth, name, directory)) = waiting.pop() {
+            path.truncate(depth);
+            path.extend(name);
             let Some(entries) = self.tree.node(directory).directory() else {
                 continue;
             };
@@ -311,12 +325,15 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
             let mut gone = Vec::new();
             for (name, node) in entries.iter() {
                 if self.implied.contains(&node) {
-                    gone.push(name.clone());
+                    gone.push((name.clone(), node));
                 } else if self.tree.node(node).directory().is_some() {
-                    waiting.push(node);
+                    waiting.push((path.len(), Some(name.as_bytes().to_vec()), node));
                 }
             }
-            for name in gone {
+            for (name, node) in gone {
+                let mut path: Vec<&[u8]> = path.iter().map(Vec::as_slice).collect();
+                path.push(name.as_bytes());
+                self.keep_times(node, &path)?;
                 self.tree.remove(directory, name.as_bytes());
             }
         }
@@ -327,13 +344,17 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
         &mut self,
         entry: &Entry,
         parent: NodeId,
+        above: &[&[u8]],
         hidden: &[u8],
     ) -> Result<(), ApplyError<O::Error>> {
         let name = Name::new(hidden).map_err(|_| EntryProblem::Whiteout)?;
         self.whiteouts = true;
         if self.lowest {
             self.needs_lower = true;
-            self.tree.remove(parent, hidden);
+            if let Some(existing) = self.tree.lookup(parent, hidden) {
+                self.keep_times(existing, &[above, &[hidden]].concat())?;
+                self.tree.remove(parent, hidden);
+            }
             return Ok(());
         }
         if let Some(existing) = self.tree.lookup(parent, hidden) {
@@ -346,6 +367,7 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
         let mut attributes = attributes::born(self.tree.node(parent).attributes(), kind)?;
         attributes::chmod(&mut attributes, Permissions::of_mode(0))?;
         attributes::chown(&mut attributes, kind, entry)?;
+        self.charge_xattrs(&attributes.xattrs)?;
         let content = Content::CharDevice(Device::WHITEOUT);
         self.tree.insert(parent, name, attributes, content)?;
         Ok(())
@@ -366,6 +388,7 @@ impl<'a, L: LowerLookup + ?Sized, O: Output> Applier<'a, L, O> {
             Resolved::File(node) => node,
             Resolved::Missing(_) | Resolved::ThroughFile => return Err(missing().into()),
             Resolved::TooManyLinks => return Err(EntryProblem::TooManyLinks.into()),
+            Resolved::TooLong(len) => return Err(EntryProblem::PathTooLong(len).into()),
         };
         let target = match base {
             Some(base) => self.tree.lookup(found, base).ok_or_else(missing)?,

@@ -22,7 +22,8 @@
 //!   is in it. A hard link keeps the file it was made to, and its entry's owner,
 //!   mode and time become the file's; a capability that the file had is lost.
 //! * What replaces a directory gets the directory's time, and so does what a
-//!   symbolic link in its place leads to, and a directory that is implied where one was.
+//!   symbolic link in its place leads to, and a directory that is implied where one was
+//!   replaced or removed.
 //! * `trusted.*` attributes of a tar are left out, and those that Linux does not
 //!   have for such a file. `SCHILY.xattr.*` records are heeded; `LIBARCHIVE.xattr.*`,
 //!   the same in another form, are not, because containerd does not heed them: a tar

@@ -139,7 +139,10 @@ where
     fn directory(&mut self, path: &[&[u8]]) -> Result<LowerDirectory, LowerError> {
         let found = match walk::resolve(&self.0, path)? {
             walk::Resolved::File(file) => file,
-            walk::Resolved::Missing(_) => return Ok(LowerDirectory::Absent),
+            // Nothing that has a path is there.
+            walk::Resolved::Missing(_) | walk::Resolved::TooLong(_) => {
+                return Ok(LowerDirectory::Absent);
+            }
             walk::Resolved::ThroughFile | walk::Resolved::TooManyLinks => {
                 return Ok(LowerDirectory::Replaced);
             }

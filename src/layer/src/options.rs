@@ -105,7 +105,8 @@ pub struct LayerOptions {
     /// of any size. Bytes, uncompressed.
     pub max_tar_size: u64,
     /// A tree that needs more memory is refused. Bytes, roughly: half a KiB for each
-    /// entry, and its name, link target and extended attributes.
+    /// entry and for each extended attribute, its own and inherited ones, and their
+    /// names, link targets and values.
     pub max_tree_size: u64,
 }
 

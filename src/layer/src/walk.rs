@@ -8,6 +8,8 @@ use accel_erofs::FileKind;
 
 /// The most symbolic links on one way.
 pub const MAX_LINKS: u32 = 255;
+/// The most bytes of a path, links on it followed: `PATH_MAX`.
+pub const MAX_PATH: usize = 4096;
 
 /// A tree of files.
 pub trait Files {
@@ -34,6 +36,8 @@ pub enum Resolved<F> {
     File(F),
     /// To nothing, by these names from the root.
     Missing(Vec<Vec<u8>>),
+    /// To what is so many bytes from the root, more than [`MAX_PATH`].
+    TooLong(usize),
     /// Through a file that is neither directory nor link.
     ThroughFile,
     /// Round and round.
@@ -81,7 +85,9 @@ pub fn resolve<T: Files>(files: &T, path: &[&[u8]]) -> Result<Resolved<T::File>,
             child => way.push((part, child)),
         }
     }
+    let len = way.iter().map(|(name, _)| name.len() + 1).sum();
     Ok(match way.last() {
+        Some(_) if len > MAX_PATH => Resolved::TooLong(len),
         None => Resolved::File(root),
         Some((_, Some(file))) => Resolved::File(file.clone()),
         Some((_, None)) => Resolved::Missing(way.into_iter().map(|(name, _)| name).collect()),

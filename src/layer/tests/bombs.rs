@@ -4,7 +4,7 @@
 mod common;
 
 use accel_layer::{LayerError, LayerOptions, LayerSummary, NoLower, Output, convert_layer};
-use common::{Tar, chain, header};
+use common::{Tar, chain, header, peak};
 use std::{
     convert::Infallible,
     io::{self, Read},
@@ -60,6 +60,41 @@ impl Read for Endless {
         let len = rest.len().min(buffer.len());
         buffer[..len].copy_from_slice(&rest[..len]);
         self.position = (self.position + len) % self.bytes.len();
+        Ok(len)
+    }
+}
+
+/// Entries by their number, as many as there are to be.
+struct Numbered<F> {
+    entry: F,
+    numbers: std::ops::Range<u64>,
+    bytes: Vec<u8>,
+    position: usize,
+}
+
+fn numbered(count: u64, entry: impl FnMut(u64, &mut Tar) + Send) -> impl Read + Send {
+    Numbered {
+        entry,
+        numbers: 0..count,
+        bytes: Vec::new(),
+        position: 0,
+    }
+}
+
+impl<F: FnMut(u64, &mut Tar)> Read for Numbered<F> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.position == self.bytes.len() {
+            let Some(number) = self.numbers.next() else {
+                return Ok(0);
+            };
+            let mut tar = Tar::default();
+            (self.entry)(number, &mut tar);
+            (self.bytes, self.position) = (tar.open_end(), 0);
+        }
+        let rest = &self.bytes[self.position..];
+        let len = rest.len().min(buffer.len());
+        buffer[..len].copy_from_slice(&rest[..len]);
+        self.position += len;
         Ok(len)
     }
 }
@@ -209,6 +244,37 @@ fn directories_within_directories() {
     refused(&tar.end()[..], &options(), "bytes long, more than 4096");
 }
 
+/// Each directory in the one before, for a million entries: by paths that grow, and by links
+/// to as deep as the paths lead, so that those stay short.
+#[test]
+fn a_million_nested_directories() {
+    let nested: [(&str, fn()); 1] = [("nested directories", nested_directories)];
+    run_apart("a_million_nested_directories", &nested, |_| 0);
+}
+
+fn nested_directories() {
+    let longer = "bytes long, more than 4096";
+    let by_path = numbered(1_000_000, |number, tar| {
+        let path = "d/".repeat(usize::try_from(number).unwrap() + 1);
+        tar.pax(&[("path", path.as_bytes())]).dir("x", 0o755);
+    });
+    refused(by_path, &options(), longer);
+    let by_links = numbered(1_000_000, |number, tar| {
+        let (link, depth) = (number / 1000, usize::try_from(number % 1000).unwrap());
+        let start = match link.checked_sub(1) {
+            Some(before) => format!("link-{before}/"),
+            None => String::new(),
+        };
+        let path = start + &"d/".repeat(depth + 1);
+        tar.pax(&[("path", path.as_bytes())]).dir("x", 0o755);
+        if depth == 999 {
+            tar.pax(&[("linkpath", path.as_bytes())])
+                .symlink(&format!("link-{link}"), "x");
+        }
+    });
+    refused(by_links, &options(), longer);
+}
+
 #[test]
 fn attributes_by_the_thousand() {
     let many = |count: usize, size: usize| {
@@ -287,38 +353,20 @@ fn windows_longer_than_zstd_makes() {
     }
 }
 
-/// The most memory that this process ever had, in KiB.
-fn peak() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status
-        .lines()
-        .find(|line| line.starts_with("VmHWM:"))
-        .unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
-
 const CHILD: &str = "ACCEL_TEST_PEAK_CHILD";
 
-/// Runs one of [`BOMBS`] in a process of its own, which tells its peak.
-#[test]
-fn memory_does_not_grow_with_the_data() {
+/// Runs each of `bombs` in a process of its own, which runs `test` again and tells its
+/// peak. Each may take 100 MiB, and what `more` says (KiB).
+fn run_apart(test: &str, bombs: &[(&str, fn())], more: impl Fn(&str) -> u64) {
     if let Ok(name) = std::env::var(CHILD) {
-        let (_, run) = BOMBS.iter().find(|(other, _)| *other == name).unwrap();
+        let (_, run) = bombs.iter().find(|(other, _)| *other == name).unwrap();
         run();
         println!("\npeak {}", peak());
         return;
     }
-    for (name, _) in BOMBS {
-        let window = match name.strip_prefix("a zstd window of 256 MiB") {
-            Some(_) => 256 * 1024,
-            None => 0,
-        };
+    for (name, _) in bombs {
         let output = Command::new(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                "memory_does_not_grow_with_the_data",
-                "--nocapture",
-            ])
+            .args(["--exact", test, "--nocapture"])
             .env(CHILD, name)
             .output()
             .unwrap();
@@ -334,9 +382,130 @@ fn memory_does_not_grow_with_the_data() {
             .unwrap();
         let peak: u64 = peak.parse().unwrap();
         eprintln!("{name}: {peak} KiB");
-        assert!(peak < 100 * 1024 + window, "{name}: {peak} KiB");
+        assert!(peak < 100 * 1024 + more(name), "{name}: {peak} KiB");
     }
 }
+
+#[test]
+fn memory_does_not_grow_with_the_data() {
+    let window = |name: &str| match name.starts_with("a zstd window of 256 MiB") {
+        true => 256 * 1024,
+        false => 0,
+    };
+    run_apart("memory_does_not_grow_with_the_data", &BOMBS, window);
+}
+
+/// What a tree may take of memory, in bytes.
+const TREE: u64 = 64 << 20;
+
+#[test]
+fn memory_of_a_tree_is_what_it_is_counted_for() {
+    let test = "memory_of_a_tree_is_what_it_is_counted_for";
+    run_apart(test, &TREES, |_| TREE / 1024);
+}
+
+/// Grows a tree until it is refused, then converts the largest one that is not: where all
+/// of it lies in the image takes memory too. Paths begin with "number/", or are it.
+fn grow(entry: impl Fn(u64, &mut Tar) + Send + Copy) {
+    let mut options = options();
+    options.max_tree_size = TREE;
+    let found = convert(numbered(u64::MAX, entry), &options).expect_err("must be refused");
+    let text = chain(&found);
+    let LayerError::Entry { entry: path, .. } = found else {
+        panic!("{text}");
+    };
+    let reason = "larger than 67108864 bytes, the most that is held in memory";
+    assert!(text.contains(reason), "{text}");
+    let number = path.split('/').next().unwrap();
+    let number = number.parse().unwrap_or_else(|_| panic!("{text}"));
+    convert(numbered(number, entry), &options).unwrap();
+    eprintln!("{number} were converted");
+}
+
+const TREES: [(&str, fn()); 9] = [
+    ("files", || {
+        grow(|number, tar| {
+            tar.file(&number.to_string(), b"");
+        });
+    }),
+    ("links to one file", || {
+        grow(|number, tar| {
+            match number {
+                0 => tar.file("0", b""),
+                _ => tar.hard(&number.to_string(), "0"),
+            };
+        });
+    }),
+    ("symbolic links", || {
+        grow(|number, tar| {
+            tar.symlink(&number.to_string(), &"target/".repeat(14));
+        });
+    }),
+    ("implied directories of one file", || {
+        grow(|number, tar| {
+            tar.file(&format!("{number}/d/d/d/d/d/d/d/d/d/f"), b"");
+        });
+    }),
+    ("directories within directories", || {
+        grow(|number, tar| {
+            let mut path = number.to_string();
+            for _ in 0..200 {
+                path.push_str("/d");
+                tar.pax(&[("path", path.as_bytes())]).dir("x", 0o755);
+            }
+        });
+    }),
+    // Their times are kept by their paths.
+    ("directories within directories, replaced", || {
+        grow(|number, tar| {
+            let mut path = format!("{number}/d");
+            for _ in 0..200 {
+                path.push_str("/d");
+                tar.pax(&[("path", path.as_bytes())]).dir("x", 0o755);
+            }
+            tar.file(&format!("{number}/d"), b"");
+        });
+    }),
+    ("inherited access control lists", || {
+        // Version 2; the owner, users, the group, mask and others, all with r-x.
+        let mut list = vec![2, 0, 0, 0];
+        let mut add = |tag: u16, id: u32| {
+            list.extend(tag.to_le_bytes());
+            list.extend(5u16.to_le_bytes());
+            list.extend(id.to_le_bytes());
+        };
+        add(1, u32::MAX);
+        (0..1000).for_each(|user| add(2, user));
+        [4, 16, 32].map(|tag| add(tag, u32::MAX));
+        let list: &'static [u8] = list.leak();
+        grow(|number, tar| {
+            tar.pax(&[("SCHILY.xattr.system.posix_acl_default", list)])
+                .dir(&number.to_string(), 0o755);
+            for file in 0..1000 {
+                tar.file(&format!("{number}/{file}"), b"");
+            }
+        });
+    }),
+    ("an attribute each", || {
+        grow(|number, tar| {
+            tar.pax(&[("SCHILY.xattr.user.a", number.to_string().as_bytes())])
+                .file(&number.to_string(), b"");
+        });
+    }),
+    ("thousands of attributes each", || {
+        grow(|number, tar| {
+            let names: Vec<String> = (0..4000)
+                .map(|n| format!("SCHILY.xattr.user.{n}"))
+                .collect();
+            let value = number.to_string();
+            let records: Vec<(&str, &[u8])> = names
+                .iter()
+                .map(|name| (&name[..], value.as_bytes()))
+                .collect();
+            tar.pax(&records).file(&value, b"");
+        });
+    }),
+];
 
 const BOMBS: [(&str, fn()); 6] = [
     ("a file of 512 MiB", || {

@@ -125,6 +125,12 @@ fn half_a_million_small_files() {
     });
     let summary = convert(blob, &path);
     assert_eq!(summary.image.counts.files, 500_000);
+    // 100 MiB, and half a KiB and a name for each: all that this process ever took, tests
+    // beside this one included.
+    let may_take = (100 << 20) + 500_500 * (512 + 7);
+    let peak = common::peak() * 1024;
+    eprintln!("{peak} bytes of memory, of {may_take}");
+    assert!(peak < may_take, "{peak} bytes, more than {may_take}");
     let Some(()) = tools::root() else { return };
     let mounted = tools::try_mount(&path).expect("the image mounts");
     assert_eq!(count(mounted.0.path()), 500_500);

@@ -3,9 +3,11 @@
 mod common;
 
 use common::{Image, Ufs, bad, good, gzip, run, sample_tar};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
 #[test]
@@ -108,7 +110,82 @@ fn verify_finds_every_kind_of_damage() {
 #[test]
 fn help_tells_the_exit_codes() {
     let text = good(&[&"--help"]);
-    assert!(text.contains("130") && text.contains("damaged"), "{text}");
+    let (_, table) = text.split_once("Exit codes:\n").expect("a table");
+    let told: BTreeMap<u8, &str> = table
+        .lines()
+        .map_while(|line| line.strip_prefix("  "))
+        .map(|line| {
+            let (code, meaning) = line.split_once(' ').expect("a code and what it means");
+            (code.parse().expect("a number"), meaning.trim())
+        })
+        .collect();
+    assert!(told.values().all(|meaning| !meaning.is_empty()), "{table}");
+    // What the source has, and what wrong usage ends with, which is not ours.
+    let source = include_str!("../src/exit.rs").lines();
+    let constant = |line: &str| {
+        let (_, value) = line.strip_prefix("pub const ")?.split_once(": u8 = ")?;
+        Some(value.strip_suffix(';')?.parse().unwrap())
+    };
+    let mut codes: BTreeSet<u8> = source.filter_map(constant).collect();
+    assert_eq!(codes.len(), 6);
+    codes.insert(u8::try_from(code(&[&"--no-such-option"])).unwrap());
+    assert_eq!(told.into_keys().collect::<BTreeSet<u8>>(), codes);
+}
+
+/// What a command line writes to its terminal.
+fn on_a_terminal(words: &str) -> String {
+    let output = Command::new("script")
+        .args(["--quiet", "--return", "--command", words, "/dev/null"])
+        .env("TERM", "xterm")
+        .env("COLUMNS", "200")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|error| panic!("script: {error}; apt-get install bsdutils"));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{text}");
+    text
+}
+
+#[test]
+fn bars_are_for_terminals_only() {
+    let tar = common::Tar::new()
+        .file("noise", &common::noise(5, 24 << 20))
+        .finish();
+    let image = Image::gzipped(&[tar, sample_tar(1)]);
+    let program = env!("CARGO_BIN_EXE_mkfs-accel");
+    let convert = |ufs: &Ufs, more: &str| {
+        let (source, ufs) = (image.source(), ufs.path().display());
+        format!("{program} convert {source} --ufs {ufs} {more}")
+    };
+    let shown = on_a_terminal(&convert(&Ufs::new(), ""));
+    // One for the layer and one for all, with how much of what, the rate and the time left.
+    let bar = |label: &str| {
+        shown.match_indices(label).any(|(at, _)| {
+            let text = shown[at..].split(" left").next().unwrap_or_default();
+            text.contains("iB  ") && text.contains(" of ") && text.contains("B/s  ")
+        })
+    };
+    assert!(bar("in all") && bar("layer 1/2"), "{shown:?}");
+    let cursor_up = "\u{1b}[1A";
+    assert!(shown.contains(cursor_up), "{shown:?}");
+    // In the end there are only lines.
+    let last = shown.lines().last().unwrap_or_default();
+    assert!(last.contains("image sha256:"), "{shown:?}");
+
+    // Programs get no bars, also on a terminal.
+    let json = on_a_terminal(&convert(&Ufs::new(), "--json"));
+    let report: serde_json::Value = serde_json::from_str(&json).expect(&json);
+    assert_eq!(report["layers"].as_array().map(Vec::len), Some(2));
+
+    // And elsewhere there are plain lines.
+    let output = run(&[&"convert", &image.source(), &"--ufs", &Ufs::new().path()]);
+    assert_eq!(output.stderr, b"", "{output:?}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(!text.contains(['\r', '\u{1b}']), "{text:?}");
+    for said in ["layer 1/2 ", "layer 2/2 ", "image sha256:"] {
+        let lines = text.lines().filter(|line| line.starts_with(said));
+        assert_eq!(lines.count(), 1, "{said}: {text}");
+    }
 }
 
 /// The code that a command ends with.

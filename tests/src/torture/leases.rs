@@ -35,6 +35,8 @@ pub fn run(setting: &Setting, rounds: u64) -> Result<()> {
     let mkfs = setting.bin.join("mkfs-accel");
     let mut random = Random::new(rounds);
     let (mut killed, mut removed) = (0, 0);
+    // How long a converter is left to work at most before it is killed, in milliseconds.
+    let mut longest = 200;
     for round in 0..rounds {
         let layout = scratch.path().join("layout");
         let digest = images::write_image(&layout, 77, round, 6 << 20)?;
@@ -53,8 +55,12 @@ pub fn run(setting: &Setting, rounds: u64) -> Result<()> {
             while !is_at_work()? && one.try_wait()?.is_none() {
                 std::thread::sleep(Duration::from_millis(5));
             }
-            std::thread::sleep(Duration::from_millis(random.below(200)));
-            killed += u32::from(one.try_wait()?.is_none());
+            std::thread::sleep(Duration::from_millis(random.below(longest)));
+            match one.try_wait()? {
+                None => killed += 1,
+                // This machine is faster: earlier next time.
+                Some(_) => longest = (longest / 2).max(1),
+            }
             one.kill()?;
             one.wait()?;
         }
@@ -89,9 +95,10 @@ pub fn run(setting: &Setting, rounds: u64) -> Result<()> {
         }
         fs::remove_dir_all(&layout)?;
     }
+    // In one round nobody is killed.
     ensure!(
-        killed == 0 || removed > 0,
-        "{killed} converters were killed at work and left nothing: nothing is tested"
+        rounds < 2 || (killed > 0 && removed > 0),
+        "{killed} converters were killed at work and left {removed} files: nothing is tested"
     );
     println!(
         "leases: {rounds} rounds of two converters on NFS, {killed} killed at work, {removed} \

@@ -281,3 +281,13 @@ pub fn assert_image(image: &[u8], expected: &[(&str, &str)]) {
         .collect();
     assert_eq!(found, expected);
 }
+
+/// The most memory that this process ever had, in KiB.
+pub fn peak() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmHWM:"))
+        .unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
