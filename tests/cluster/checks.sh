@@ -409,6 +409,8 @@ asks_for_nodes_that_are_silent() {
 }
 
 deletes() {
+    # A container that has ended can be looked at still: it counts until it is gone.
+    k delete pod lazy --grace-period 0 --timeout 120s
     # The registry with a login removes no tags: a word about it, and that is all.
     k delete acceleratedimage private --timeout 300s
     events_of private | grep -x RemovedInPart

@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs::{self, File, FileTimes};
 use std::path::PathBuf;
-use std::process::{Output, Stdio};
+use std::process::{Child, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime};
@@ -213,25 +213,53 @@ fn what_a_node_begins_to_use_meanwhile_is_put_back() {
     let opened = Opened::open(ufs.path()).unwrap();
     let mut node = NodeLease::open(opened, NodeName::new("c", "n1").unwrap()).unwrap();
     node.say(BTreeSet::new(), used.clone()).unwrap();
-    let mut removing = mkfs_accel()
-        .args([
-            "delete", "--settle", "3", "--json", "--claim", "c/one", "--ufs",
-        ])
-        .arg(ufs.path())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let room = ufs.path().join("removing/c.one");
-    while fs::read_dir(&room).map_or(true, |mut files| files.next().is_none()) {
-        thread::sleep(Duration::from_millis(5));
-    }
+    let mut removing = begin_delete(&ufs, "c/one");
     node.say(used.clone(), used).unwrap();
     assert_eq!(removing.wait().unwrap().code(), Some(6));
     verify(&ufs, &one);
     node.say(BTreeSet::new(), BTreeSet::new()).unwrap();
     deleted(&ufs, &["--claim", "c/one"]);
     assert_eq!(there(&ufs), BTreeSet::new());
+}
+
+/// A converter has claimed a layer that is being removed, and seen that it is there.
+#[test]
+fn what_is_claimed_meanwhile_is_put_back() {
+    let (one, _) = images();
+    let ufs = Ufs::new();
+    ufs.convert_with(&one.source(), &["--claim", "c/one"]);
+    let opened = Opened::open(ufs.path()).unwrap();
+    // As long as there are nodes there is a pause.
+    let name = NodeName::new("c", "n1").unwrap();
+    let mut node = NodeLease::open(opened.clone(), name).unwrap();
+    node.say(BTreeSet::new(), BTreeSet::new()).unwrap();
+    let before = files(&ufs.path().join("layers"));
+    let mut removing = begin_delete(&ufs, "c/one");
+    let claimed = opened.claims().unwrap()[0].record.clone();
+    opened.claim(&"c/late".parse().unwrap(), &claimed).unwrap();
+    assert_eq!(removing.wait().unwrap().code(), Some(0));
+    assert!(files(&ufs.path().join("layers")) == before);
+    verify(&ufs, &one);
+    deleted(&ufs, &["--claim", "c/late"]);
+    assert_eq!(there(&ufs), BTreeSet::new());
+}
+
+/// Begins to delete, until the first file is hidden.
+fn begin_delete(ufs: &Ufs, claim: &str) -> Child {
+    let removing = mkfs_accel()
+        .args([
+            "delete", "--settle", "3", "--json", "--claim", claim, "--ufs",
+        ])
+        .arg(ufs.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let room = ufs.path().join("removing").join(claim.replace('/', "."));
+    while fs::read_dir(&room).map_or(true, |mut files| files.next().is_none()) {
+        thread::sleep(Duration::from_millis(5));
+    }
+    removing
 }
 
 /// Converters and removals of images with common layers, side by side, some of them killed:
