@@ -52,6 +52,7 @@ of_task() { k get acceleratedimage "$1" -o "jsonpath={.status.$2}"; }
 condition() { of_task "$1" "conditions[?(@.type==\"$2\")].$3"; }
 phase_is() { [ "$(of_task "$1" phase)" = "$2" ]; }
 becomes() { wait_until phase_is "$1" "$2" || { k get acceleratedimage "$1" -o yaml; return 1; }; }
+is_gone() { [ -z "$(k get acceleratedimage "$1" -o name --ignore-not-found)" ]; }
 jobs() { k -n image-accel get jobs -o name; }
 no_jobs() { [ -z "$(jobs)" ]; }
 # service LINE OF THE SPEC…
@@ -68,12 +69,20 @@ events_of() {
     k get events.events.k8s.io -o json |
         jq -r --arg name "$1" '.items[] | select(.regarding.kind == "AcceleratedImage" and .regarding.name == $name) | .reason'
 }
+start_agent() {
+    "$bin/accel-snapshotter" agent --ufs "$work/ufs" --node n1 --socket "$run/accel.sock" \
+        --cluster "$(k get namespace kube-system -o 'jsonpath={.metadata.uid}')" >>"$work/agent.log" 2>&1 &
+    agent_pid=$!
+    at_exit stop_process "$agent_pid"
+}
 on_ufs() { find "$work/ufs" -name '*.erofs' | wc -l; }
 
 cluster_checks=(
     installs refuses_what_cannot_be waits_for_the_service converts says_what_happened shares_layers runs_lazily
     tells_errors_in_words keeps_to_the_limit survives_kills
-    passes_on_the_lead logs_in deletes turns_off
+    passes_on_the_lead logs_in
+    waits_for_who_uses_it removes_what_nobody_needs deletes_while_ufs_is_away asks_for_nodes_that_are_silent
+    deletes turns_off
     obeys_the_plug_in
 )
 
@@ -301,10 +310,113 @@ logs_in() {
     fails sh -c "$(printf '%q ' "${kubectl[@]}") -n image-accel logs --tail -1 -l app.kubernetes.io/name=accel-controller | grep -F $password"
 }
 
+# What the node says on UFS.
+says_used() { [ "$(cat "$work/ufs/nodes/"*.n1.*.json | jq '.used | length')" = "$1" ]; }
+layers_of() { # IMAGE: files on UFS
+    "$bin/mkfs-accel" inspect "docker://$1" --ufs "$work/ufs" --json | jq -r '.layers[].erofs.path' | sort
+}
+not_there() { fails curl -sf -H 'Accept: application/vnd.oci.image.manifest.v1+json' "http://$registry/v2/$1/manifests/$2" -o /dev/null; }
+
+# Two images with two layers in common, and a container runs on the one that has one more.
+waits_for_who_uses_it() {
+    start_agent
+    more_layers=$(layers_of "$registry/team/more:1") tiny_layers=$(layers_of "$registry/team/tiny:1")
+    same "$(comm -13 <(echo "$more_layers") <(echo "$tiny_layers"))" ''
+    k run user --image "$registry/elsewhere/more:fast" --image-pull-policy Always --restart Never --command -- \
+        /bin/sh -c 'while :; do sleep 1; done'
+    k wait --for condition=ready pod/user --timeout 300s
+    wait_until says_used 3
+    k delete acceleratedimage more --wait=false
+    is_in_use() { [ "$(condition more InUse status)" = True ]; }
+    wait_until is_in_use
+    condition more InUse message | grep -w n1
+    phase_is more Deleting
+    same "$(layers_of "$registry/team/more:1")" "$more_layers"
+    skopeo inspect --tls-verify=false "docker://$registry/elsewhere/more:fast" >/dev/null
+    # Looked at again, it still waits.
+    sleep 15
+    phase_is more Deleting
+    same "$(layers_of "$registry/team/more:1")" "$more_layers"
+}
+
+removes_what_nobody_needs() {
+    local layer
+    k delete pod user --grace-period 0 --timeout 120s
+    wait_until is_gone more
+    no_jobs
+    for layer in $(comm -23 <(echo "$more_layers") <(echo "$tiny_layers")); do
+        [ ! -e "$work/ufs/$layer" ] && [ ! -e "$work/ufs/${layer%.erofs}.idx" ]
+    done
+    "$bin/mkfs-accel" verify "docker://$registry/team/tiny:1" --ufs "$work/ufs"
+    not_there elsewhere/more fast
+    skopeo inspect --tls-verify=false "docker://$registry/team/more:1" >/dev/null
+    events_of more | grep -x InUse
+    events_of more | grep -x Removed
+    # As if it had never been there.
+    task more "$registry/team/more:1" "target: $registry/elsewhere/more:fast"
+    becomes more Ready
+    "$bin/mkfs-accel" verify "docker://$registry/team/more:1" --ufs "$work/ufs"
+}
+
+deletes_while_ufs_is_away() {
+    # Another's, who may not write there: an answer, and none at all.
+    chmod 000 "$work/ufs"
+    chown 0:0 "$work/ufs"
+    k delete acceleratedimage more --wait=false
+    becomes more DeleteError
+    of_task more message | grep -F '/ufs'
+    k get acceleratedimage more -o wide
+    chown 65532:65532 "$work/ufs"
+    chmod 755 "$work/ufs"
+    wait_until is_gone more
+    service 'jobs: {limit: 2, retries: 0, memoryMib: 256, cpuMillis: 300, deadlineSeconds: 60}'
+    mv "$work/ufs" "$work/ufs-away"
+    k delete acceleratedimage large --wait=false
+    becomes large DeleteError
+    of_task large message | grep '^UFS does not answer'
+    mv "$work/ufs-away" "$work/ufs"
+    wait_until is_gone large
+    [ -z "$(find "$work/ufs" -name '*.erofs' -size +200M)" ]
+    service 'jobs: {limit: 2, retries: 0, memoryMib: 256, cpuMillis: 300, deadlineSeconds: 21600}'
+}
+
+# An agent that is gone, and a node.
+asks_for_nodes_that_are_silent() {
+    local said cluster
+    task more "$registry/team/more:1" "target: $registry/elsewhere/more:fast"
+    becomes more Ready
+    k run user --image "$registry/elsewhere/more:fast" --image-pull-policy Always --restart Never --command -- \
+        /bin/sh -c 'while :; do sleep 1; done'
+    k wait --for condition=ready pod/user --timeout 300s
+    wait_until says_used 3
+    stop_process "$agent_pid"
+    k delete pod user --grace-period 0 --timeout 120s
+    said=$(echo "$work/ufs/nodes/"*.n1.*.json)
+    touch -d '10 minutes ago' "$said"
+    cluster=$(basename "$said" | cut -d. -f1)
+    same "$cluster" "$(k get namespace kube-system -o 'jsonpath={.metadata.uid}')"
+    # The same of one that has been taken from the cluster.
+    cp -p "$said" "$work/ufs/nodes/$cluster.n9.00000000000000000001.json"
+    k delete acceleratedimage more --wait=false
+    wait_until is_in_use
+    condition more InUse message | grep -w n1 | grep -w n9
+    only_n1() { condition more InUse message | grep -w n1 && ! condition more InUse message | grep -w n9; }
+    wait_until only_n1
+    phase_is more Deleting
+    layers_of "$registry/team/more:1" >/dev/null
+    start_agent
+    wait_until is_gone more
+}
+
 deletes() {
+    # A container that has ended can be looked at still: it counts until it is gone.
+    k delete pod lazy --grace-period 0 --timeout 120s
+    # The registry with a login removes no tags: a word about it, and that is all.
+    k delete acceleratedimage private --timeout 300s
+    events_of private | grep -x RemovedInPart
     task slow "$registry/team/missing:1"
     becomes slow CreateError
-    k delete acceleratedimages --all --timeout 120s
+    k delete acceleratedimages --all --timeout 300s
     no_jobs
     same "$(k get acceleratedimages -o name)" ''
 }
@@ -350,7 +462,7 @@ report_cluster() {
         "${kubectl[@]}" -n image-accel logs --prefix --tail 40 -l app.kubernetes.io/name=accel-controller >"$work/controller.log" 2>&1
         "${kubectl[@]}" get acceleratedimages,pods,jobs --all-namespaces >"$work/objects.log" 2>&1
         "${kubectl[@]}" get events --all-namespaces 2>&1 | tail -n 30 >"$work/events.log"
-        for log in "$current" controller objects events snapshotter ublk-server; do
+        for log in "$current" controller objects events agent snapshotter ublk-server; do
             echo "--- the end of $log"
             tail -n 40 "$work/$log.log" 2>/dev/null | cut -c 1-400 | sed 's/^/    /'
         done

@@ -44,9 +44,11 @@ free_port() {
 
 # start_registry DIR [accesslog]: on a free port of the loopback, or of $registry_address;
 # sets $registry to host:port. With `accesslog` every request is a line in DIR/log. With
-# $registry_login, USER:PASSWORD, it wants that.
+# $registry_login, USER:PASSWORD, it wants that; with $registry_deletes it removes what it is
+# asked to.
 start_registry() {
-    local dir=$1 program pid port i disabled=true address=${registry_address:-127.0.0.1}
+    local dir=$1 program pid port i disabled=true deletes=false address=${registry_address:-127.0.0.1}
+    [ -z "${registry_deletes:-}" ] || deletes=true
     [ "${2:-}" != accesslog ] || disabled=false
     program=$(peer docker-registry)/usr/bin/docker-registry
     port=$(free_port "$address")
@@ -55,7 +57,7 @@ start_registry() {
     cat >"$dir/config.yml" <<YAML
 version: 0.1
 log: {accesslog: {disabled: $disabled}, level: warn}
-storage: {filesystem: {rootdirectory: $dir/store}}
+storage: {filesystem: {rootdirectory: $dir/store}, delete: {enabled: $deletes}}
 http: {addr: $registry}
 YAML
     if [ -n "${registry_login:-}" ]; then

@@ -1,4 +1,5 @@
-//! The Job that converts a task's image.
+//! The Jobs of a task: the one that converts its image, and the one that removes what came of
+//! it.
 
 use crate::reference::Names;
 use crate::resource::{AcceleratedImage, ImageAccelerationSpec};
@@ -31,11 +32,26 @@ pub struct Settings {
     pub namespace: String,
     /// An image with `mkfs-accel`.
     pub image: String,
+    /// What the cluster is called on UFS.
+    pub cluster: String,
 }
+
+/// The longest that a Job may take that removes something, in seconds.
+const REMOVAL_DEADLINE: u32 = 600;
 
 /// The name of the Job for a version of a task, when `failures` of them have failed.
 pub fn name(uid: &str, generation: i64, failures: u32) -> String {
     format!("accel-{uid}-{generation}-{failures}")
+}
+
+/// The name of the Job that removes what a task made, when `failures` of them have failed.
+pub fn removal_name(uid: &str, failures: u32) -> String {
+    format!("accel-{uid}-delete-{failures}")
+}
+
+/// Under which name a task's layers are claimed on UFS.
+fn claim(task: &AcceleratedImage, settings: &Settings) -> String {
+    format!("{}/{}", settings.cluster, task.uid().unwrap_or_default())
 }
 
 /// Of which task a Job is: namespace and name.
@@ -45,12 +61,62 @@ pub fn task_of(job: &Job) -> Option<(&str, &str)> {
     Some((namespace, annotations.get(TASK_NAME)?))
 }
 
-/// The Job of that name. It may do nothing but read its login and write to UFS.
+/// The Job of that name, which converts.
 pub fn build(
     name: String,
     task: &AcceleratedImage,
     service: &ImageAccelerationSpec,
     names: &Names,
+    settings: &Settings,
+) -> Job {
+    let work = Work {
+        arguments: arguments(task, service, names, settings),
+        retries: service.jobs.retries.into(),
+        deadline: service.jobs.deadline_seconds,
+    };
+    with(name, task, service, work, settings)
+}
+
+/// The Job of that name, which removes what the task made. `gone` are nodes that are no more.
+pub fn build_removal(
+    name: String,
+    task: &AcceleratedImage,
+    service: &ImageAccelerationSpec,
+    gone: &[String],
+    settings: &Settings,
+) -> Job {
+    let mut arguments = vec!["delete".to_owned()];
+    let mut add = |option: &str, value: String| arguments.extend([option.to_owned(), value]);
+    add("--claim", claim(task, settings));
+    add("--ufs", UFS.to_owned());
+    for node in gone {
+        add("--gone", format!("{}/{node}", settings.cluster));
+    }
+    arguments.extend(registry_options(service));
+    arguments.push("--json".to_owned());
+    let work = Work {
+        arguments,
+        // What it says when it fails counts: that nodes use it.
+        retries: 0,
+        deadline: service.jobs.deadline_seconds.min(REMOVAL_DEADLINE),
+    };
+    with(name, task, service, work, settings)
+}
+
+/// What a Job does.
+struct Work {
+    arguments: Vec<String>,
+    retries: i32,
+    /// In seconds.
+    deadline: u32,
+}
+
+/// A Job. It may do nothing but read its login and write to UFS.
+fn with(
+    name: String,
+    task: &AcceleratedImage,
+    service: &ImageAccelerationSpec,
+    work: Work,
     settings: &Settings,
 ) -> Job {
     let jobs = &service.jobs;
@@ -82,7 +148,7 @@ pub fn build(
         name: "convert".to_owned(),
         image: Some(settings.image.clone()),
         command: Some(vec!["mkfs-accel".to_owned()]),
-        args: Some(arguments(task, service, names)),
+        args: Some(work.arguments),
         // Errors are the end of the log, which is part of the pod's status then.
         termination_message_policy: Some("FallbackToLogsOnError".to_owned()),
         resources: Some(ResourceRequirements {
@@ -139,8 +205,8 @@ pub fn build(
             ..ObjectMeta::default()
         },
         spec: Some(JobSpec {
-            backoff_limit: Some(jobs.retries.into()),
-            active_deadline_seconds: Some(jobs.deadline_seconds.into()),
+            backoff_limit: Some(work.retries),
+            active_deadline_seconds: Some(work.deadline.into()),
             template: PodTemplateSpec {
                 metadata: Some(ObjectMeta {
                     labels: Some(labels),
@@ -158,27 +224,33 @@ fn arguments(
     task: &AcceleratedImage,
     service: &ImageAccelerationSpec,
     names: &Names,
+    settings: &Settings,
 ) -> Vec<String> {
-    let mut arguments = vec![
-        "convert",
-        &names.source,
-        "--ufs",
-        UFS,
-        "--push",
-        &names.target,
-    ];
-    let login = format!("{LOGIN}/config.json");
-    if service.registry.secret_name.is_some() {
-        arguments.extend(["--registry-config", &login]);
-    }
-    if service.registry.plain_http {
-        arguments.push("--plain-http");
-    }
+    let mut arguments = vec!["convert", &names.source, "--ufs", UFS];
+    let claim = claim(task, settings);
+    arguments.extend(["--claim", &claim, "--push", &names.target]);
     for platform in &task.spec.platforms {
         arguments.extend(["--platform", platform]);
     }
     arguments.push("--json-lines");
-    arguments.into_iter().map(str::to_owned).collect()
+    let mut arguments: Vec<_> = arguments.into_iter().map(str::to_owned).collect();
+    arguments.extend(registry_options(service));
+    arguments
+}
+
+/// How registries are reached.
+fn registry_options(service: &ImageAccelerationSpec) -> Vec<String> {
+    let mut options = Vec::new();
+    if service.registry.secret_name.is_some() {
+        options.extend([
+            "--registry-config".to_owned(),
+            format!("{LOGIN}/config.json"),
+        ]);
+    }
+    if service.registry.plain_http {
+        options.push("--plain-http".to_owned());
+    }
+    options
 }
 
 fn mount(name: &str, at: &str, read_only: bool) -> VolumeMount {

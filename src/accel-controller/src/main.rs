@@ -4,7 +4,8 @@ use accel_controller::job::Settings;
 use accel_controller::{lead, resource, run};
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand};
-use kube::{Api, Client};
+use k8s_openapi::api::core::v1::Namespace;
+use kube::{Api, Client, ResourceExt as _};
 use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -80,6 +81,14 @@ fn crds(out: Option<&Path>) -> Result<()> {
     Ok(())
 }
 
+/// What the cluster is called on UFS: the UID of a namespace that lasts as long as it.
+async fn cluster(client: &Client) -> Result<String> {
+    let namespaces = Api::<Namespace>::all(client.clone());
+    let system = namespaces.get_metadata("kube-system").await;
+    let system = system.context("cannot see which cluster this is")?;
+    system.uid().context("the namespace kube-system has no UID")
+}
+
 #[tokio::main]
 async fn serve(
     job_image: String,
@@ -101,6 +110,7 @@ async fn serve(
     let settings = Settings {
         namespace,
         image: job_image,
+        cluster: cluster(&client).await?,
     };
     let mut end = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let leading = async {

@@ -1,5 +1,8 @@
 //! What has to be done for a task, as a pure function of what is observed.
 
+mod delete;
+
+pub use self::delete::{IN_USE, REMOVED};
 use crate::job::{self, Settings};
 use crate::reference::{Names, SpecError};
 use crate::report::{self, Output, Progress, Report};
@@ -14,7 +17,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use std::time::Duration;
 
-/// Keeps a task until its Jobs have ended.
+/// Keeps a task until its Jobs have ended, and what they made is gone.
 pub const FINALIZER: &str = "image-accel.io/controller";
 
 /// How soon to look again while a Job is at work.
@@ -41,6 +44,9 @@ pub struct Observed<'a> {
     pub log: Option<Result<Output, String>>,
     /// How many Jobs of other tasks are at work.
     pub others_at_work: usize,
+    /// The names of the cluster's nodes, if they have been looked for: they matter for tasks
+    /// that are in use while they are being deleted.
+    pub nodes: Option<&'a [String]>,
     /// What the controller was told.
     pub settings: &'a Settings,
     /// The time.
@@ -77,7 +83,7 @@ pub fn plan(observed: &Observed<'_>) -> Plan {
     let kept = task.finalizers().iter().any(|name| name == FINALIZER);
     if task.metadata.deletion_timestamp.is_some() {
         return match kept {
-            true => delete(observed),
+            true => delete::delete(observed),
             false => Plan::default(),
         };
     }
@@ -92,26 +98,16 @@ pub fn plan(observed: &Observed<'_>) -> Plan {
     next.into_plan()
 }
 
-fn delete(observed: &Observed<'_>) -> Plan {
-    let mut next = Next::new(observed);
-    next.status.progress = None;
-    if observed.jobs.is_empty() {
-        next.say(Phase::Deleting, "it is being removed");
-        next.steps.push(Step::RemoveFinalizer);
-    } else {
-        next.say(Phase::Deleting, "its Job is being ended");
-        next.stop_all_but(None);
-        next.again = Some(SOON);
-    }
-    next.into_plan()
-}
-
 /// How long to wait after so many failures.
 fn pause(failures: u32) -> Duration {
-    let doubled = 1_u32.checked_shl(failures.saturating_sub(1));
-    doubled
-        .and_then(|times| FIRST_RETRY.checked_mul(times))
-        .map_or(LAST_RETRY, |pause| pause.min(LAST_RETRY))
+    doubled(FIRST_RETRY, LAST_RETRY, failures)
+}
+
+fn doubled(first: Duration, last: Duration, failures: u32) -> Duration {
+    let times = 1_u32.checked_shl(failures.saturating_sub(1));
+    times
+        .and_then(|times| first.checked_mul(times))
+        .map_or(last, |pause| pause.min(last))
 }
 
 /// A plan while it is made.
@@ -127,12 +123,18 @@ impl<'a> Next<'a> {
     fn new(observed: &'a Observed<'a>) -> Self {
         let generation = observed.task.metadata.generation.unwrap_or_default();
         let last = observed.task.status.clone().unwrap_or_default();
-        let status = if last.observed_generation == generation {
-            last
+        let deleted = observed.task.metadata.deletion_timestamp.is_some();
+        let status = if last.observed_generation == generation || deleted {
+            // Deletion is another version, too, but of the same images.
+            AcceleratedImageStatus {
+                observed_generation: generation,
+                ..last
+            }
         } else {
             // Of another version of the task; when conditions changed, it knows.
             AcceleratedImageStatus {
                 conditions: last.conditions,
+                claimed: last.claimed,
                 observed_generation: generation,
                 ..AcceleratedImageStatus::default()
             }
@@ -217,7 +219,7 @@ impl<'a> Next<'a> {
         }
         let limit = service.spec.jobs.limit;
         if self.observed.others_at_work >= limit.into() {
-            let what = format!("waits: {limit} other conversions are under way, the limit");
+            let what = format!("waits: {limit} other Jobs are under way, the limit");
             self.say(Phase::Creating, &what);
             self.again = Some(LATER);
             return;
@@ -230,6 +232,7 @@ impl<'a> Next<'a> {
             self.observed.settings,
         );
         self.steps.push(Step::Run(Box::new(job)));
+        self.status.claimed = true;
         self.say(Phase::Creating, "a Job is being started");
         self.status.started_at.get_or_insert(Time(now));
         self.status.finished_at = None;

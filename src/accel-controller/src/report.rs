@@ -1,5 +1,6 @@
-//! What `mkfs-accel convert --json-lines` says.
+//! What `mkfs-accel convert --json-lines` says, and `mkfs-accel delete --json`.
 
+use crate::resource::UserStatus;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
@@ -10,6 +11,28 @@ pub struct Output {
     pub progress: Option<Progress>,
     /// The end, when it has gone well.
     pub report: Option<Report>,
+    /// What `mkfs-accel delete` says at its end.
+    pub removal: Option<Removal>,
+}
+
+/// What was removed, or why not.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct Removal {
+    /// What, unless nothing was.
+    pub removed: Option<Removed>,
+    /// Nodes because of which nothing was.
+    pub in_use: Vec<UserStatus>,
+    /// What stays although it should not.
+    pub warnings: Vec<String>,
+}
+
+/// What was removed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+pub struct Removed {
+    /// Layers.
+    pub layers: u32,
+    /// Layers that others need.
+    pub kept: u32,
 }
 
 /// How far a conversion is.
@@ -106,6 +129,7 @@ impl Report {
 enum Line {
     Progress { progress: Progress },
     Report(Report),
+    Removal(Removal),
 }
 
 /// Reads a log. Lines that say something else are for people.
@@ -115,6 +139,7 @@ pub fn read(log: &str) -> Output {
         match serde_json::from_str(line) {
             Ok(Line::Progress { progress }) => output.progress = Some(progress),
             Ok(Line::Report(report)) => output.report = Some(report),
+            Ok(Line::Removal(removal)) => output.removal = Some(removal),
             Err(_) => {}
         }
     }
@@ -174,6 +199,21 @@ a warning
         let output = read(cut);
         assert_eq!(output.report, None);
         assert!(output.progress.is_some());
+    }
+
+    #[test]
+    fn what_was_removed_is_told() {
+        let read = |line: &str| read(line).removal.unwrap();
+        let gone = read(
+            r#"{"removed":{"layers":2,"images":["sha256:aa"],"bytes":9,"kept":1},"in_use":[],"untagged":["h/a"],"warnings":["w"]}"#,
+        );
+        assert_eq!(gone.removed, Some(Removed { layers: 2, kept: 1 }));
+        assert_eq!((gone.in_use.len(), gone.warnings.len()), (0, 1));
+        let used = read(
+            r#"{"removed":null,"in_use":[{"cluster":"c","node":"n1","expired":true,"layers":1}],"untagged":[],"warnings":[]}"#,
+        );
+        assert_eq!((used.removed, used.in_use[0].node.as_str()), (None, "n1"));
+        assert!(used.in_use[0].expired);
     }
 
     #[test]

@@ -235,9 +235,9 @@ pub enum Phase {
     Ready,
     /// It could not be converted; it is tried again.
     CreateError,
-    /// Is being removed.
+    /// Is being removed, or waits until no node uses it.
     Deleting,
-    /// It could not be removed; it is tried again.
+    /// It could not be removed, for example because UFS does not answer; it is tried again.
     DeleteError,
     /// The controller cannot tell: it has not looked yet, or what knows does not answer.
     #[default]
@@ -252,7 +252,8 @@ pub struct AcceleratedImageStatus {
     pub phase: Phase,
     /// Of which version of the task all this speaks.
     pub observed_generation: i64,
-    /// `Accepted`: the task can be worked on; `Ready`: as the phase of that name.
+    /// `Accepted`: the task can be worked on; `Ready`: as the phase of that name. While it is
+    /// being deleted, `InUse`: nodes use its layers; `Removed`: they are gone.
     pub conditions: Vec<Condition>,
     /// What it waits for, or what went wrong and what to do.
     pub message: String,
@@ -288,6 +289,25 @@ pub struct AcceleratedImageStatus {
     pub finished_at: Option<Time>,
     /// How many Jobs have failed for this version of the task.
     pub failures: u32,
+    /// Whether a Job was ever made for it: then there may be something on UFS that goes with
+    /// the task.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub claimed: bool,
+    /// Nodes that it waits for while it is being deleted.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub used_by: Vec<UserStatus>,
+}
+
+/// A node that uses layers of an image.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct UserStatus {
+    /// The UID of its cluster's namespace kube-system.
+    pub cluster: String,
+    /// Its name.
+    pub node: String,
+    /// It has said nothing for long: everything counts that it had mounted.
+    pub expired: bool,
 }
 
 /// How far a conversion is.

@@ -9,7 +9,7 @@ use crate::resource::{
 use crate::service;
 use futures_util::StreamExt as _;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
+use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, DeleteParams, ListParams, LogParams, Patch, PatchParams};
@@ -135,12 +135,18 @@ async fn tell_of(error: Option<LoopError>) {
     }
 }
 
+/// Whether nodes are known to use what a task made.
+fn is_used(task: &AcceleratedImage) -> bool {
+    let status = task.status.as_ref();
+    status.is_some_and(|status| !status.used_by.is_empty())
+}
+
 /// Tasks that may wait for others.
 fn waiting(tasks: &[Arc<AcceleratedImage>]) -> Vec<ObjectRef<AcceleratedImage>> {
     let phase = |task: &AcceleratedImage| Some(task.status.as_ref()?.phase);
     let waiting = tasks
         .iter()
-        .filter(|task| phase(task) == Some(Phase::Creating));
+        .filter(|task| matches!(phase(task), Some(Phase::Creating | Phase::Deleting)));
     waiting.map(|task| ObjectRef::from_obj(&**task)).collect()
 }
 
@@ -213,8 +219,13 @@ impl Context {
             Some(pod) if has_log(pod) => Some(self.log(&pod.name_any()).await),
             _ => None,
         };
+        let nodes = match task.metadata.deletion_timestamp {
+            Some(_) if is_used(task) => Some(self.nodes().await?),
+            _ => None,
+        };
         Ok(plan::plan(&Observed {
             task,
+            nodes: nodes.as_deref(),
             service: service.as_ref(),
             jobs: &jobs,
             pod: pod.as_ref(),
@@ -223,6 +234,13 @@ impl Context {
             settings: &self.settings,
             now: Timestamp::now(),
         }))
+    }
+
+    /// The names of the cluster's nodes.
+    async fn nodes(&self) -> Result<Vec<String>, RunError> {
+        let all = self.all::<Node>();
+        let nodes = all.list_metadata(&ListParams::default()).await?;
+        Ok(nodes.items.iter().map(ResourceExt::name_any).collect())
     }
 
     async fn newest_pod(&self, job: &str) -> Result<Option<Pod>, RunError> {
@@ -325,25 +343,45 @@ impl Context {
         tasks
             .patch_status(&task.name_any(), &apply, &Patch::Apply(patch))
             .await?;
-        let before = task
-            .status
-            .as_ref()
-            .map(|status| (status.phase, status.observed_generation));
-        if before == Some((status.phase, status.observed_generation)) {
+        let before = task.status.clone().unwrap_or_default();
+        let told = |status: &AcceleratedImageStatus| {
+            let conditions = status.conditions.iter();
+            let mut while_deleted: Vec<_> = conditions
+                .filter(|condition| [plan::IN_USE, plan::REMOVED].contains(&&*condition.type_))
+                .map(|condition| (condition.type_.clone(), condition.status.clone()))
+                .collect();
+            while_deleted.sort();
+            (status.phase, status.observed_generation, while_deleted)
+        };
+        if told(&before) == told(status) {
             return Ok(());
         }
+        let removed = |status: &AcceleratedImageStatus| {
+            let mut conditions = status.conditions.iter();
+            conditions
+                .find(|condition| condition.type_ == plan::REMOVED)
+                .map(|condition| condition.reason.clone())
+        };
         info!(task = %task.name_any(), phase = ?status.phase, "{}", status.message);
         let bad = matches!(
             status.phase,
             Phase::CreateError | Phase::DeleteError | Phase::Unknown
         );
+        let reason = match removed(status) {
+            Some(reason) => reason,
+            None if status.phase == Phase::Deleting && !status.used_by.is_empty() => {
+                plan::IN_USE.to_owned()
+            }
+            None => format!("{:?}", status.phase),
+        };
+        let bad = bad || (reason != "Removed" && removed(status).is_some());
         let event = Event {
             type_: if bad {
                 EventType::Warning
             } else {
                 EventType::Normal
             },
-            reason: format!("{:?}", status.phase),
+            reason,
             // The API takes a kilobyte.
             note: Some(status.message.chars().take(250).collect()),
             action: "Convert".to_owned(),

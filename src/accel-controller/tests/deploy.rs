@@ -93,6 +93,20 @@ const GRANTS: &[(&str, &str, &str, &str, &str)] = &[
     ),
     (
         "ClusterRole",
+        "",
+        "nodes",
+        "list",
+        "whether a node that has been silent for long is still there",
+    ),
+    (
+        "ClusterRole",
+        "",
+        "namespaces",
+        "get",
+        "kube-system's UID: what the cluster is called on UFS",
+    ),
+    (
+        "ClusterRole",
         "events.k8s.io",
         "events",
         "create",
@@ -194,6 +208,10 @@ fn the_controller_may_do_what_it_has_a_reason_for_and_nothing_else() {
             };
             for group in all("apiGroups") {
                 for resource in all("resources") {
+                    // One object of all the cluster's.
+                    if resource == "namespaces" {
+                        assert_eq!(all("resourceNames"), ["kube-system"]);
+                    }
                     for verb in all("verbs") {
                         granted.insert([kind.to_owned(), group.clone(), resource.clone(), verb]);
                     }

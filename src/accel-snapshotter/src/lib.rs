@@ -12,6 +12,7 @@
 //! which are mounts of EROFS. [`snapshotter`] has the rules for what may wait and
 //! what must not.
 
+pub mod agent;
 pub mod config;
 pub mod doctor;
 pub mod edit;

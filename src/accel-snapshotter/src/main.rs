@@ -5,7 +5,7 @@ use accel_snapshotter::config::{Containerd, Scope, Wanted};
 use accel_snapshotter::doctor::look::{Options, look, read};
 use accel_snapshotter::doctor::{Finding, Level, Step, containerd};
 use accel_snapshotter::settings::{LISTEN, ROOT, Settings};
-use accel_snapshotter::{config, edit, idmap, serve, service};
+use accel_snapshotter::{agent, config, edit, idmap, serve, service};
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use std::io::{IsTerminal as _, Write as _};
@@ -92,6 +92,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Say on UFS which layers this node uses, all the time, so that they are not deleted.
+    Agent(agent::Options),
     /// Show which layers are loaded lazily, which are not, and why.
     Status {
         /// The snapshotter's socket.
@@ -141,6 +143,7 @@ fn run(command: Command) -> Result<ExitCode> {
             let file = config.map(|path| Settings::read(&path)).transpose()?;
             serve::run(&settings.or(file.unwrap_or_default()).options())
         }
+        Command::Agent(options) => agent::run(&options),
         Command::Config {
             containerd,
             scope,

@@ -20,7 +20,8 @@ use crate::store::{Lower, New, Stack, Store, StoreError};
 use crate::usage;
 use accel_client::idmapped::{mount_mapped, user_namespace};
 use accel_client::system;
-use std::collections::{BTreeMap, HashMap};
+use accel_ufs::index::Root;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -516,6 +517,7 @@ impl Snapshotter {
     pub fn status(&self) -> Result<Status> {
         let mounted = self.mounted()?;
         let snapshots = self.store.all();
+        let users = users(&snapshots);
         let layers = self.store.layers().into_iter().map(|(layer, _)| {
             let lazy = snapshots.values().filter_map(|snapshot| snapshot.lazy);
             let mine: Vec<_> = lazy.filter(|lazy| lazy.root == layer.root).collect();
@@ -528,6 +530,7 @@ impl Snapshotter {
                 point: self.places.layer(layer.number),
                 mounted: mounted.contains_key(&self.places.layer(layer.number)),
                 snapshots: mine.len(),
+                users: users.get(&layer.root).copied().unwrap_or(0),
                 trust: trust.name().to_owned(),
             }
         });
@@ -555,6 +558,26 @@ impl Snapshotter {
             unpacked: unpacked.collect(),
         })
     }
+}
+
+/// How many snapshots that can be written to or looked at stand on each lazy layer.
+fn users(snapshots: &BTreeMap<String, Snapshot>) -> HashMap<Root, usize> {
+    let mut users = HashMap::new();
+    for top in snapshots.values() {
+        if top.kind == Kind::Committed {
+            continue;
+        }
+        let mut roots = HashSet::new();
+        let mut below = top.parent.as_ref();
+        while let Some(snapshot) = below.and_then(|name| snapshots.get(name)) {
+            roots.extend(snapshot.lazy.map(|lazy| lazy.root));
+            below = snapshot.parent.as_ref();
+        }
+        for root in roots {
+            *users.entry(root).or_default() += 1;
+        }
+    }
+    users
 }
 
 fn names_in(directory: &Path) -> io::Result<Vec<String>> {

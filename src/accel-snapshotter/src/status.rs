@@ -50,6 +50,9 @@ pub struct LayerStatus {
     pub mounted: bool,
     /// How many snapshots have it.
     pub snapshots: usize,
+    /// How many containers run on it, and pulls are putting something on top of it.
+    #[serde(default)]
+    pub users: usize,
     /// `manifest`: the images name its root. `ufs`: of one of them nobody does but UFS.
     pub trust: String,
 }
@@ -91,11 +94,12 @@ impl fmt::Display for Status {
             let digest = layer.diff_id.to_string();
             writeln!(
                 f,
-                "lazy        {} {} bytes, {state} at {}, {} snapshots, trust: {}",
+                "lazy        {} {} bytes, {state} at {}, {} snapshots, {} users, trust: {}",
                 &digest[..19],
                 layer.size,
                 layer.point.display(),
                 layer.snapshots,
+                layer.users,
                 layer.trust
             )?;
         }

@@ -88,6 +88,16 @@ pub enum ImageError {
         /// Why it was not taken, and what to do.
         why: String,
     },
+    /// What a registry answered when something was to be removed, or that it did not.
+    #[error("cannot remove {what} from {registry}: {why}")]
+    Remove {
+        /// The registry.
+        registry: String,
+        /// What was to be removed.
+        what: String,
+        /// Why it was not, and what to do.
+        why: String,
+    },
     /// A file of a layout that is written.
     #[error("cannot write {path:?}: {error}")]
     Write {

@@ -15,7 +15,7 @@
 //! (encrypted layers, artifacts, Docker's schema 1) are refused by name.
 //!
 //! [`Target`] writes an accelerated image: the same config and layers under a
-//! manifest that says more of the layers.
+//! manifest that says more of the layers; [`remove_tag`] takes one's tag away again.
 
 mod accelerated;
 mod archive;
@@ -33,4 +33,6 @@ pub use accelerated::{Accelerated, Annotations};
 pub use config::ProcessConfig;
 pub use error::ImageError;
 pub use image::{Credentials, Image, Images, Layer, OpenOptions, Platforms, open, open_all};
+pub use registry::Untagged;
 pub use target::Target;
+pub use target::remove_tag;

@@ -3,7 +3,7 @@
 use crate::accelerated::{Accelerated, Annotations, Document};
 use crate::image::{Image, Layer};
 use crate::layout_write::LayoutWriter;
-use crate::registry::Registry;
+use crate::registry::{Registry, Untagged};
 use crate::{ImageError, OpenOptions};
 use accel_oci::{Digest, ImageSource, RegistryReference, Version};
 
@@ -126,4 +126,20 @@ impl Target {
             Place::Registry { registry, from } => registry.push_layer(image, layer, from.as_ref()),
         }
     }
+}
+
+/// Takes an accelerated image's tag away. `key` is the annotation by which ours are known,
+/// `ours` its values; what has another one stays. A registry that takes digests only loses
+/// the manifest with all of its tags, unless it is `shared`.
+///
+/// # Errors
+/// The registry cannot be reached, or fails. Not that it refuses: see [`Untagged::Refused`].
+pub fn remove_tag(
+    target: &RegistryReference,
+    options: &OpenOptions,
+    key: &str,
+    ours: &[String],
+    shared: bool,
+) -> Result<Untagged, ImageError> {
+    Registry::open_for_push(target, options)?.untag(key, ours, shared)
 }

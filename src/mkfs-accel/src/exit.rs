@@ -1,6 +1,6 @@
 //! Exit codes: what kind of thing went wrong, for scripts.
 
-use crate::commands::WrongResult;
+use crate::commands::{InUse, WrongResult};
 use crate::published::PublishedError;
 use crate::sink::SinkError;
 use accel_image::ImageError;
@@ -17,6 +17,8 @@ pub const DAMAGED: u8 = 3;
 pub const SOURCE: u8 = 4;
 /// UFS, or where else the result goes, cannot be used.
 pub const STORAGE: u8 = 5;
+/// Nodes use what was to be deleted.
+pub const IN_USE: u8 = 6;
 /// A signal ended the process.
 pub const INTERRUPTED: u8 = 130;
 
@@ -29,6 +31,7 @@ Exit codes:
   3    damaged: what was read is not what its digest promises, or no image or layer
   4    the image cannot be had: not there, refused, or the registry not reachable
   5    the shared file system (or the output) is missing, full or not writable
+  6    in use: nodes use what was to be deleted
   130  ended by Ctrl-C, SIGTERM or SIGHUP; unfinished files were removed
 With every code but 0, standard error says what failed and what to do.";
 
@@ -56,6 +59,9 @@ fn known(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
             UfsError::Interrupted => INTERRUPTED,
             _ => STORAGE,
         });
+    }
+    if error.is::<InUse>() {
+        return Some(IN_USE);
     }
     if error.is::<WrongResult>() {
         return Some(DAMAGED);

@@ -25,6 +25,7 @@ use accel_ufs::index::{ImageSize, Layout, Root};
 use accel_ufs::names::{self, LayerName};
 use accel_ufs::publish::{Outcome, Publication, Ufs};
 use accel_ufs::record::{self, DigestRecord, ErofsRecord, LayerRecord};
+use accel_ufs::turn::Turn;
 use anyhow::{Context, bail, ensure};
 use serde::Serialize;
 use std::fs::File;
@@ -101,6 +102,9 @@ struct Figures {
     /// What has been read of that.
     bytes_done: u64,
 }
+
+/// How often to look whether another process is done with a layer.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// How long [`Tell::Programs`] may say nothing.
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -271,7 +275,13 @@ impl Work<'_> {
             self.wait(same)?;
         }
         let started = Instant::now();
-        let found = self.ufs.find_layer(layer.diff_id, layer.chain_id)?;
+        let mut found = self.ufs.find_layer(layer.diff_id, layer.chain_id)?;
+        // Another process may be at it: once it is done there is nothing to do.
+        let mut turn = None;
+        if found.is_none() {
+            turn = Some(self.turn(layer)?);
+            found = self.ufs.find_layer(layer.diff_id, layer.chain_id)?;
+        }
         let noted = self.noted(layer)?;
         let hides = match (&noted, &found) {
             (Some(record), _) => record.whiteouts,
@@ -302,6 +312,7 @@ impl Work<'_> {
                 self.convert(number, bar)?
             }
         };
+        drop(turn);
         // Also for a converter that ended before it came to that.
         if noted.is_none() {
             self.note_digest(layer, whiteouts)?;
@@ -330,6 +341,23 @@ impl Work<'_> {
                 .say(|| say!("layer {}/{count} {digest}: {done}", number + 1))?;
         }
         Ok(done)
+    }
+
+    /// Waits until no other process converts the layer.
+    fn turn(&self, layer: &Layer) -> anyhow::Result<Turn> {
+        let mut told = false;
+        loop {
+            if let Some(turn) = self.ufs.turn(layer.chain_id)? {
+                return Ok(turn);
+            }
+            if !std::mem::replace(&mut told, true) {
+                tracing::info!(layer = %layer.digest, "another process converts it: waiting");
+            }
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(GivenUp.into());
+            }
+            thread::sleep(LOOK);
+        }
     }
 
     /// Reads the layer and publishes what it becomes.

@@ -6,6 +6,7 @@ use common::{GZIP, Image, Tar, Ufs, bad, files, good, gzip, sample_tar};
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::fs;
+use std::process::Stdio;
 
 fn fates(report: &Value) -> Vec<&str> {
     let layers = report["layers"].as_array().unwrap().iter();
@@ -102,4 +103,52 @@ fn after_an_error_the_next_run_goes_on() {
     let present = fates(&report).into_iter().filter(|fate| *fate == "present");
     assert_eq!(present.count(), there);
     good(&[&"verify", &image.source(), &"--ufs", &ufs.path()]);
+}
+
+/// Several converters of images with layers in common, one of them killed in the middle.
+#[test]
+fn converters_side_by_side_convert_each_layer_once() {
+    let layers = dependent_layers();
+    let images: Vec<_> = (0..3)
+        .map(|number| {
+            let own = Tar::new().file(&format!("opt/own/{number}"), b"x").finish();
+            Image::gzipped(&[layers.clone(), vec![own]].concat())
+        })
+        .collect();
+    let ufs = Ufs::new();
+    let convert = |image: &Image| {
+        common::mkfs_accel()
+            .args(["convert", "--json", "--jobs", "2", &image.source(), "--ufs"])
+            .arg(ufs.path())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let mut killed = convert(&images[0]);
+    let turns = ufs.path().join("turns");
+    while fs::read_dir(&turns).map_or(true, |mut turns| turns.next().is_none()) {
+        std::thread::yield_now();
+    }
+    let others: Vec<_> = images.iter().map(&convert).collect();
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let mut converted = std::collections::BTreeMap::new();
+    for other in others {
+        let output = other.wait_with_output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{error}");
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        for layer in report["layers"].as_array().unwrap() {
+            let times: &mut u32 = converted.entry(layer["chain_id"].to_string()).or_default();
+            *times += u32::from(layer["fate"] != "present");
+        }
+    }
+    assert_eq!(converted.len(), 6 + 3);
+    assert!(converted.values().all(|times| *times <= 1), "{converted:?}");
+    assert!(
+        files(ufs.path())
+            .keys()
+            .all(|path| !path.starts_with("turns"))
+    );
 }

@@ -208,7 +208,7 @@ fn keep(file: &File, (end, changed): &(Mutex<bool>, Condvar), path: &Path) {
 
 /// Sets the modification time to now, by the file system's clock where it is
 /// that clock which sets times.
-fn renew(file: &File) -> io::Result<()> {
+pub(crate) fn renew(file: &File) -> io::Result<()> {
     let special = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
     let times = Timestamps {
         last_access: special(UTIME_OMIT),

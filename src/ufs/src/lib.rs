@@ -9,19 +9,26 @@
 //!   replacing anything.
 //! * [`lease`]: which processes are at work, so that what the others left can go.
 //! * [`start`]: what mounting an image reads first, in one file.
+//! * [`claim`]: who needs which images and layers; [`node`]: which layers nodes use;
+//!   [`removal`]: how what neither needs goes.
+//! * [`turn`]: which process converts a layer, when several could.
 //! * [`resolve`]: from what a user calls an image to its record.
 //!
 //! The bytes and names are specified in `ARCHITECTURE.md`, "Formats"; this is
 //! layout 1.
 
 pub mod annotations;
+pub mod claim;
 pub mod index;
 pub mod lease;
 pub mod names;
+pub mod node;
 pub mod publish;
 pub mod record;
+pub mod removal;
 pub mod resolve;
 pub mod start;
+pub mod turn;
 
 mod error;
 mod hex;

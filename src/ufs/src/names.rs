@@ -89,7 +89,7 @@ fn sharded(room: &str, digest: &Digest, extension: &str) -> RelPath {
 }
 
 /// What a converted layer is called.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum LayerName {
     /// A layer whose tree is its own, by diffID.
     Layer(DiffId),

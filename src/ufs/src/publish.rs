@@ -17,10 +17,12 @@
 //! Temporaries are called `<lease>.<number>.<what>`, after the [`lease`](crate::lease)
 //! of the process that makes them, so that [`Ufs::temporaries`] can say whose each is.
 
+use crate::claim::CLAIMS;
 use crate::error::UfsError;
 use crate::index::{Header, Page};
 use crate::lease::{FoundLease, Lease, Owner};
 use crate::names::{self, LEASES, LayerName, Nanoseconds, QUARANTINE, RelPath, TMP};
+use crate::node::NODES;
 use crate::record::{MAX_RECORD, RecordError};
 use accel_oci::{ChainId, DiffId};
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
@@ -35,6 +37,9 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
+
+/// What a file is called, before its maker, that is made so that a directory changes.
+const LOOK: &str = "look.";
 
 /// How often a damaged file is replaced that others put there meanwhile.
 const REPLACEMENTS: usize = 16;
@@ -209,7 +214,7 @@ impl Ufs {
     /// Whether the path still leads to the directory that was opened: without
     /// this, a file system that was unmounted meanwhile would go on as a directory
     /// of the local disk.
-    fn check_there(&self) -> Result<(), UfsError> {
+    pub(crate) fn check_there(&self) -> Result<(), UfsError> {
         let vanished = || UfsError::Vanished {
             path: self.root.clone(),
         };
@@ -280,6 +285,23 @@ impl Ufs {
     /// Names that are not UTF-8 are not ours and are left out.
     pub fn list(&self, directory: &RelPath) -> Result<Vec<String>, UfsError> {
         self.list_path(&self.path(directory))
+    }
+
+    /// As [`list`](Self::list), but as the file system has them now: a machine remembers
+    /// for a while what was in a directory, until it changes something there itself.
+    pub(crate) fn list_now(&self, directory: &RelPath) -> Result<Vec<String>, UfsError> {
+        let path = self.path(directory);
+        let look = path.join(format!("{LOOK}{}", self.shared.owner));
+        match File::create(&look) {
+            Ok(_) => crate::removal::unlink(&look)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                // Not that UFS is away, and this an empty directory in its place.
+                self.check_there()?;
+                return Ok(Vec::new());
+            }
+            Err(error) => return Err(UfsError::io("create", &look)(error)),
+        }
+        self.list_path(&path)
     }
 
     fn list_path(&self, path: &Path) -> Result<Vec<String>, UfsError> {
@@ -389,24 +411,30 @@ impl Ufs {
         Ok(found)
     }
 
-    /// Every unfinished file on UFS with what is known of its maker.
+    /// Every unfinished file on UFS with what is known of its maker, and what a process has
+    /// left that wanted to see a directory as it is.
     pub fn temporaries(&self) -> Result<Vec<Temporary>, UfsError> {
-        let directory = self.root.join(TMP);
         let mut found = Vec::new();
-        for name in self.list_path(&directory)? {
-            let path = directory.join(&name);
-            let metadata = match fs::symlink_metadata(&path) {
-                Ok(metadata) => metadata,
-                // Finished between the listing and now.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(UfsError::io("look at", &path)(error)),
-            };
-            found.push(Temporary {
-                owner: Owner::of_file(&name),
-                size: metadata.len(),
-                modified: metadata.modified().ok(),
-                path,
-            });
+        for (room, prefix) in [(TMP, ""), (CLAIMS, LOOK), (NODES, LOOK)] {
+            let directory = self.root.join(room);
+            for name in self.list_path(&directory)? {
+                let Some(maker) = name.strip_prefix(prefix) else {
+                    continue;
+                };
+                let path = directory.join(&name);
+                let metadata = match fs::symlink_metadata(&path) {
+                    Ok(metadata) => metadata,
+                    // Finished between the listing and now.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                    Err(error) => return Err(UfsError::io("look at", &path)(error)),
+                };
+                found.push(Temporary {
+                    owner: Owner::of_file(maker),
+                    size: metadata.len(),
+                    modified: metadata.modified().ok(),
+                    path,
+                });
+            }
         }
         found.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(found)
@@ -431,6 +459,28 @@ impl Ufs {
 
     fn lock(&self) -> MutexGuard<'_, Open> {
         self.shared.lock()
+    }
+
+    /// Notes a file that goes with this process.
+    pub(crate) fn keep(&self, path: &Path) -> Result<(), UfsError> {
+        let mut open = self.lock();
+        if open.closed {
+            drop(open);
+            crate::removal::unlink(path)?;
+            return Err(UfsError::Interrupted);
+        }
+        open.paths.insert(path.to_owned());
+        Ok(())
+    }
+
+    /// Removes it.
+    pub(crate) fn end(&self, path: &Path) {
+        let mut open = self.lock();
+        if open.paths.remove(path)
+            && let Err(error) = fs::remove_file(path)
+        {
+            tracing::warn!(?path, %error, "cannot remove a temporary file");
+        }
     }
 }
 
@@ -623,12 +673,7 @@ impl Publication {
 
 impl Drop for Publication {
     fn drop(&mut self) {
-        let mut open = self.ufs.lock();
-        if open.paths.remove(&self.path)
-            && let Err(error) = fs::remove_file(&self.path)
-        {
-            tracing::warn!(path = ?self.path, %error, "cannot remove a temporary file");
-        }
+        self.ufs.end(&self.path);
     }
 }
 

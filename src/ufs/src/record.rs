@@ -239,7 +239,10 @@ impl DigestRecord {
     }
 }
 
-fn parse<T: DeserializeOwned>(json: &[u8], what: &'static str) -> Result<T, RecordError> {
+pub(crate) fn parse<T: DeserializeOwned>(
+    json: &[u8],
+    what: &'static str,
+) -> Result<T, RecordError> {
     #[derive(Deserialize)]
     struct Probe {
         layout: u64,
@@ -258,7 +261,7 @@ fn parse<T: DeserializeOwned>(json: &[u8], what: &'static str) -> Result<T, Reco
     serde_json::from_slice(json).map_err(wrong)
 }
 
-fn to_json(record: &impl Serialize) -> Vec<u8> {
+pub(crate) fn to_json(record: &impl Serialize) -> Vec<u8> {
     // Fails only for maps with keys that are no strings; there are none here.
     let mut json = serde_json::to_vec_pretty(record).unwrap_or_default();
     json.push(b'\n');

@@ -1,4 +1,4 @@
-//! Images in a registry (OCI distribution specification): reading; [`push`] has the rest.
+//! Images in a registry (OCI distribution specification): reading; [`push`] and [`remove`] have the rest.
 //!
 //! The network has a thread of its own; blobs cross over to the blocking side through
 //! a bounded channel, so that it goes on while the reader works. A connection that
@@ -10,11 +10,13 @@ mod hosts_file;
 mod http;
 mod login;
 mod push;
+mod remove;
 
 use self::failure::{Failure, pause, told};
 use self::hosts::Capabilities;
 use self::http::Http;
 use self::login::Login;
+pub use self::remove::Untagged;
 use crate::image::{MAX_MANIFEST, Origin, Start};
 use crate::manifest::{ACCEPTED, Pointer};
 use crate::{ImageError, OpenOptions};

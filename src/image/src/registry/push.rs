@@ -140,7 +140,7 @@ impl Registry {
     }
 
     /// The host that is pushed to: the first that takes pushes.
-    fn pushed_to(&self) -> Result<&Http, ImageError> {
+    pub(super) fn pushed_to(&self) -> Result<&Http, ImageError> {
         let mut hosts = self.hosts.iter();
         hosts
             .find(|host| host.can.push)

@@ -10,6 +10,7 @@ use accel_image::{Accelerated, Image, Images, Platforms, Target};
 use accel_oci::{Digest, ImageSource, Platform, PlatformError};
 use accel_ufs::UfsError;
 use accel_ufs::annotations::{IMAGE_KEY, LayerAnnotations, ORIGINAL_KEY};
+use accel_ufs::claim::{ClaimName, ClaimRecord, ClaimedLayer};
 use accel_ufs::names;
 use accel_ufs::publish::{Outcome, Ufs};
 use accel_ufs::record::{self, ImageRecord, LayerRecord, NameRecord, Process};
@@ -62,6 +63,11 @@ pub struct Arguments {
         help = "Write the accelerated image to an OCI layout"
     )]
     out: Option<ImageSource>,
+    /// For whom: what is claimed under this name stays on UFS until `mkfs-accel delete
+    /// --claim` gives it up [default: what is converted by hand stays until it is deleted by
+    /// hand]
+    #[arg(long, value_name = "HOLDER/NAME")]
+    claim: Option<ClaimName>,
     /// Print one JSON object instead of lines
     #[arg(long)]
     json: bool,
@@ -215,6 +221,32 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
 
+    // Before it is looked what is there: who deletes looks in the other order.
+    let claimed = claim(&ufs, arguments, &source, &found)?;
+    if !claimed.is_empty() {
+        // Opened anew: this stays for good, and would keep the lease.
+        let (root, claimed) = (ufs.root().to_owned(), claimed.clone());
+        interrupt::on_interrupt(move || match Ufs::open(&root) {
+            Ok(ufs) => give_up(&ufs, &claimed),
+            Err(error) => tracing::warn!(%error, "the claim stays"),
+        });
+    }
+    let done = convert(arguments, &ufs, &source, &found, &targets, started);
+    if done.is_err() {
+        give_up(&ufs, &claimed);
+    }
+    done
+}
+
+fn convert(
+    arguments: &Arguments,
+    ufs: &Ufs,
+    source: &ImageSource,
+    found: &Images,
+    targets: &[(String, Target)],
+    started: Instant,
+) -> anyhow::Result<()> {
+    let tell = arguments.tell();
     let jobs = arguments
         .jobs
         .map_or_else(jobs::default, |jobs| jobs.get().into());
@@ -224,8 +256,8 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             say!("{}: {}", image.platform, image.manifest)?;
         }
         // What an earlier one has is not converted again.
-        let layers = layers::convert_all(&ufs, image, jobs, tell)?;
-        publish_image(&ufs, &source, image, &layers)?;
+        let layers = layers::convert_all(ufs, image, jobs, tell)?;
+        publish_image(ufs, source, image, &layers)?;
         done.push((image, layers));
     }
     // The source's name stands for this machine's image.
@@ -235,11 +267,11 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .find(|(image, _)| host.accepts(&image.platform))
         .or_else(|| done.first());
     let (main, main_layers) = main.context("the source has no image")?;
-    remember(&ufs, &source, main.manifest)?;
+    remember(ufs, source, main.manifest)?;
     for index in &main.indexes {
-        remember(&ufs, index, main.manifest)?;
+        remember(ufs, index, main.manifest)?;
     }
-    let written = accelerate(&found, &done, &targets)?;
+    let written = accelerate(found, &done, targets)?;
     let took = started.elapsed();
     if tell != Tell::People {
         let report = Report {
@@ -280,6 +312,54 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         say!("accelerated image {target}: {manifest}, for {platforms}")?;
     }
     Ok(())
+}
+
+/// What was converted so far stays for the next attempt, but is nobody's.
+fn give_up(ufs: &Ufs, claims: &[ClaimName]) {
+    for name in claims {
+        if let Err(error) = ufs.unclaim(name) {
+            tracing::warn!(%name, %error, "the claim stays");
+        }
+    }
+}
+
+/// Says who needs what is going to be converted. Gives the claims that are new and by hand.
+fn claim(
+    ufs: &Ufs,
+    arguments: &Arguments,
+    source: &ImageSource,
+    found: &Images,
+) -> Result<Vec<ClaimName>, UfsError> {
+    let record = |images: &[Image]| {
+        let layers = images.iter().flat_map(|image| &image.layers);
+        let indexes = images.iter().flat_map(|image| &image.indexes);
+        let indexes: std::collections::BTreeSet<_> = indexes.map(Digest::to_string).collect();
+        ClaimRecord {
+            layout: record::LAYOUT,
+            names: std::iter::once(source.to_string()).chain(indexes).collect(),
+            targets: arguments.push.iter().map(ToString::to_string).collect(),
+            images: images.iter().map(|image| image.manifest).collect(),
+            layers: layers
+                .map(|layer| ClaimedLayer {
+                    diff_id: layer.diff_id,
+                    chain_id: layer.chain_id,
+                    digest: layer.digest,
+                })
+                .collect(),
+        }
+    };
+    if let Some(name) = &arguments.claim {
+        ufs.claim(name, &record(&found.images))?;
+        return Ok(Vec::new());
+    }
+    let mut new = Vec::new();
+    for image in &found.images {
+        let name = ClaimName::by_hand(&image.manifest);
+        if ufs.claim(&name, &record(std::slice::from_ref(image)))? {
+            new.push(name);
+        }
+    }
+    Ok(new)
 }
 
 /// A word about what is in the index and will not be converted.

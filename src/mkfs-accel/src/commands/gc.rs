@@ -109,6 +109,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             Err(_) => remove(path)?,
         }
     }
+    if !arguments.dry_run {
+        ufs.tidy_turns()?;
+    }
     for (path, size) in ufs.quarantined()? {
         sweep.file(&path, size, Err(DAMAGED))?;
     }

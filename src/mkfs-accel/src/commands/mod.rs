@@ -1,6 +1,7 @@
 //! The commands, one module each.
 
 mod convert;
+mod delete;
 mod gc;
 mod images;
 mod inspect;
@@ -9,6 +10,7 @@ mod remake;
 mod repair;
 mod verify;
 
+pub use delete::InUse;
 pub use repair::WrongResult;
 
 use crate::exit;
@@ -44,6 +46,8 @@ enum Command {
     /// Makes one layer for a daemon, which starts this.
     #[command(hide = true)]
     Remake(remake::Arguments),
+    /// Delete an image: what no other one needs, and no node uses
+    Delete(Box<delete::Arguments>),
     /// Remove unfinished files that no converter works on any more
     Gc(gc::Arguments),
     /// Print a shell's completions for this program
@@ -84,6 +88,7 @@ impl Cli {
             Command::Verify(arguments) => return verify::run(arguments),
             Command::Repair(arguments) => return repair::run(arguments),
             Command::Remake(arguments) => remake::run(arguments),
+            Command::Delete(arguments) => delete::run(arguments),
             Command::Gc(arguments) => gc::run(arguments),
             Command::Completions { shell } => {
                 let mut script = Vec::new();

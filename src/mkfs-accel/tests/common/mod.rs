@@ -264,11 +264,12 @@ impl Ufs {
         bad(&[&"convert", &source, &"--ufs", &self.path()])
     }
 
-    /// Everything but the records of where an image came from, which name the
-    /// source and the time.
+    /// Everything but what names the source or the time: who needs an image, and where it
+    /// came from.
     pub fn layers(&self) -> BTreeMap<PathBuf, Vec<u8>> {
         let mut all = files(self.path());
-        all.retain(|path, _| !path.starts_with("names") && !path.starts_with("images"));
+        let named = ["names", "images", "claims"];
+        all.retain(|path, _| !named.iter().any(|room| path.starts_with(room)));
         all
     }
 

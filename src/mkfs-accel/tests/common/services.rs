@@ -21,6 +21,8 @@ pub struct Registry {
 /// How a registry lets users in.
 pub enum Access {
     Open,
+    /// To everybody, who may delete, too.
+    Deleting,
     /// "user" with the password "s3kr1t".
     Password,
     /// Tokens of this server.
@@ -107,6 +109,7 @@ impl Registry {
             _ => path.join("data"),
         };
         let mode = match access {
+            Access::Deleting => ", delete: {enabled: true}",
             Access::ReadOnly(_) => ", maintenance: {readonly: {enabled: true}}",
             _ => "",
         };
@@ -118,6 +121,7 @@ impl Registry {
         );
         config += &match access {
             Access::Open
+            | Access::Deleting
             | Access::Tls(_)
             | Access::Clients(..)
             | Access::Below
