@@ -280,7 +280,10 @@ pub fn serve_file(socket: &Path, root: Root, path: &Path) -> Result<()> {
         // The kernel learns from the first time that opening and closing are nothing to
         // ask the daemon about. Later there may be none, and what closes a file then, be
         // it a program that is started in its place, would wait for it.
-        .and_then(|()| Ok(drop(File::open(path)?)));
+        .and_then(|()| {
+            File::open(path)?;
+            Ok(())
+        });
     if served.is_err() {
         unmount_file(path)?;
     }

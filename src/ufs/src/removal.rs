@@ -82,7 +82,9 @@ impl Item {
     /// is.
     fn files(&self) -> Vec<RelPath> {
         match self {
-            Self::Image(manifest) => vec![names::image_record(manifest)],
+            Self::Image(manifest) => {
+                vec![names::image_record(manifest), names::image_start(manifest)]
+            }
             Self::Name(path, ..) => vec![path.clone()],
             Self::Blob(digest) => vec![names::by_digest(digest)],
             Self::Layer(name) => vec![name.index(), name.image()],
