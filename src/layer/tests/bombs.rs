@@ -476,7 +476,9 @@ const TREES: [(&str, fn()); 9] = [
         };
         add(1, u32::MAX);
         (0..1000).for_each(|user| add(2, user));
-        [4, 16, 32].map(|tag| add(tag, u32::MAX));
+        for tag in [4, 16, 32] {
+            add(tag, u32::MAX);
+        }
         let list: &'static [u8] = list.leak();
         grow(|number, tar| {
             tar.pax(&[("SCHILY.xattr.system.posix_acl_default", list)])
