@@ -8,7 +8,8 @@
 #   registry/   the registry's directory, which runs
 #   ufs/        the converted layers
 #   trees/      what an ordinary unpack of some looks like
-#   output      what the program of `tiny` prints, and in output-deep a listing
+#   output      what the program of `tiny` prints, in output-deep a listing, in
+#               output-linked what that of `linked` does
 make_images() {
     local n image
     say "images, converted and pushed"
@@ -38,8 +39,10 @@ make_images() {
     "$repo/tools/lib/oci_layout.py" --config '{"Env": ["PATH=/bin"], "Cmd": ["/bin/sh"]}' "$work/made/deep" deep \
         $(for ((n = 0; n < 100; n++)); do echo "$work/made/$n.tar"; done)
     push_image "oci:$work/made/deep:deep" "$registry/test/deep:1"
+    make_linked "$work/made/linked"
+    push_image "oci:$work/made/linked:linked" "$registry/test/linked:1"
     push_pause "$work/made/pause" "$registry/test/pause:1"
-    for image in test/tiny:1=$tiny other/implied:1=$implied test/deep:1=$deep; do
+    for image in test/tiny:1=$tiny other/implied:1=$implied test/deep:1=$deep test/linked:1=$linked; do
         "$bin/mkfs-accel" convert "docker://$registry/${image%%=*}" --plain-http --ufs "$images/ufs" \
             --push "docker://${image#*=}" </dev/null >>"$work/convert.log" 2>&1 || { cat "$work/convert.log" >&2; return 1; }
     done
@@ -47,20 +50,43 @@ make_images() {
     unpacking=$(date +%s)
     look_at_plain_images
 }
+# make_linked DIR: this machine's Perl, which every Debian has, with its own modules on top
+# of the libraries that it is linked with.
+make_linked() {
+    local root=$1.root file
+    mkdir -p "$root"/{libraries/proc,program/usr/bin}
+    for file in $(ldd /usr/bin/perl | grep -o '/[^ ]*'); do
+        install -D "$file" "$root/libraries$file"
+    done
+    cp /usr/bin/perl "$root/program/usr/bin/"
+    file=$(perl -e 'print grep m{/perl-base$}, @INC')
+    mkdir -p "$root/program$file"
+    cp -a "$file/." "$root/program$file/"
+    for file in libraries program; do
+        tar -C "$root/$file" -cf "$1-$file.tar" --sort=name --numeric-owner --owner=0 --group=0 --mtime=@1700000000 .
+    done
+    "$repo/tools/lib/oci_layout.py" "$1" linked "$1-libraries.tar" "$1-program.tar"
+    rm -r "$root"
+}
 # name_images: sets their names, with the registry's address.
 name_images() {
     tiny=$registry/test/tiny:1-acc implied=$registry/team/implied:1-acc deep=$registry/test/deep:1-acc
+    linked=$registry/test/linked:1-acc
     pause=$registry/test/pause:1
     made_at=$(cat "$images/made-at")
     program='/app/hello'
     files='busybox cat /last; busybox ls /'
+    # shellcheck disable=SC2016 # Perl
+    program_linked=(/usr/bin/perl -MList::Util=sum -MPOSIX=floor -e 'print sum(map { floor(sqrt $_) } 1 .. 100000), "\n";
+        open my $maps, "<", "/proc/self/maps" or die "$!"; my %mapped;
+        while (<$maps>) { $mapped{$1} = 1 if m{ (/\S+)$} } print map { "$_\n" } sort keys %mapped;')
 }
 
 # The accelerated tags on a node without our snapshotter: what everything is compared with.
 look_at_plain_images() {
     local image containerd_version=1.6
     start_containerd "$work/plain"
-    for image in "$tiny" "$implied" "$deep"; do
+    for image in "$tiny" "$implied" "$deep" "$linked"; do
         "${ctr[@]}" -n plain images pull --plain-http "$image" >/dev/null
     done
     for image in "$tiny" "$implied"; do
@@ -68,5 +94,6 @@ look_at_plain_images() {
     done
     "${ctr[@]}" -n plain run --rm --runc-root "$work/runc" "$tiny" plain /bin/sh -c "$program" >"$images/output"
     "${ctr[@]}" -n plain run --rm --runc-root "$work/runc" "$deep" plain /bin/sh -c "$files" >"$images/output-deep"
+    "${ctr[@]}" -n plain run --rm --runc-root "$work/runc" "$linked" plain "${program_linked[@]}" >"$images/output-linked"
     stop_process "$containerd_pid"
 }

@@ -2,7 +2,8 @@
 # Running the end-to-end checks (crate accel-tests). Needs common.sh.
 #
 # In: work, a directory with bin/ (build_programs or build_checked), tests (build_checked)
-#     and fixtures/ (tests/fixtures); filter, an array of names to restrict the checks to
+#     and fixtures/ (tests/fixtures); filter, an array of names to restrict the checks to;
+#     full, not empty if guests are to run all that is there
 
 programs=(mkfs-accel ublk-server ublk-rescue accel-snapshotter accel-e2e torture bench-node tree-manifest cri slow-ufs)
 
@@ -66,20 +67,27 @@ containerd_images() { "$repo/tests/containerd-e2e" --bin "$work/bin" --make-imag
 containerd_in_guest() {
     local kernel=$1 version=$2
     shift 2
-    "$repo/tools/guest/run" --kernel "$kernel" --timeout 1800 --share "$repo=$repo:ro" \
+    "$repo/tools/guest/run" --kernel "$kernel" --timeout 3600 --share "$repo=$repo:ro" \
         --share "$work/bin=/accel/bin:ro" --share "$work/containerd=/accel/containerd:ro" -- \
         sh -c 'modprobe -a ublk_drv erofs overlay && exec "$@"' containerd \
         "$repo/tests/containerd-e2e" --bin /accel/bin --transport ublk --images /accel/containerd \
         --containerd "$version" "$@"
 }
-# What everything else stands on: all checks of a version take a quarter of an hour under
-# emulation, and are run with `containerd_in_guest 6.12 VERSION`.
+# What depends on ublk or on the version, and what everything else stands on: emulation takes
+# a quarter of an hour for all checks of a version, which is what $full is for.
 containerd_2_in_guest() {
-    containerd_in_guest "$1" 2 pulls_lazily pulls_again runs trees_are_overlayfs writes_stay_in_the_container \
-        ctr_pulls_lazily maps_ids leaves_nothing runs_a_hundred_layers ends_containerd
+    local checks=(pulls_lazily runs runs_a_linked_program trees_are_overlayfs writes_stay_in_the_container ctr_pulls_lazily
+        maps_ids leaves_nothing runs_a_hundred_layers ends_containerd)
+    [ -z "${full:-}" ] || checks=()
+    containerd_in_guest "$1" 2 "${checks[@]}"
 }
 # 1.7 is the one with which the README's steps are followed.
-containerd_1_7_in_guest() { containerd_in_guest "$1" 1.7 pulls_lazily ends_containerd follows_the_readme; }
+containerd_1_7_in_guest() {
+    local checks=(pulls_lazily pulls_again writes_stay_in_the_container survives_the_servers_death leaves_nothing
+        pulls_for_a_runtime_class ends_containerd follows_the_readme)
+    [ -z "${full:-}" ] || checks=()
+    containerd_in_guest "$1" 1.7 "${checks[@]}"
+}
 
 # torture_in_guest KERNEL WHAT OPTION…: the programs in $work/bin. After the time is over
 # everything that waits has to end, which a slow machine may take long for.

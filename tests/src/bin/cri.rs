@@ -1,5 +1,5 @@
-//! `cri pull|remove IMAGE`, `cri pod IMAGE -- CMD…`: what a kubelet asks of containerd
-//! about images, and for a pod of one container.
+//! `cri pull|remove IMAGE`, `cri disk`, `cri pod IMAGE -- CMD…`: what a kubelet asks of
+//! containerd about images, and for a pod of one container.
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand};
@@ -32,6 +32,9 @@ enum Action {
         /// HOST/REPO:TAG
         image: String,
     },
+    /// Print where images are, and how many bytes containerd says that they take, a line
+    /// for each place
+    Disk,
     /// Run a pod on the host's network with one container, its image pulled first
     /// (`imagePullPolicy: Always`); prints what the container printed
     Pod {
@@ -143,6 +146,13 @@ impl Kubelet {
         let mut images = ImageServiceClient::new(self.channel.clone());
         let removed = images.remove_image(api::RemoveImageRequest { image }).await;
         removed.map(drop).map_err(|status| told(&status))
+    }
+
+    async fn disk(&self) -> Result<Vec<api::FilesystemUsage>> {
+        let mut images = ImageServiceClient::new(self.channel.clone());
+        let told_of = images.image_fs_info(api::ImageFsInfoRequest {}).await;
+        let answer = told_of.map_err(|status| told(&status))?;
+        Ok(answer.into_inner().image_filesystems)
     }
 
     /// Runs a pod to its container's end.
@@ -287,6 +297,12 @@ async fn run(arguments: Arguments) -> Result<()> {
             println!("{}", kubelet.pull(&image, sandbox).await?);
         }
         Action::Remove { image } => kubelet.remove(&image).await?,
+        Action::Disk => {
+            for usage in kubelet.disk().await? {
+                let place = usage.fs_id.unwrap_or_default().mountpoint;
+                println!("{place} {}", usage.used_bytes.unwrap_or_default().value);
+            }
+        }
         Action::Pod { image, command } => {
             let logs = std::env::temp_dir().join(format!("cri-pod-{}", std::process::id()));
             fs::create_dir(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
