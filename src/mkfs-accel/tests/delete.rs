@@ -281,7 +281,7 @@ fn who_converts_and_who_deletes_do_not_harm_each_other() {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        if round % 2 == 0 {
+        if round.is_multiple_of(2) {
             let pause = 1 + (round * 7 + u64::try_from(number).unwrap() * 3) % 40;
             thread::sleep(Duration::from_millis(pause));
             let _ = removal.kill();
