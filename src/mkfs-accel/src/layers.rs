@@ -28,7 +28,6 @@ use accel_ufs::record::{self, DigestRecord, ErofsRecord, LayerRecord};
 use accel_ufs::turn::Turn;
 use anyhow::{Context, bail, ensure};
 use serde::Serialize;
-use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -421,7 +420,8 @@ impl Work<'_> {
             // Of a converter that works on the same layer now, or that died
             // before it came to its index.
             let path = self.ufs.path(&name.image());
-            let mut there = File::open(&path).map_err(UfsError::io("open", &path))?;
+            let there = self.ufs.open_layer_file(&name.image());
+            let mut there = there.map_err(UfsError::io("open", &path))?;
             let found = hash(&mut there).map_err(UfsError::io("read", &path))?;
             if found != root {
                 bail!(

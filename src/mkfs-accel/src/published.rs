@@ -5,7 +5,7 @@ use accel_layer::{ErofsLower, LowerDirectory, LowerError, LowerLookup};
 use accel_ufs::index::{
     CHUNK_SIZE, ChunkNo, Header, Layout, Mismatch, PAGE_SIZE, Page, Root, Step,
 };
-use accel_ufs::names::LayerName;
+use accel_ufs::names::{LayerName, RelPath};
 use accel_ufs::publish::Ufs;
 use accel_ufs::start::{Block, LayerStart, StartError};
 use std::fs::File;
@@ -70,11 +70,14 @@ impl Published {
     /// Opens a layer on UFS. What its index's header says is not verified yet;
     /// compare [`Published::header`] with what is known.
     pub fn open(ufs: &Ufs, name: &LayerName) -> Result<Self, PublishedError> {
-        let open = |path: PathBuf| match File::open(&path) {
-            Ok(file) => Ok((file, path)),
-            Err(error) => Err(PublishedError::Read { path, error }),
+        let open = |name: &RelPath| {
+            let path = ufs.path(name);
+            match ufs.open_layer_file(name) {
+                Ok(file) => Ok((file, path)),
+                Err(error) => Err(PublishedError::Read { path, error }),
+            }
         };
-        let index = open(ufs.path(&name.index()))?;
+        let index = open(&name.index())?;
         let mut page: Page = [0; 4096];
         read_at(&index, &mut page, 0)?;
         let header = Header::parse(&page).map_err(|error| PublishedError::Index {
@@ -82,7 +85,7 @@ impl Published {
             error,
         })?;
         Ok(Self {
-            image: open(ufs.path(&name.image()))?,
+            image: open(&name.image())?,
             index,
             header,
             chunks: Mutex::new((0..KEPT).map(|_| (NONE, Vec::new())).collect()),

@@ -139,7 +139,7 @@ impl Ufs {
     pub fn index_header(&self, layer: &LayerName) -> Result<Header, UfsError> {
         let path = self.path(&layer.index());
         let mut page: Page = [0; 4096];
-        File::open(&path)
+        self.open_layer_file(&layer.index())
             .and_then(|mut file| file.read_exact(&mut page))
             .map_err(UfsError::io("read", &path))?;
         let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
@@ -291,14 +291,13 @@ impl Ufs {
     /// for a while what was in a directory, until it changes something there itself.
     pub(crate) fn list_now(&self, directory: &RelPath) -> Result<Vec<String>, UfsError> {
         let path = self.path(directory);
+        // So that what a process that is killed here leaves is known to be nobody's.
+        self.check_there()?;
+        self.hold_lease(&mut self.lock())?;
         let look = path.join(format!("{LOOK}{}", self.shared.owner));
         match File::create(&look) {
             Ok(_) => crate::removal::unlink(&look)?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                // Not that UFS is away, and this an empty directory in its place.
-                self.check_there()?;
-                return Ok(Vec::new());
-            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(UfsError::io("create", &look)(error)),
         }
         self.list_path(&path)
@@ -542,22 +541,31 @@ impl Publication {
         let path = self.ufs.path(name);
         let directory = path.parent().unwrap_or(&self.ufs.root);
         make_directories(&self.ufs.root, directory)?;
-        // The lock is held so that a signal's clean-up comes before or after.
-        let open = self.ufs.lock();
-        if open.closed {
-            return Err(UfsError::Interrupted);
-        }
-        let linked = fs::hard_link(&self.path, &path);
-        drop(open);
-        let outcome = match linked {
-            Ok(()) => Outcome::Published,
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => self.compare(&path)?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound && !self.path.exists() => {
-                return Err(UfsError::TakenForDead {
-                    path: self.path.clone(),
-                });
+        let outcome = loop {
+            // The lock is held so that a signal's clean-up comes before or after.
+            let open = self.ufs.lock();
+            if open.closed {
+                return Err(UfsError::Interrupted);
             }
-            Err(error) => return Err(UfsError::io("publish", &path)(error)),
+            let linked = fs::hard_link(&self.path, &path);
+            drop(open);
+            match linked {
+                Ok(()) => break Outcome::Published,
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    match self.compare(&path) {
+                        // A removal has hidden it meanwhile: it is ours to publish.
+                        Err(UfsError::Io { error, .. })
+                            if error.kind() == io::ErrorKind::NotFound && self.path.exists() => {}
+                        compared => break compared?,
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound && !self.path.exists() => {
+                    return Err(UfsError::TakenForDead {
+                        path: self.path.clone(),
+                    });
+                }
+                Err(error) => return Err(UfsError::io("publish", &path)(error)),
+            }
         };
         // Also if another made the link: it may not have come to this yet, and
         // what we publish next may rely on it.

@@ -6,6 +6,7 @@
 //! * a removal **hides** what it finds unclaimed, by renaming it into `removing/`, and looks
 //!   at the claims then, once more. What is claimed by now it puts back; the rest goes.
 //!
+//! Meanwhile who reads a layer may find it missing, and waits ([`Ufs::open_layer_file`]).
 //! Whichever is second sees the other: either the converter finds the layer missing and makes
 //! it again, or the removal finds the claim. Nodes that use a layer are looked for in the same
 //! way, with a pause before each look that is longer than a node takes to say what it uses.
@@ -26,6 +27,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Where files are while it is looked once more whether nobody needs them.
 pub const REMOVING: &str = "removing";
@@ -160,7 +163,10 @@ impl<'a> Removal<'a> {
             others: Vec::new(),
         };
         let room = removal.room()?;
-        for file in ufs.list(&room)? {
+        let mut hidden = ufs.list(&room)?;
+        // Images before their indexes: `.erofs`, `.idx`.
+        hidden.sort_by_key(|file| file.ends_with(".idx"));
+        for file in hidden {
             if let Ok(path) = file.replace('_', "/").parse() {
                 removal.put_back(&path)?;
             }
@@ -343,15 +349,19 @@ impl<'a> Removal<'a> {
         for item in &goes {
             // If one is used all of it stays: the next time it is tried again.
             let stays = !users.is_empty() || needs.has(item);
-            for file in item.files().iter().rev() {
-                match stays {
-                    true => self.put_back(file)?,
-                    false => {
-                        let path = self.hidden(file)?;
-                        let size = path.symlink_metadata().map_or(0, |metadata| metadata.len());
-                        unlink(&path)?;
-                        removed.bytes = removed.bytes.saturating_add(size);
-                    }
+            // An index without its image is what there must never be, wherever this ends.
+            let files = item.files();
+            if stays {
+                files
+                    .iter()
+                    .rev()
+                    .try_for_each(|file| self.put_back(file))?;
+            } else {
+                for file in &files {
+                    let path = self.hidden(file)?;
+                    let size = path.symlink_metadata().map_or(0, |metadata| metadata.len());
+                    unlink(&path)?;
+                    removed.bytes = removed.bytes.saturating_add(size);
                 }
             }
             match item {
@@ -387,6 +397,38 @@ impl<'a> Removal<'a> {
             Err(error) => return Err(UfsError::io("put back", &place)(error)),
         }
         unlink(&hidden)
+    }
+}
+
+/// How long a file that is claimed may stay hidden: a removal puts it back after its pause.
+const HIDDEN: Duration = Duration::from_secs(60);
+/// How often to look whether it is back.
+const LOOK: Duration = Duration::from_millis(50);
+
+impl Ufs {
+    /// Opens a file of a layer for reading. One that a removal has hidden, and will put back if
+    /// somebody needs it, is waited for.
+    pub fn open_layer_file(&self, name: &RelPath) -> io::Result<File> {
+        let path = self.path(name);
+        let since = Instant::now();
+        loop {
+            match File::open(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                opened => return opened,
+            }
+            if !self.is_hidden(name) || since.elapsed() > HIDDEN {
+                // It may just have come back.
+                return File::open(&path);
+            }
+            thread::sleep(LOOK);
+        }
+    }
+
+    fn is_hidden(&self, name: &RelPath) -> bool {
+        let file = name.as_str().replace('/', "_");
+        let removals = fs::read_dir(self.root().join(REMOVING));
+        let mut removals = removals.into_iter().flatten().flatten();
+        removals.any(|removal| removal.path().join(&file).exists())
     }
 }
 
