@@ -22,6 +22,7 @@ WAYS = {
     "overlayfs": "containerd, overlayfs, ordinary pull",
     "accel": "containerd, accel",
     "mount": "`ublk-server mount`, without containerd",
+    "loop": "the same EROFS images on loop devices",
 }
 KINDS = {
     "plain": "as it is",
@@ -62,7 +63,7 @@ def main(path):
     print("| image | | until it can be started | until the first output | the second time | from the registry | from UFS | runs |")
     print("|---|---|---|---|---|---|---|---|")
     for image, name in IMAGES.items():
-        for way, ufs in (("overlayfs", "-"), ("accel", "plain"), ("mount", "plain")):
+        for way, ufs in (("overlayfs", "-"), ("accel", "plain"), ("mount", "plain"), ("loop", "-")):
             key = (image, way, ufs)
             if key not in runs:
                 continue

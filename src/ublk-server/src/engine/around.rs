@@ -2,11 +2,12 @@
 //! lies beside it, too.
 //!
 //! Programs map their libraries page by page and wait for one read after the other, and
-//! most of what they touch lies together. Of the chunks that starting Python with numpy
-//! (with PyTorch) waits for, 4 (4) in 10 lie in an aligned pair, and 6 (7) in 10 in an
-//! aligned group of four, of which another was waited for before. Reading by pairs costs 16
-//! (10) per cent more bytes, by fours 41 (24) per cent. The neighbours of a chunk are read
-//! in the background, in operations of their own, so the chunk itself comes as soon as ever.
+//! most of what they touch lies together. Of the waits of starting Python with numpy (with
+//! PyTorch), reading by aligned pairs saves 39 (41) in a hundred and costs 19 (10) per cent
+//! more bytes; by aligned groups of four it saves 61 (65) and costs 50 (24) per cent; what
+//! merely follows saves less for more (`tools/bench-around`). The neighbours of a chunk are
+//! read in the background, in operations of their own, so the chunk itself comes as soon as
+//! ever.
 //!
 //! That is worth it while the bytes take no more than half the time of the wait that they
 //! save: at 100 MB/s one more chunk takes 1.3 ms, three take 4 ms. Slow means each of a
