@@ -269,6 +269,17 @@ impl Journal {
         Ok(entries)
     }
 
+    /// Removes entries that a daemon was killed while writing: nothing relies on them.
+    pub fn forget_unfinished(&self) -> io::Result<()> {
+        for entry in fs::read_dir(&self.directory)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "tmp") {
+                fs::remove_file(&path)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Removes the entries of earlier boots, whose devices are gone, and gives those
     /// that can be read.
     pub fn forget_earlier_boots(&self) -> io::Result<Vec<Entry>> {
@@ -351,6 +362,12 @@ mod tests {
         journal.write(&entry).unwrap();
         assert_eq!(journal.load().unwrap(), [entry.clone()]);
         assert_eq!(entry.name(), LayerName::Chain(ChainId(Digest::of(b"x"))));
+        // A daemon was killed while it wrote another one.
+        let unfinished = directory.path().join("journal/.x.tmp");
+        fs::write(&unfinished, "{").unwrap();
+        journal.forget_unfinished().unwrap();
+        assert!(!unfinished.exists());
+        assert_eq!(journal.load().unwrap(), [entry.clone()]);
         journal.remove(entry.root).unwrap();
         journal.remove(entry.root).unwrap();
         assert_eq!(journal.load().unwrap(), []);

@@ -30,6 +30,9 @@ impl Registry {
     /// recovered is told and left; the others go on. Mounts that were undone
     /// meanwhile are forgotten.
     pub fn recover(&self, paths: &Paths) -> Result<()> {
+        self.journal
+            .forget_unfinished()
+            .context("cannot tidy the journal")?;
         self.forget_earlier_boots(paths)?;
         self.recover_devices()?;
         self.forget_unmounted(paths);
