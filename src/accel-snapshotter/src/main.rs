@@ -7,7 +7,7 @@ use accel_snapshotter::doctor::{Finding, Level, Step, containerd};
 use accel_snapshotter::settings::{LISTEN, ROOT, Settings};
 use accel_snapshotter::{agent, config, edit, idmap, serve, service};
 use anyhow::{Context, Result};
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -103,6 +103,11 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Write the manual pages of this program and its commands into a directory.
+    Man {
+        /// The directory; it must exist.
+        directory: PathBuf,
+    },
 }
 
 fn print(text: &str) -> Result<()> {
@@ -195,6 +200,8 @@ fn run(command: Command) -> Result<ExitCode> {
                 Level::Fault => ExitCode::from(4),
             });
         }
+        Command::Man { directory } => clap_mangen::generate_to(Cli::command(), &directory)
+            .with_context(|| format!("cannot write manual pages into {directory:?}")),
         Command::Status { socket, json } => {
             let status = block_on(service::ask_status(socket))??;
             match json {

@@ -2,8 +2,8 @@
 
 use accel_source::{disk_worker, worker};
 use accel_transport::Wanted;
-use anyhow::Result;
-use clap::{Args, Parser, Subcommand};
+use anyhow::{Context as _, Result};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -169,6 +169,11 @@ enum Command {
         #[command(flatten)]
         place: Place,
     },
+    /// Write the manual pages of this program and its commands into a directory.
+    Man {
+        /// The directory; it must exist.
+        directory: PathBuf,
+    },
     /// Keeps connections of the daemon, which starts it, beyond its end.
     #[command(hide = true)]
     KeepConnections {
@@ -270,6 +275,8 @@ fn run(command: Command) -> Result<()> {
             place,
         } => client::mount(&place.into(), &image, &directory, rw.as_deref())?,
         Command::Unmount { directory, place } => client::unmount(&place.into(), &directory)?,
+        Command::Man { directory } => clap_mangen::generate_to(Cli::command(), &directory)
+            .with_context(|| format!("cannot write manual pages into {directory:?}"))?,
         Command::KeepConnections { socket } => keeper::process::run(&socket)?,
         Command::DiskCacheWorker {
             directory,
