@@ -131,7 +131,8 @@ fn names_appear_only_on_what_is_synced() {
             assert!(synced < at, "{made:?} was not safe when {name:?} was named");
         }
     }
-    // The image before its index, all of both before the record, the source's name last.
+    // The claim before anything that it is for. The image before its index, all of both
+    // before the record, which what mounting it reads comes before; the source's name last.
     let kinds: Vec<&str> = published
         .iter()
         .map(
@@ -144,12 +145,14 @@ fn names_appear_only_on_what_is_synced() {
     assert_eq!(
         kinds,
         [
+            "claims",
             "erofs",
             "idx",
             "by-digest",
             "erofs",
             "idx",
             "by-digest",
+            "start",
             "images",
             "names"
         ]

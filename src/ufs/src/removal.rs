@@ -209,7 +209,7 @@ impl<'a> Removal<'a> {
         let mut needs = Needs::default();
         self.others().for_each(|claim| needs.claim(claim));
         let mut items = BTreeSet::new();
-        let mut ours = BTreeSet::new();
+        let mut ours: BTreeSet<&Digest> = BTreeSet::new();
         for claim in &self.own {
             for layer in &claim.record.layers {
                 items.extend(layer.names().map(Item::Layer));
@@ -217,16 +217,17 @@ impl<'a> Removal<'a> {
             }
             ours.extend(&claim.record.images);
         }
+        // With or without a record: what mounting an image reads is there before that.
+        let going = |manifest: &Digest| ours.contains(manifest) && !needs.images.contains(manifest);
+        let images = ours.iter().map(|manifest| **manifest);
+        items.extend(images.filter(|image| going(image)).map(Item::Image));
+        let mut others = Vec::new();
         for manifest in self.ufs.images()? {
-            let Some(record) = self.ufs.image_record(&manifest)? else {
-                continue;
-            };
-            if ours.contains(&manifest) && !needs.images.contains(&manifest) {
-                items.insert(Item::Image(manifest));
-            } else {
-                needs.record(&record);
+            if !going(&manifest) {
+                others.extend(self.ufs.image_record(&manifest)?);
             }
         }
+        others.iter().for_each(|record| needs.record(record));
         for claim in &self.own {
             for source in &claim.record.names {
                 items.extend(self.names_of(source, &ours)?);

@@ -8,11 +8,11 @@ use accel_oci::Digest;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
 use std::sync::Arc;
+use std::{fs, io};
 use tempfile::TempDir;
 
 /// The program under test.
@@ -58,7 +58,7 @@ pub fn failed(status: ExitStatus) -> bool {
     matches!(status.code(), Some(1 | 3..=5))
 }
 
-/// Every file below `directory` with its bytes.
+/// Every file below `directory` with its bytes. Some may come and go meanwhile.
 pub fn files(directory: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     let mut rest = vec![directory.to_owned()];
@@ -69,7 +69,10 @@ pub fn files(directory: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
                 rest.push(path);
             } else {
                 let name = path.strip_prefix(directory).unwrap().to_owned();
-                found.insert(name, fs::read(&path).unwrap());
+                match fs::read(&path) {
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    bytes => drop(found.insert(name, bytes.unwrap())),
+                }
             }
         }
     }
