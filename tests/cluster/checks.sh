@@ -345,7 +345,8 @@ removes_what_nobody_needs() {
     wait_until is_gone more
     no_jobs
     for layer in $(comm -23 <(echo "$more_layers") <(echo "$tiny_layers")); do
-        [ ! -e "$work/ufs/$layer" ] && [ ! -e "$work/ufs/${layer%.erofs}.idx" ]
+        [ ! -e "$work/ufs/$layer" ]
+        [ ! -e "$work/ufs/${layer%.erofs}.idx" ]
     done
     "$bin/mkfs-accel" verify "docker://$registry/team/tiny:1" --ufs "$work/ufs"
     not_there elsewhere/more fast

@@ -49,6 +49,14 @@ struct Use {
 }
 
 impl Use {
+    /// As if a container ran on every layer that the node has mounted.
+    fn of_all_held(&self) -> Self {
+        Self {
+            used: self.held.clone(),
+            held: self.held.clone(),
+        }
+    }
+
     /// From what the snapshotter says, and what is exported.
     fn with(snapshotter: &Status, exports: &[ExportStatus]) -> Self {
         let ours = format!("accel-snapshotter {} ", snapshotter.root.display());
@@ -90,11 +98,18 @@ pub fn run(options: &Options) -> Result<()> {
     };
     let mut lease: Option<NodeLease> = None;
     let mut said: Option<(Use, Instant)> = None;
+    let mut known: Option<Use> = None;
     // What goes wrong is told when it begins, not every time.
     let mut wrong = String::new();
     loop {
-        let mut say = || {
-            let now = look()?;
+        let seen = look();
+        // Containers start although `ublk-server` or the snapshotter does not answer here:
+        // until they do, everything counts as used that the node had.
+        let now = match &seen {
+            Ok(now) => Some(now.clone()),
+            Err(_) => known.as_ref().map(Use::of_all_held),
+        };
+        let mut say = |now: Use| {
             let fresh = said
                 .as_ref()
                 .is_some_and(|(last, at)| *last == now && at.elapsed() < RENEWAL);
@@ -108,7 +123,14 @@ pub fn run(options: &Options) -> Result<()> {
             }
             Ok::<_, anyhow::Error>(())
         };
-        match say() {
+        let told = now.map_or(Ok(()), &mut say);
+        if told.is_err() {
+            // UFS may have been mounted anew.
+            lease = None;
+            said = None;
+        }
+        let outcome = seen.map(|seen| known = Some(seen)).and(told);
+        match outcome {
             Ok(()) if !wrong.is_empty() => {
                 tracing::info!("it is known again what this node uses");
                 wrong.clear();
@@ -120,9 +142,6 @@ pub fn run(options: &Options) -> Result<()> {
                     tracing::warn!(error, "cannot say what this node uses");
                     wrong = error;
                 }
-                // UFS may have been mounted anew.
-                lease = None;
-                said = None;
             }
         }
         thread::sleep(LOOK);
@@ -137,6 +156,16 @@ fn served(server: &Path) -> Result<Served> {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn all_that_a_node_has_may_be_used_while_it_is_not_known() {
+        let known = Use {
+            used: BTreeSet::from([Root([1; 32])]),
+            held: BTreeSet::from([Root([1; 32]), Root([2; 32])]),
+        };
+        let assumed = known.of_all_held();
+        assert_eq!((&assumed.used, &assumed.held), (&known.held, &known.held));
+    }
 
     #[test]
     fn what_containers_run_on_is_used_and_what_is_mounted_by_hand() {

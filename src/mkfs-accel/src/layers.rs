@@ -104,6 +104,8 @@ struct Figures {
 
 /// How often to look whether another process is done with a layer.
 const LOOK: Duration = Duration::from_millis(100);
+/// How long to wait for a process that converts the same layer.
+const PATIENCE: Duration = accel_ufs::lease::EXPIRY;
 
 /// How long [`Tell::Programs`] may say nothing.
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -278,7 +280,7 @@ impl Work<'_> {
         // Another process may be at it: once it is done there is nothing to do.
         let mut turn = None;
         if found.is_none() {
-            turn = Some(self.turn(layer)?);
+            turn = self.turn(layer)?;
             found = self.ufs.find_layer(layer.diff_id, layer.chain_id)?;
         }
         let noted = self.noted(layer)?;
@@ -342,15 +344,21 @@ impl Work<'_> {
         Ok(done)
     }
 
-    /// Waits until no other process converts the layer.
-    fn turn(&self, layer: &Layer) -> anyhow::Result<Turn> {
-        let mut told = false;
+    /// Waits until no other process converts the layer; `None` if that takes so long that
+    /// the other one may be stuck.
+    fn turn(&self, layer: &Layer) -> anyhow::Result<Option<Turn>> {
+        let mut waits = None;
         loop {
             if let Some(turn) = self.ufs.turn(layer.chain_id)? {
-                return Ok(turn);
+                return Ok(Some(turn));
             }
-            if !std::mem::replace(&mut told, true) {
+            let since = *waits.get_or_insert_with(|| {
                 tracing::info!(layer = %layer.digest, "another process converts it: waiting");
+                Instant::now()
+            });
+            if since.elapsed() > PATIENCE {
+                tracing::warn!(layer = %layer.digest, "another process has been converting it for {PATIENCE:?}: not waiting any longer");
+                return Ok(None);
             }
             if self.stop.load(Ordering::Relaxed) {
                 return Err(GivenUp.into());

@@ -251,7 +251,11 @@ impl Shared {
             let origin = self.name.as_str().into();
             return (pending.done)(Err(SourceError::Closed { origin }));
         }
-        if let Some((member, problem)) = lied {
+        // What is only a help may be of a form that a newer program has, or left wrong: it
+        // says nothing of the rest.
+        if let Some((member, problem)) = lied
+            && !pending.patience.optional
+        {
             let why = format!("{}: {problem}", pending.file);
             let probe = pending.probe();
             self.set_aside(&mut state, member, now, Fault::Wrong, &why, probe);

@@ -171,7 +171,7 @@ impl<'a> Removal<'a> {
                 removal.put_back(&path)?;
             }
         }
-        removal.look_at_claims()?;
+        removal.look_at_claims(|_| true)?;
         Ok(removal)
     }
 
@@ -185,11 +185,12 @@ impl<'a> Removal<'a> {
         self.others.iter().filter(|claim| !claim.going)
     }
 
-    fn look_at_claims(&mut self) -> Result<(), UfsError> {
+    /// What was claimed under our name goes as far as `goes` says.
+    fn look_at_claims(&mut self, goes: impl Fn(&FoundClaim) -> bool) -> Result<(), UfsError> {
         let claims = self.ufs.claims()?;
         (self.own, self.others) = claims
             .into_iter()
-            .partition(|claim| claim.name == *self.name);
+            .partition(|claim| claim.name == *self.name && goes(claim));
         Ok(())
     }
 
@@ -218,16 +219,16 @@ impl<'a> Removal<'a> {
             ours.extend(&claim.record.images);
         }
         // With or without a record: what mounting an image reads is there before that.
-        let going = |manifest: &Digest| ours.contains(manifest) && !needs.images.contains(manifest);
-        let images = ours.iter().map(|manifest| **manifest);
-        items.extend(images.filter(|image| going(image)).map(Item::Image));
-        let mut others = Vec::new();
+        let going = ours.iter().filter(|image| !needs.images.contains(**image));
+        let going: BTreeSet<Digest> = going.map(|image| **image).collect();
+        items.extend(going.iter().copied().map(Item::Image));
         for manifest in self.ufs.images()? {
-            if !going(&manifest) {
-                others.extend(self.ufs.image_record(&manifest)?);
+            if !going.contains(&manifest)
+                && let Some(record) = self.ufs.image_record(&manifest)?
+            {
+                needs.record(&record);
             }
         }
-        others.iter().for_each(|record| needs.record(record));
         for claim in &self.own {
             for source in &claim.record.names {
                 items.extend(self.names_of(source, &ours)?);
@@ -257,7 +258,7 @@ impl<'a> Removal<'a> {
         Ok(found)
     }
 
-    /// Nodes that use what would go. The layers that are hidden count, too.
+    /// Nodes that use what would go.
     pub fn users(&self) -> Result<Vec<User>, UfsError> {
         let (goes, _) = self.divide()?;
         self.users_of(&self.roots(&goes)?)
@@ -268,7 +269,9 @@ impl<'a> Removal<'a> {
         for node in self.ufs.nodes()? {
             let layers = roots.values().filter(|root| node.needs().contains(root));
             let layers = layers.count();
-            if layers > 0 && !self.gone.contains(&node.name) {
+            // One that says something again is back.
+            let gone = node.expired && self.gone.contains(&node.name);
+            if layers > 0 && !gone {
                 users.push(User {
                     name: node.name,
                     expired: node.expired,
@@ -317,7 +320,8 @@ impl<'a> Removal<'a> {
             Ok::<_, UfsError>(())
         };
         settle()?;
-        self.look_at_claims()?;
+        // What is claimed anew under the same name is needed like what others claim.
+        self.look_at_claims(|claim| claim.going)?;
         let (goes, kept) = self.divide()?;
         let roots = self.roots(&goes)?;
         let users = self.users_of(&roots)?;
@@ -335,7 +339,7 @@ impl<'a> Removal<'a> {
         }
         settle()?;
         let mut needs = Needs::default();
-        self.look_at_claims()?;
+        self.look_at_claims(|claim| claim.going)?;
         self.others().for_each(|claim| needs.claim(claim));
         for manifest in self.ufs.images()? {
             if let Some(record) = self.ufs.image_record(&manifest)? {
@@ -375,12 +379,20 @@ impl<'a> Removal<'a> {
         if !users.is_empty() {
             return Ok(Outcome::InUse(users));
         }
-        match fs::remove_dir(&room) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            gone => gone.map_err(UfsError::io("remove", &room))?,
-        }
         for claim in &self.own {
             self.ufs.forget(claim)?;
+        }
+        match fs::remove_dir(&room) {
+            // On NFS a file that this machine has open stays there under another name, until
+            // it is closed.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound
+                        | io::ErrorKind::DirectoryNotEmpty
+                        | io::ErrorKind::ResourceBusy
+                ) => {}
+            gone => gone.map_err(UfsError::io("remove", &room))?,
         }
         Ok(Outcome::Removed(removed))
     }

@@ -2,8 +2,9 @@
 //! wait and find it done.
 //!
 //! The turn is the lock (`flock(2)`) of the file `turns/<chain ID>`. It ends with the process,
-//! however that ends. Where the file system has no locks, or none between machines, a layer
-//! is converted twice, which costs time and nothing else: what is published is the same.
+//! however that ends. Where the file system has no locks, or none between machines, or the
+//! one that has the turn is stuck, a layer is converted twice, which costs time and nothing
+//! else: what is published is the same.
 //!
 //! Nobody waits in a circle: who has a turn may wait for that of a layer below in the same
 //! stack, never for one above, and a chain ID stands for one place in a stack.

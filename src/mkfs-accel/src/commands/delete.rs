@@ -99,9 +99,6 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         (None, Some(image)) => by_hand(&ufs, image)?,
         (None, None) => anyhow::bail!("neither an image nor --claim is given"),
     };
-    for node in &arguments.gone {
-        ufs.forget_node(node)?;
-    }
     let removal = Removal::new(&ufs, &name, &arguments.gone)?;
     let mut report = Report {
         in_use: removal.users()?,
@@ -116,6 +113,12 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         match removal.run(settle)? {
             Outcome::Removed(removed) => report.removed = Some(removed),
             Outcome::InUse(users) => report.in_use = users,
+        }
+    }
+    // Only tidies: what they have said is over. Whose directory that is may be another's.
+    for node in &arguments.gone {
+        if let Err(error) = ufs.forget_node(node) {
+            tracing::warn!(%error, "what a node that is no more has said stays");
         }
     }
     tell(arguments.json, &report)?;
