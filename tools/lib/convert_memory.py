@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 
-PER_LAYER = 100 * 2**20
+PER_LAYER = 100 * 10**6
 PER_ENTRY = 512
 
 

@@ -69,3 +69,15 @@ pub fn mount_mapped(source: &Path, point: &Path, namespace: &OwnedFd) -> Result<
     move_mount(&tree, "", CWD, point, flags)
         .with_context(|| format!("cannot mount {}", point.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mapping_that_makes_no_sense_is_an_error() {
+        for wrong in ["", "x", "0:0:0"] {
+            user_namespace(wrong, "0:1000:1").unwrap_err();
+        }
+    }
+}

@@ -19,5 +19,5 @@ pub mod ublk;
 
 pub use descriptors::{close_inherited, inherited};
 pub use file_ring::{Done, FileRing, Outcome};
-pub use memory::{HUGE_PAGE, Part, SharedMemory};
+pub use memory::{Part, SharedMemory};
 pub use mounts::{map_mount_ids, unshare_mounts};

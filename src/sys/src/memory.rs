@@ -9,9 +9,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::mm::{MapFlags, ProtFlags};
 
-/// Bytes of a huge page on machines with pages of 4 KiB.
-pub const HUGE_PAGE: usize = 2 << 20;
-
 /// A mapping of memory that other processes map, too. Nothing of it is lent as Rust sees
 /// it; for that there are its [`Part`]s.
 pub struct SharedMemory {
@@ -28,48 +25,26 @@ unsafe impl Send for SharedMemory {}
 unsafe impl Sync for SharedMemory {}
 
 impl SharedMemory {
-    /// Maps `len` bytes of `fd`, for reading and writing, at an address that is a multiple
-    /// of [`HUGE_PAGE`]. The file has to stay as long as that.
+    /// Maps `len` bytes of `fd`, for reading and writing. The file has to stay as long as
+    /// that.
     ///
     /// # Errors
     /// Those of mmap(2).
     pub fn map(fd: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
-        let room = len
-            .checked_add(HUGE_PAGE)
-            .ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
         // SAFETY: a fresh mapping at an address of the kernel's choice; it
         // replaces nothing.
-        let free = unsafe {
-            rustix::mm::mmap_anonymous(
+        let base = unsafe {
+            rustix::mm::mmap(
                 std::ptr::null_mut(),
-                room,
-                ProtFlags::empty(),
-                MapFlags::PRIVATE,
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                fd,
+                0,
             )
         }?;
-        let before = free.addr().next_multiple_of(HUGE_PAGE) - free.addr();
-        let (flags, access) = (
-            MapFlags::SHARED | MapFlags::FIXED,
-            ProtFlags::READ | ProtFlags::WRITE,
-        );
-        // SAFETY: it replaces a part of the mapping just made, which nobody uses.
-        let mapped =
-            unsafe { rustix::mm::mmap(free.wrapping_byte_add(before), len, access, flags, fd, 0) };
-        let unused = match mapped {
-            Ok(_) => {
-                let end = before + len.next_multiple_of(rustix::param::page_size());
-                [0..before, end..room]
-            }
-            Err(_) => [0..room, 0..0],
-        };
-        for part in unused.into_iter().filter(|part| !part.is_empty()) {
-            // SAFETY: a part of the first mapping that nothing has replaced, and that
-            // nobody uses.
-            unsafe { rustix::mm::munmap(free.wrapping_byte_add(part.start), part.len()) }?;
-        }
-        let base = NonNull::new(mapped?.cast());
         Ok(Self {
-            base: base.ok_or_else(|| io::Error::other("mapped at zero"))?,
+            base: NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at zero"))?,
             len,
             writes: Mutex::default(),
         })

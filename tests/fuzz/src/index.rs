@@ -1,5 +1,5 @@
 //! Arbitrary bytes as what a node reads from UFS before it trusts anything: a chunk
-//! index, or a record where they begin like JSON. Errors are fine; what is taken lies
+//! index, a start file, or a record where they begin like JSON. Errors are fine; what is taken lies
 //! within the image and the index, and says one thing only.
 
 use accel_ufs::index::{ChunkNo, Header, Layout, PAGE_SIZE, Page, Root, Step};
@@ -14,6 +14,7 @@ pub fn run(bytes: &[u8]) {
     if bytes.first() == Some(&b'{') {
         return records(bytes);
     }
+    let _ = accel_ufs::start::parse(bytes);
     let Some(page) = page_at(bytes, 0) else {
         return;
     };

@@ -41,7 +41,7 @@ impl Engine {
     /// Begins to read what is looked at first once `export`, of which only the start was
     /// read so far, is mounted. Waits for nothing.
     pub fn expect_look(self: &Arc<Self>, export: &Arc<Export>) {
-        if export.is_begun() && export.complete().is_none() {
+        if export.lacks_index() && export.complete().is_none() {
             let first = ChunkNo::containing(export.metadata.offset);
             self.expect(export, &[first], export.background());
         }
@@ -51,17 +51,9 @@ impl Engine {
         let pending = Arc::new(Unasked(request));
         for &chunk in chunks {
             // What the index says of its metadata is a hint, and may be past the end.
-            let Ok(walk) = export.layout.walk(export.root, chunk) else {
+            let Some(piece) = Piece::of_no_bytes(export, chunk, Arc::<Unasked>::clone(&pending))
+            else {
                 continue;
-            };
-            let piece = Piece {
-                pending: Arc::<Unasked>::clone(&pending),
-                export: Arc::clone(export),
-                chunk,
-                walk,
-                start: 0,
-                len: 0,
-                at: 0,
             };
             self.place_top(&piece);
             self.serve(piece);

@@ -134,18 +134,10 @@ impl Engine {
         };
         let pending = Arc::new(neighbours);
         for chunk in beside {
-            let Ok(walk) = export.layout.walk(export.root, chunk) else {
-                continue;
-            };
-            self.serve(Piece {
-                pending: Arc::<Neighbours>::clone(&pending),
-                export: Arc::clone(export),
-                chunk,
-                walk,
-                start: 0,
-                len: 0,
-                at: 0,
-            });
+            let pending = Arc::<Neighbours>::clone(&pending);
+            if let Some(piece) = Piece::of_no_bytes(export, chunk, pending) {
+                self.serve(piece);
+            }
         }
     }
 }

@@ -158,7 +158,7 @@ impl Export {
     }
 
     /// Whether it was [begun](Self::begun), and its index not read yet.
-    pub(super) fn is_begun(&self) -> bool {
+    pub(super) fn lacks_index(&self) -> bool {
         self.start.is_some() && self.zeros.get().is_none()
     }
 

@@ -132,6 +132,24 @@ pub(crate) struct Piece {
 }
 
 impl Piece {
+    /// A piece that has a chunk read, of which nobody wants any bytes; `None` if there is no
+    /// such chunk.
+    pub(super) fn of_no_bytes(
+        export: &Arc<Export>,
+        chunk: ChunkNo,
+        pending: Arc<dyn Pending>,
+    ) -> Option<Self> {
+        Some(Self {
+            pending,
+            walk: export.layout.walk(export.root, chunk).ok()?,
+            export: Arc::clone(export),
+            chunk,
+            start: 0,
+            len: 0,
+            at: 0,
+        })
+    }
+
     /// Fills the piece from the chunk's bytes.
     pub(super) fn fill(&self, chunk: &[u8]) {
         match chunk.get(self.start..self.start + self.len) {

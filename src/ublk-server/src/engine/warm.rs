@@ -78,7 +78,7 @@ impl Warmer {
 /// cache holds, lest images push each other's out.
 fn warm(engine: &Arc<Engine>, export: &Weak<Export>) {
     let Some((range, done)) = export.upgrade().map(|export| {
-        if export.is_begun()
+        if export.lacks_index()
             && let Err(error) = export.open_index(engine, engine.patience.lookup())
         {
             // Zeros are read like other bytes then.
@@ -112,18 +112,11 @@ fn warm(engine: &Arc<Engine>, export: &Weak<Export>) {
         // Reads end on whole multiples of their size.
         let next = ((chunk / BATCH + 1) * BATCH).min(end);
         for chunk in (chunk..next).map(ChunkNo) {
-            let Ok(walk) = export.layout.walk(export.root, chunk) else {
+            let Some(piece) = Piece::of_no_bytes(&export, chunk, Arc::<Ticket>::clone(&ticket))
+            else {
                 return;
             };
-            engine.serve(Piece {
-                pending: Arc::<Ticket>::clone(&ticket),
-                export: Arc::clone(&export),
-                chunk,
-                walk,
-                start: 0,
-                len: 0,
-                at: 0,
-            });
+            engine.serve(piece);
         }
         chunk = next;
         drop(ticket);

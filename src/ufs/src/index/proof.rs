@@ -43,18 +43,23 @@ impl Layout {
         self.image_size().bytes() / PAGE
     }
 
-    /// How many values the proof of block number `block` has.
-    pub fn proof_length(&self, block: u64) -> usize {
-        let (mut blocks, mut at, mut length) = (self.blocks(), block, 0);
+    /// The way from the root to block number `block`: for every turn, whether it goes left.
+    fn turns(&self, block: u64) -> Vec<bool> {
+        let (mut blocks, mut at, mut turns) = (self.blocks(), block, Vec::new());
         while blocks > 1 {
             let left = blocks.next_power_of_two() / 2;
+            turns.push(at < left);
             (blocks, at) = match at.checked_sub(left) {
                 None => (left, at),
                 Some(at) => (blocks - left, at),
             };
-            length += 1;
         }
-        length
+        turns
+    }
+
+    /// How many values the proof of block number `block` has.
+    pub fn proof_length(&self, block: u64) -> usize {
+        self.turns(block).len()
     }
 
     /// Makes the proof of block number `block`, which lies in the image, from its chunk's
@@ -99,22 +104,11 @@ impl Layout {
 
     /// Whether `bytes` are what the root promises of block number `block`.
     pub fn verify_block(&self, root: Root, block: u64, bytes: &Page, proof: &BlockProof) -> bool {
-        if block >= self.blocks() || proof.0.len() != self.proof_length(block) {
+        let turns = self.turns(block);
+        if block >= self.blocks() || proof.0.len() != turns.len() {
             return false;
         }
-        // From the root down: at which turns the way goes left.
-        let (mut blocks, mut at) = (self.blocks(), block);
-        let turns = proof.0.iter().map(|beside| {
-            let left = blocks.next_power_of_two() / 2;
-            let goes_left = at < left;
-            (blocks, at) = if goes_left {
-                (left, at)
-            } else {
-                (blocks - left, at - left)
-            };
-            (goes_left, beside)
-        });
-        let turns: Vec<_> = turns.collect();
+        let turns: Vec<_> = turns.into_iter().zip(&proof.0).collect();
         let Some((last, below)) = turns.split_first() else {
             return *blake3::hash(bytes).as_bytes() == root.0;
         };
