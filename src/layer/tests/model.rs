@@ -29,17 +29,27 @@ fn entries() -> impl Strategy<Value = (String, Entry)> {
     (paths(), entry)
 }
 
-/// What is at a path; files by number, for their names.
+/// What is at a path; what may have several names by the number of its entry.
 #[derive(Debug, Clone, PartialEq)]
 enum Node {
     File(usize, u8),
     Dir(u32, bool),
-    Whiteout,
+    Whiteout(usize),
+}
+
+#[derive(Debug, Default)]
+struct Model {
+    tree: BTreeMap<String, Node>,
+    /// Whiteouts that a hard link was made to: it gives them its attributes.
+    linked: BTreeSet<usize>,
 }
 
 /// The tree, or nothing if an entry has no place in it.
-fn model(entries: &[(String, Entry)]) -> Option<BTreeMap<String, Node>> {
-    let mut tree: BTreeMap<String, Node> = BTreeMap::new();
+fn model(entries: &[(String, Entry)]) -> Option<Model> {
+    let Model {
+        mut tree,
+        mut linked,
+    } = Model::default();
     for (number, (path, entry)) in entries.iter().enumerate() {
         for (end, _) in path.match_indices('/') {
             let above = tree
@@ -51,8 +61,8 @@ fn model(entries: &[(String, Entry)]) -> Option<BTreeMap<String, Node>> {
         }
         let there = tree.get(path).cloned();
         match (entry, there) {
-            (Entry::Whiteout, None | Some(Node::Whiteout)) => {
-                tree.insert(path.clone(), Node::Whiteout);
+            (Entry::Whiteout, None | Some(Node::Whiteout(_))) => {
+                tree.insert(path.clone(), Node::Whiteout(number));
                 continue;
             }
             (Entry::Whiteout, Some(_)) => return None,
@@ -71,15 +81,14 @@ fn model(entries: &[(String, Entry)]) -> Option<BTreeMap<String, Node>> {
                 Node::Dir(..) => return None,
                 node => node.clone(),
             },
-            Entry::Whiteout => Node::Whiteout,
+            Entry::Whiteout => Node::Whiteout(number),
         };
-        // A link to a whiteout would give it attributes; see the other tests.
-        if matches!((entry, &node), (Entry::Hard(_), Node::Whiteout)) {
-            return None;
+        if let Node::Whiteout(whiteout) = node {
+            linked.insert(whiteout);
         }
         tree.insert(path.clone(), node);
     }
-    Some(tree)
+    Some(Model { tree, linked })
 }
 
 /// Where entries said that there was a directory: its time is set last of all, whatever is
@@ -92,27 +101,31 @@ fn directories(entries: &[(String, Entry)]) -> BTreeSet<&str> {
         .collect()
 }
 
-fn lines(tree: &BTreeMap<String, Node>, directories: &BTreeSet<&str>) -> BTreeMap<String, String> {
+fn lines(model: &Model, directories: &BTreeSet<&str>) -> BTreeMap<String, String> {
     let mut first: BTreeMap<usize, &String> = BTreeMap::new();
     let mut lines = BTreeMap::from([("/".to_owned(), "d 0755 0:0 0".to_owned())]);
+    let late = |path: &str| if directories.contains(path) { 3 } else { 0 };
     // In the order of the image's paths.
-    for (path, node) in tree {
-        let time = if directories.contains(path.as_str()) {
-            3
-        } else {
-            0
-        };
+    for (path, node) in &model.tree {
         let line = match node {
-            Node::File(number, byte) => match first.get(number) {
-                Some(first) => format!("= /{first}"),
-                None => {
-                    first.insert(*number, path);
-                    format!("f 0644 1:2 3 {:?}", byte.to_string())
+            Node::File(number, _) | Node::Whiteout(number) if first.contains_key(number) => {
+                format!("= /{}", first[number])
+            }
+            Node::File(number, byte) => {
+                first.insert(*number, path);
+                format!("f 0644 1:2 3 {:?}", byte.to_string())
+            }
+            Node::Whiteout(number) => {
+                first.insert(*number, path);
+                let names = model.tree.iter().filter(|(_, other)| *other == node);
+                let time = names.map(|(name, _)| late(name)).max().unwrap_or(0);
+                match model.linked.contains(number) {
+                    true => "c 0644 1:2 3 0:0".to_owned(),
+                    false => format!("c 0000 1:2 {time} 0:0"),
                 }
-            },
-            Node::Dir(_, false) => format!("d 0755 0:0 {time}"),
+            }
+            Node::Dir(_, false) => format!("d 0755 0:0 {}", late(path)),
             Node::Dir(mode, true) => format!("d {mode:04o} 1:2 3"),
-            Node::Whiteout => format!("c 0000 1:2 {time} 0:0"),
         };
         lines.insert(format!("/{path}"), line);
     }
@@ -134,20 +147,13 @@ fn check(entries: &[(String, Entry)]) -> Result<(), TestCaseError> {
             }
         };
     }
-    let links_to_whiteout = entries
-        .iter()
-        .any(|(_, entry)| matches!(entry, Entry::Hard(_)))
-        && entries
-            .iter()
-            .any(|(_, entry)| matches!(entry, Entry::Whiteout));
     let converted = convert_with(&tar.end(), &on_another(), &mut NoLower);
     match (model(entries), converted) {
-        (Some(tree), Ok((_, image))) => {
-            prop_assert_eq!(picture(&image), lines(&tree, &directories(entries)));
+        (Some(model), Ok((_, image))) => {
+            prop_assert_eq!(picture(&image), lines(&model, &directories(entries)));
         }
         (None, Err(_)) => {}
-        (None, Ok(_)) if links_to_whiteout => {}
-        (tree, converted) => prop_assert!(false, "{tree:?} {:?}", converted.map(|_| ())),
+        (model, converted) => prop_assert!(false, "{model:?} {:?}", converted.map(|_| ())),
     }
     Ok(())
 }
@@ -169,6 +175,20 @@ fn what_is_implied_again_has_the_time_of_what_was_there() {
         file("a/b/c/d"),
     ])
     .unwrap();
+}
+
+/// A hard link to a whiteout gives it its own attributes, and another whiteout at one of its
+/// names leaves the other.
+#[test]
+fn links_to_whiteouts_are_whiteouts() {
+    let out = |path: &str| (path.to_owned(), Entry::Whiteout);
+    let hard = |path: &str, to: &str| (path.to_owned(), Entry::Hard(to.to_owned()));
+    let dir = |path: &str| (path.to_owned(), Entry::Dir(0o755));
+    check(&[out("a"), hard("b", "a")]).unwrap();
+    check(&[out("a"), hard("b/a", "a"), hard("b/b", "b/a")]).unwrap();
+    check(&[out("a"), hard("b", "a"), out("a")]).unwrap();
+    check(&[dir("a"), hard("a", "b")]).unwrap();
+    check(&[out("b"), dir("a"), hard("a", "b")]).unwrap();
 }
 
 proptest! {
