@@ -250,9 +250,14 @@ impl Daemon {
         self.directory.path().join("socket.d")
     }
 
+    /// All that it and those before it logged.
+    pub fn whole_log(&self) -> String {
+        fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+    }
+
     /// The end of what it logged.
     pub fn log(&self) -> String {
-        let text = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
+        let text = self.whole_log();
         let lines: Vec<&str> = text.lines().collect();
         let shown = &lines[lines.len().saturating_sub(8)..];
         format!("--- the daemon's log ---\n{}\n---", shown.join("\n"))

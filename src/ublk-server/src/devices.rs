@@ -109,8 +109,8 @@ impl Devices {
     pub fn hand_over(&self, bound: Duration) {
         match &self.kind {
             Kind::Ublk(transport) => {
-                let devices = transport.hand_over(bound);
-                tracing::debug!(devices, "devices were quiesced");
+                let quiesced = transport.hand_over(bound);
+                tracing::info!(quiesced, "devices are handed over");
             }
             Kind::Fuse { transport, .. } => {
                 if !transport.hand_over(bound) {

@@ -168,6 +168,16 @@ pub fn every_succession_goes_unnoticed(setting: &Setting) -> Result<()> {
             .map_err(|_| crate::fail("the reader panicked"))??;
         succeeded
     })?;
+    if setting.transport == "ublk" && kernel_is_at_least(6, 16)? {
+        let log = daemon.whole_log();
+        let handed = log.lines().filter(|line| line.contains("handed over"));
+        let quiesced = |line: &&str| {
+            let number = line.split("quiesced=").nth(1);
+            number.is_some_and(|number| !number.starts_with('0'))
+        };
+        let quiesced = handed.filter(quiesced).count();
+        ensure!(quiesced > 0, "no device was quiesced\n{}", daemon.log());
+    }
     read()?;
     ensure!(mounted.run(&image.program)? == image.output()?);
     mounted.unmount()?;
@@ -579,7 +589,9 @@ pub fn serves_in_a_sandbox(setting: &Setting) -> Result<()> {
 pub fn reads_go_on_when_memory_is_short(setting: &Setting) -> Result<()> {
     /// Ends of that program.
     const ENDS: usize = 16;
-    let image = image(setting, "tiny")?;
+    /// Of another image meanwhile.
+    const MOUNTS: usize = 4;
+    let (image, other) = (image(setting, "tiny")?, image(setting, "foreign")?);
     let before = State::now(setting)?;
     let root = Path::new("/sys/fs/cgroup");
     std::fs::write(root.join("cgroup.subtree_control"), "+memory")?;
@@ -602,7 +614,8 @@ pub fn reads_go_on_when_memory_is_short(setting: &Setting) -> Result<()> {
         let daemon = Daemon::start_program(setting, &program, &setting.ufs())?;
         let mounted = daemon.mount(&image.source)?;
         let wanted = image.tree()?;
-        let (ends, over) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let (ends, mounts) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let over = AtomicBool::new(false);
         std::thread::scope(|scope| -> Result<()> {
             let hog = scope.spawn(|| -> Result<()> {
                 while !over.load(Relaxed) {
@@ -620,8 +633,23 @@ pub fn reads_go_on_when_memory_is_short(setting: &Setting) -> Result<()> {
                 }
                 Ok(())
             });
+            // Other devices come and go meanwhile.
+            let mounter = scope.spawn(|| -> Result<()> {
+                while !over.load(Relaxed) {
+                    let mounted = daemon.mount(&other.source)?;
+                    ensure!(mounted.run(&other.program)? == other.output()?);
+                    mounted.unmount()?;
+                    mounts.fetch_add(1, Relaxed);
+                }
+                Ok(())
+            });
+            let done = || ends.load(Relaxed) >= ENDS && mounts.load(Relaxed) >= MOUNTS;
             let mut alive = true;
-            while alive && ends.load(Relaxed) < ENDS && !hog.is_finished() && !reader.is_finished()
+            while alive
+                && !done()
+                && !hog.is_finished()
+                && !reader.is_finished()
+                && !mounter.is_finished()
             {
                 std::thread::sleep(Duration::from_millis(50));
                 alive = matches!(daemon.has_ended(), Ok(false));
@@ -632,7 +660,7 @@ pub fn reads_go_on_when_memory_is_short(setting: &Setting) -> Result<()> {
                 // Or the reader would wait for ever.
                 daemon.start_again()?;
             }
-            for joined in [hogged, reader.join()] {
+            for joined in [hogged, reader.join(), mounter.join()] {
                 joined.map_err(|_| crate::fail("a thread panicked"))??;
             }
             ensure!(alive, "the daemon was ended");
