@@ -107,6 +107,14 @@ torture_in_guest() {
 # torture_here: some of that in short over FUSE, on this machine.
 torture_here() { "$work/bin/torture" run --bin "$work/bin" --transport fuse --scratch "$work" --seconds 45; }
 
+# units_in_guest KERNEL: the daemon's systemd units over ublk.
+units_in_guest() {
+    "$repo/tools/guest/run" --kernel "$1" --timeout 1200 --share "$repo=$repo:ro" \
+        --share "$work/bin=/accel/bin:ro" --share "$work/fixtures=/accel/fixtures:ro" -- \
+        sh -c 'modprobe -a ublk_drv erofs overlay && exec "$@"' units \
+        "$repo/tests/systemd-e2e" --bin /accel/bin --fixtures /accel/fixtures --transport ublk
+}
+
 # nfs_in_guest KERNEL: UFS on a real NFS server that is stopped, comes back, is damaged.
 nfs_in_guest() { torture_in_guest "$1" ublk nfs; }
 
