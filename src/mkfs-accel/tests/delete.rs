@@ -325,6 +325,122 @@ fn who_converts_and_who_deletes_do_not_harm_each_other() {
     assert_eq!(there(&ufs), BTreeSet::new());
 }
 
+/// Three layers, of which the last cannot be converted until its blob is put back.
+fn half_converted(ufs: &Ufs) -> (Image, Vec<u8>) {
+    let tars: Vec<_> = (10..13).map(sample_tar).collect();
+    let image = Image::gzipped(&tars);
+    let path = image.blob_path(&image.layer(2));
+    let blob = fs::read(&path).unwrap();
+    fs::write(&path, &blob[1..]).unwrap();
+    common::bad(&[
+        &"convert",
+        &image.source(),
+        &"--jobs",
+        &"1",
+        &"--ufs",
+        &ufs.path(),
+    ]);
+    (image, blob)
+}
+
+fn gc(ufs: &Ufs, more: &[&str]) -> Output {
+    mkfs_accel()
+        .args(["gc", "--watch", "0", "--json", "--ufs"])
+        .arg(ufs.path())
+        .args(more)
+        .output()
+        .unwrap()
+}
+
+#[track_caller]
+fn collected(ufs: &Ufs, more: &[&str]) -> Value {
+    let output = gc(ufs, more);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{error}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn what_a_failed_conversion_had_finished_is_named_and_goes_when_asked() {
+    let ufs = Ufs::new();
+    let (one, other) = images();
+    ufs.convert(&one.source());
+    ufs.convert_with(&other.source(), &["--claim", "c/other"]);
+    let before = there(&ufs);
+    let (image, blob) = half_converted(&ufs);
+    let half = there(&ufs);
+    let kept = |report: &Value| report["kept"].as_array().unwrap().len();
+    let report = collected(&ufs, &[]);
+    // Two layers of two files each.
+    assert_eq!(kept(&report), 4, "{report}");
+    assert!(
+        report["kept"][0]["why"]
+            .as_str()
+            .unwrap()
+            .contains("--unclaimed")
+    );
+    let report = collected(&ufs, &["--unclaimed", "--dry-run"]);
+    assert_eq!(report["removed"].as_array().unwrap().len(), 4, "{report}");
+    assert_eq!(there(&ufs), half);
+    // The next attempt uses them, and they are somebody's then.
+    let path = image.blob_path(&image.layer(2));
+    let broken = fs::read(&path).unwrap();
+    fs::write(&path, &blob).unwrap();
+    let report = ufs.convert(&image.source());
+    assert_eq!(report["layers"][1]["fate"], "present", "{report}");
+    assert_eq!(kept(&collected(&ufs, &[])), 0);
+    let removed = |report: &Value| report["unclaimed"]["layers"].as_u64();
+    let report = collected(&ufs, &["--unclaimed", "--settle", "0"]);
+    assert_eq!(removed(&report), Some(0), "{report}");
+    verify(&ufs, &image);
+    deleted(&ufs, &[&image.source()]);
+    fs::write(&path, broken).unwrap();
+    common::bad(&[&"convert", &image.source(), &"--ufs", &ufs.path()]);
+    let report = collected(&ufs, &["--unclaimed", "--settle", "0"]);
+    assert_eq!(removed(&report), Some(2), "{report}");
+    let blobs = |all: BTreeSet<PathBuf>| -> BTreeSet<_> {
+        // What was learnt of blobs stays.
+        all.into_iter()
+            .filter(|path| !path.starts_with("by-digest"))
+            .collect()
+    };
+    assert_eq!(blobs(there(&ufs)), blobs(before));
+    verify(&ufs, &one);
+    verify(&ufs, &other);
+}
+
+/// A snapshot that was unpacked before may be mounted from a layer that no image has.
+#[test]
+fn unclaimed_layers_that_a_node_uses_stay() {
+    let ufs = Ufs::new();
+    half_converted(&ufs);
+    let half = there(&ufs);
+    let index = half
+        .iter()
+        .find(|path| path.extension() == Some("idx".as_ref()));
+    let index = fs::read(ufs.path().join(index.unwrap())).unwrap();
+    let page: &[u8; 4096] = index.first_chunk().unwrap();
+    let used: BTreeSet<_> = [accel_ufs::index::Header::parse(page).unwrap().root()].into();
+    let opened = Opened::open(ufs.path()).unwrap();
+    let mut node = NodeLease::open(opened, NodeName::new("c", "n1").unwrap()).unwrap();
+    node.say(used.clone(), used).unwrap();
+    let ask = ["--unclaimed", "--settle", "0"];
+    let output = gc(&ufs, &ask);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(6), "{error}");
+    assert!(error.contains("n1 of cluster c"), "{error}");
+    let claims = |all: BTreeSet<PathBuf>| -> BTreeSet<_> {
+        all.into_iter()
+            .filter(|path| !path.starts_with("claims"))
+            .collect()
+    };
+    assert_eq!(claims(there(&ufs)), half);
+    node.say(BTreeSet::new(), BTreeSet::new()).unwrap();
+    let report = collected(&ufs, &ask);
+    assert_eq!(report["unclaimed"]["layers"], 2, "{report}");
+    assert_eq!(collected(&ufs, &ask)["unclaimed"]["layers"], 0);
+}
+
 #[test]
 fn tags_go_where_the_registry_removes_them() {
     let (one, other) = images();

@@ -12,12 +12,13 @@
 use crate::error::UfsError;
 use crate::names::{LayerName, RelPath};
 use crate::publish::{Outcome, Ufs};
-use crate::record::{self, RecordError};
+use crate::record::{self, ImageRecord, LayerRecord, RecordError};
 use accel_oci::{ChainId, DiffId, Digest};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::fs;
 use std::io;
+use std::path::Path;
 use std::str::FromStr;
 
 /// Where claims lie.
@@ -113,6 +114,28 @@ pub struct ClaimRecord {
     pub layers: Vec<ClaimedLayer>,
 }
 
+impl ClaimRecord {
+    /// What is needed of an image that is there.
+    pub fn of(image: &ImageRecord) -> Self {
+        Self {
+            layout: record::LAYOUT,
+            names: vec![image.source.clone()],
+            targets: Vec::new(),
+            images: vec![image.manifest],
+            layers: image.layers.iter().map(ClaimedLayer::of).collect(),
+        }
+    }
+
+    /// Layers alone, without an image.
+    pub fn of_layers(layers: &[LayerName]) -> Self {
+        Self {
+            layout: record::LAYOUT,
+            layers: layers.iter().map(ClaimedLayer::alone).collect(),
+            ..Self::default()
+        }
+    }
+}
+
 /// A layer that is claimed, under whichever name it lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClaimedLayer {
@@ -125,6 +148,25 @@ pub struct ClaimedLayer {
 }
 
 impl ClaimedLayer {
+    fn of(layer: &LayerRecord) -> Self {
+        Self {
+            diff_id: layer.diff_id,
+            chain_id: layer.chain_id,
+            digest: layer.digest,
+        }
+    }
+
+    /// One of which only the name is known. The digest in it stands for all three: as the
+    /// lowest of an image a layer has its diffID for its chain ID.
+    fn alone(name: &LayerName) -> Self {
+        let digest = *name.digest();
+        Self {
+            diff_id: DiffId(digest),
+            chain_id: ChainId(digest),
+            digest,
+        }
+    }
+
     /// The names that it may lie under.
     pub const fn names(&self) -> [LayerName; 2] {
         [
@@ -147,6 +189,18 @@ pub struct FoundClaim {
     pub record: ClaimRecord,
 }
 
+/// A claim that was not there before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewClaim {
+    file: RelPath,
+}
+
+impl fmt::Display for NewClaim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.file.fmt(f)
+    }
+}
+
 impl FoundClaim {
     fn path(&self) -> Option<RelPath> {
         format!("{CLAIMS}/{}", self.file).parse().ok()
@@ -154,11 +208,15 @@ impl FoundClaim {
 }
 
 impl Ufs {
-    /// Claims images. May be repeated: says whether this is the first time.
+    /// Claims images. May be repeated: gives the claim if this is the first time.
     ///
     /// An image that is there and that nobody has claimed is somebody's who converted it
     /// before there were claims: it is claimed for them first.
-    pub fn claim(&self, name: &ClaimName, record: &ClaimRecord) -> Result<bool, UfsError> {
+    pub fn claim(
+        &self,
+        name: &ClaimName,
+        record: &ClaimRecord,
+    ) -> Result<Option<NewClaim>, UfsError> {
         let json = record::to_json(record);
         let file = format!(
             "{CLAIMS}/{name}.{}.{LIVE}",
@@ -171,43 +229,34 @@ impl Ufs {
         }
         // While we are here: nodes may not be allowed to.
         self.make_nodes()?;
-        Ok(self.publish(&file, &json)? == Outcome::Published)
+        let published = self.publish(&file, &json)? == Outcome::Published;
+        Ok(published.then_some(NewClaim { file }))
     }
 
-    /// Takes back a claim of this process, of which nothing has come.
-    pub fn unclaim(&self, name: &ClaimName) -> Result<(), UfsError> {
-        for claim in self.claims()? {
-            if claim.name == *name {
-                self.let_go(&claim)?;
-                self.forget(&claim)?;
-            }
-        }
-        Ok(())
+    /// Takes back a claim of this process, of which nothing has come; no other one under the
+    /// same name.
+    pub fn unclaim(&self, claim: &NewClaim) -> Result<(), UfsError> {
+        let path = self.path(&claim.file);
+        self.let_go_of(&path)?;
+        crate::removal::unlink(&path.with_extension(GOING))
     }
 
     fn claim_for_others(&self, record: &ClaimRecord) -> Result<(), UfsError> {
+        let there = record.images.iter();
+        let there = there.filter_map(|manifest| self.image_record(manifest).transpose());
+        let there = there.collect::<Result<Vec<_>, _>>()?;
+        // A new image, as most are. The claims of a large cluster are many.
+        if there.is_empty() {
+            return Ok(());
+        }
         let claims = self.claims()?;
-        for manifest in &record.images {
+        for image in there {
             let claimed = claims
                 .iter()
-                .any(|claim| claim.record.images.contains(manifest));
-            if claimed {
-                continue;
-            }
-            if let Some(there) = self.image_record(manifest)? {
-                let layers = there.layers.iter().map(|layer| ClaimedLayer {
-                    diff_id: layer.diff_id,
-                    chain_id: layer.chain_id,
-                    digest: layer.digest,
-                });
-                let theirs = ClaimRecord {
-                    layout: record::LAYOUT,
-                    names: vec![there.source],
-                    targets: Vec::new(),
-                    images: vec![*manifest],
-                    layers: layers.collect(),
-                };
-                self.claim(&ClaimName::by_hand(manifest), &theirs)?;
+                .any(|claim| claim.record.images.contains(&image.manifest));
+            if !claimed {
+                let theirs = ClaimRecord::of(&image);
+                self.claim(&ClaimName::by_hand(&image.manifest), &theirs)?;
             }
         }
         Ok(())
@@ -246,14 +295,17 @@ impl Ufs {
 
     /// Begins to give a claim up: from now on it protects nothing.
     pub(crate) fn let_go(&self, claim: &FoundClaim) -> Result<(), UfsError> {
-        let Some(path) = claim.path().filter(|_| !claim.going) else {
-            return Ok(());
-        };
-        let path = self.path(&path);
-        match fs::rename(&path, path.with_extension(GOING)) {
+        match claim.path().filter(|_| !claim.going) {
+            Some(path) => self.let_go_of(&self.path(&path)),
+            None => Ok(()),
+        }
+    }
+
+    fn let_go_of(&self, path: &Path) -> Result<(), UfsError> {
+        match fs::rename(path, path.with_extension(GOING)) {
             // Another does the same.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            renamed => renamed.map_err(UfsError::io("rename", &path)),
+            renamed => renamed.map_err(UfsError::io("rename", path)),
         }
     }
 

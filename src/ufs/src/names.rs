@@ -20,6 +20,10 @@ pub const QUARANTINE: &str = "quarantine";
 pub const IMAGES: &str = "images";
 /// Where sources are remembered.
 pub const NAMES: &str = "names";
+/// Layers by diffID.
+pub const LAYERS: &str = "layers";
+/// Layers by chain ID.
+pub const CHAINS: &str = "chains";
 
 /// A path relative to the root of UFS: one or more components of `A-Z a-z 0-9
 /// . _ -`, none of them beginning with a dot.
@@ -121,10 +125,21 @@ impl LayerName {
         Uuid::of(self.digest())
     }
 
+    /// The layer whose index is called `file`, in a directory of `room`.
+    pub(crate) fn of_index(room: &str, file: &str) -> Option<Self> {
+        let hex = file.strip_suffix(".idx")?;
+        let digest: Digest = format!("sha256:{hex}").parse().ok()?;
+        match room {
+            LAYERS => Some(Self::Layer(DiffId(digest))),
+            CHAINS => Some(Self::Chain(ChainId(digest))),
+            _ => None,
+        }
+    }
+
     fn room(&self) -> &'static str {
         match self {
-            Self::Layer(_) => "layers",
-            Self::Chain(_) => "chains",
+            Self::Layer(_) => LAYERS,
+            Self::Chain(_) => CHAINS,
         }
     }
 }

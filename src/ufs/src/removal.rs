@@ -413,6 +413,38 @@ impl<'a> Removal<'a> {
     }
 }
 
+impl Ufs {
+    /// Layers that no image has and nobody has claimed: what a conversion that failed had
+    /// finished. Those that a removal is at work on are not among them.
+    pub fn unclaimed_layers(&self) -> Result<Vec<LayerName>, UfsError> {
+        // First: a layer that is there by then was claimed before.
+        let mut layers = Vec::new();
+        for room in [names::LAYERS, names::CHAINS] {
+            let directory = self.rel(&format!("{room}/sha256"))?;
+            for shard in self.list_beneath(&directory)? {
+                let Ok(shard) = format!("{directory}/{shard}").parse() else {
+                    continue;
+                };
+                let files = self.list_beneath(&shard)?;
+                layers.extend(
+                    files
+                        .iter()
+                        .filter_map(|file| LayerName::of_index(room, file)),
+                );
+            }
+        }
+        let mut needs = Needs::default();
+        self.claims()?.iter().for_each(|claim| needs.claim(claim));
+        for manifest in self.images()? {
+            if let Some(record) = self.image_record(&manifest)? {
+                needs.record(&record);
+            }
+        }
+        layers.retain(|layer| !needs.layers.contains(layer));
+        Ok(layers)
+    }
+}
+
 /// How long a file that is claimed may stay hidden: a removal puts it back after its pause.
 const HIDDEN: Duration = Duration::from_secs(60);
 /// How often to look whether it is back.

@@ -316,3 +316,23 @@ fn a_layout_directory_is_known_by_its_real_path() {
     let error = canonical(format!("oci:{dir}/plain")).unwrap_err();
     assert!(matches!(error, UfsError::SourcePath { .. }), "{error}");
 }
+
+#[test]
+fn only_the_own_claim_is_taken_back() {
+    use accel_ufs::claim::{BY_HAND, ClaimName, ClaimRecord};
+    let (_directory, ufs) = ufs();
+    let name: ClaimName = format!("{BY_HAND}/image").parse().unwrap();
+    let of = |source: &str| ClaimRecord {
+        names: vec![source.to_owned()],
+        ..ClaimRecord::of_layers(&[])
+    };
+    let first = ufs.claim(&name, &of("one")).unwrap();
+    assert!(first.is_some());
+    assert_eq!(ufs.claim(&name, &of("one")).unwrap(), None);
+    let second = ufs.claim(&name, &of("two")).unwrap().unwrap();
+    ufs.unclaim(&second).unwrap();
+    let left = ufs.claims().unwrap();
+    assert_eq!(left.len(), 1);
+    assert_eq!(left[0].record, of("one"));
+    assert!(!left[0].going);
+}

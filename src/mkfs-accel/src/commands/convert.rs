@@ -10,7 +10,7 @@ use accel_image::{Accelerated, Image, Images, Platforms, Target};
 use accel_oci::{Digest, ImageSource, Platform, PlatformError};
 use accel_ufs::UfsError;
 use accel_ufs::annotations::{IMAGE_KEY, LayerAnnotations, ORIGINAL_KEY};
-use accel_ufs::claim::{ClaimName, ClaimRecord, ClaimedLayer};
+use accel_ufs::claim::{ClaimName, ClaimRecord, ClaimedLayer, NewClaim};
 use accel_ufs::names;
 use accel_ufs::publish::{Outcome, Ufs};
 use accel_ufs::record::{self, ImageRecord, LayerRecord, NameRecord, Process};
@@ -315,10 +315,10 @@ fn convert(
 }
 
 /// What was converted so far stays for the next attempt, but is nobody's.
-fn give_up(ufs: &Ufs, claims: &[ClaimName]) {
-    for name in claims {
-        if let Err(error) = ufs.unclaim(name) {
-            tracing::warn!(%name, %error, "the claim stays");
+fn give_up(ufs: &Ufs, claims: &[NewClaim]) {
+    for claim in claims {
+        if let Err(error) = ufs.unclaim(claim) {
+            tracing::warn!(%claim, %error, "the claim stays");
         }
     }
 }
@@ -329,7 +329,7 @@ fn claim(
     arguments: &Arguments,
     source: &ImageSource,
     found: &Images,
-) -> Result<Vec<ClaimName>, UfsError> {
+) -> Result<Vec<NewClaim>, UfsError> {
     let record = |images: &[Image]| {
         let layers = images.iter().flat_map(|image| &image.layers);
         let indexes = images.iter().flat_map(|image| &image.indexes);
@@ -355,9 +355,7 @@ fn claim(
     let mut new = Vec::new();
     for image in &found.images {
         let name = ClaimName::by_hand(&image.manifest);
-        if ufs.claim(&name, &record(std::slice::from_ref(image)))? {
-            new.push(name);
-        }
+        new.extend(ufs.claim(&name, &record(std::slice::from_ref(image)))?);
     }
     Ok(new)
 }

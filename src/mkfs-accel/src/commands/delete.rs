@@ -6,10 +6,10 @@ use crate::registry::RegistryArguments;
 use accel_image::{OpenOptions, Untagged, remove_tag};
 use accel_oci::{ImageSource, RegistryReference};
 use accel_ufs::annotations::ORIGINAL_KEY;
-use accel_ufs::claim::{ClaimName, FoundClaim};
+use accel_ufs::claim::{ClaimName, ClaimRecord, FoundClaim};
 use accel_ufs::node::NodeName;
 use accel_ufs::publish::Ufs;
-use accel_ufs::record::{self, ImageRecord};
+use accel_ufs::record::ImageRecord;
 use accel_ufs::removal::{Outcome, Removal, Removed, User};
 use accel_ufs::resolve::ImageName;
 use anyhow::Context;
@@ -64,7 +64,7 @@ fn node(text: &str) -> Result<NodeName, String> {
 /// Nodes use what was to be deleted.
 #[derive(Debug, thiserror::Error)]
 #[error("nothing is removed from UFS, because nodes use it: {}; try again when they do not, or name a node that is no more with --gone", names(.0))]
-pub struct InUse(Vec<User>);
+pub struct InUse(pub Vec<User>);
 
 fn names(users: &[User]) -> String {
     let names = users.iter().map(|user| {
@@ -153,23 +153,7 @@ fn by_hand(ufs: &Ufs, image: &ImageName) -> anyhow::Result<ClaimName> {
             holder.name
         );
     }
-    let layers = record.layers.iter();
-    ufs.claim(
-        &name,
-        &accel_ufs::claim::ClaimRecord {
-            layout: record::LAYOUT,
-            names: vec![record.source.clone()],
-            targets: Vec::new(),
-            images: vec![record.manifest],
-            layers: layers
-                .map(|layer| accel_ufs::claim::ClaimedLayer {
-                    diff_id: layer.diff_id,
-                    chain_id: layer.chain_id,
-                    digest: layer.digest,
-                })
-                .collect(),
-        },
-    )?;
+    ufs.claim(&name, &ClaimRecord::of(&record))?;
     Ok(name)
 }
 

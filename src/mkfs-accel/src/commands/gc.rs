@@ -10,12 +10,20 @@
 //! If there is none, and nobody else is at work, it goes too. (A converter that
 //! begins just then and meets the image looks after it again once its index is
 //! there.)
+//!
+//! A layer that no image has and nobody has claimed is whole: a conversion had finished it
+//! when it failed. The next attempt will use it, so it is only named, unless it is asked
+//! for (`--unclaimed`); then it goes in the way of `mkfs-accel delete`.
 
+use super::delete::InUse;
 use crate::interrupt;
 use crate::output::{Bytes, say};
 use accel_ufs::UfsError;
+use accel_ufs::claim::{BY_HAND, ClaimName, ClaimRecord};
 use accel_ufs::lease::{EXPIRY, FoundLease, Owner, Sign};
+use accel_ufs::names::{CHAINS, LAYERS, LayerName};
 use accel_ufs::publish::Ufs;
+use accel_ufs::removal::{Outcome, Removal, Removed};
 use serde::Serialize;
 use std::collections::HashMap;
 use std::fs;
@@ -33,6 +41,18 @@ pub struct Arguments {
     /// before its files are removed. Living ones say so every 20 seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     watch: u64,
+    /// Also remove layers that no image has and nobody has claimed, which conversions that
+    /// failed had finished
+    #[arg(long)]
+    unclaimed: bool,
+    /// As of `delete`: seconds to wait, twice, for what nodes say that they use
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 10,
+        requires = "unclaimed"
+    )]
+    settle: u64,
     /// Only say what would be removed
     #[arg(long)]
     dry_run: bool,
@@ -49,6 +69,8 @@ struct Report {
     bytes: u64,
     removed: Vec<Item>,
     kept: Vec<Item>,
+    /// What became of layers without an image, with `--unclaimed`.
+    unclaimed: Option<Removed>,
 }
 
 #[derive(Debug, Serialize)]
@@ -70,6 +92,7 @@ const GONE: Remove = Remove("the process that made it is gone");
 const SILENT: Remove = Remove("the process that made it, on another machine, was silent for long");
 const OWNERLESS: Remove = Remove("nobody's, and unchanged for long");
 const INDEXLESS: Remove = Remove("an image without its index, which nobody works on");
+const UNCLAIMED: &str = "a layer that no image has: the next conversion that needs it will use it, and --unclaimed removes it";
 const DAMAGED: Remove = Remove("was damaged, and replaced by mkfs-accel repair");
 const ALIVE: Keep = Keep("the process that makes it is at work");
 const YOUNG: Keep = Keep("nobody's that is known, but changed not long ago");
@@ -87,6 +110,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             bytes: 0,
             removed: Vec::new(),
             kept: Vec::new(),
+            unclaimed: None,
         },
         lines: !arguments.json,
     };
@@ -125,7 +149,39 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             sweep.file(&path, size, Err(INDEXLESS))?;
         }
     }
+    let unclaimed = ufs.unclaimed_layers()?;
+    if arguments.unclaimed && !arguments.dry_run {
+        sweep.report.unclaimed = Some(remove_unclaimed(&ufs, &unclaimed, arguments.settle)?);
+    } else {
+        let judgement = match arguments.unclaimed {
+            true => Err(Remove("a layer that no image has")),
+            false => Ok(Keep(UNCLAIMED)),
+        };
+        for layer in &unclaimed {
+            for file in [layer.image(), layer.index()] {
+                let size = ufs.regular_file(&file)?.unwrap_or_default();
+                sweep.file(&ufs.path(&file), size, judgement)?;
+            }
+        }
+    }
     sweep.finish()
+}
+
+/// Claims the layers, and gives them up: a converter that begins meanwhile, a node that
+/// mounts one, and an end at any moment are then what they are to every removal.
+fn remove_unclaimed(ufs: &Ufs, layers: &[LayerName], settle: u64) -> anyhow::Result<Removed> {
+    let name = ClaimName {
+        holder: BY_HAND.to_owned(),
+        name: "unclaimed".to_owned(),
+    };
+    if !layers.is_empty() {
+        ufs.claim(&name, &ClaimRecord::of_layers(layers))?;
+    }
+    // Without layers: of one that was interrupted.
+    match Removal::new(ufs, &name, &[])?.run(|| thread::sleep(Duration::from_secs(settle)))? {
+        Outcome::Removed(removed) => Ok(removed),
+        Outcome::InUse(users) => Err(InUse(users).into()),
+    }
 }
 
 /// Every lease but our own, and whether its holder lives.
@@ -176,7 +232,7 @@ fn is_old(modified: Option<SystemTime>, clock: SystemTime) -> bool {
 /// Images without an index that have been lying there for long, with their sizes.
 fn indexless(ufs: &Ufs, clock: SystemTime) -> anyhow::Result<Vec<(PathBuf, u64)>> {
     let mut found = Vec::new();
-    for room in ["layers", "chains"] {
+    for room in [LAYERS, CHAINS] {
         let room: accel_ufs::names::RelPath = format!("{room}/sha256").parse()?;
         for shard in ufs.list(&room)? {
             let Ok(shard) = format!("{room}/{shard}").parse() else {
@@ -248,6 +304,10 @@ impl Sweep {
         };
         let (count, bytes) = (report.removed.len(), Bytes(report.bytes));
         say!("{count} unfinished files {done}, {bytes}")?;
+        if let Some(removed) = report.unclaimed {
+            let (layers, bytes) = (removed.layers, Bytes(removed.bytes));
+            say!("{layers} layers removed that no image has, {bytes}")?;
+        }
         Ok(())
     }
 }
