@@ -9,7 +9,7 @@ use accel_source::{
 };
 use accel_transport::{ReadError, Reader, Request, Wanted};
 use accel_ufs::index::{CHUNK_SIZE, Root};
-use accel_ufs::names::LayerName;
+use accel_ufs::names::{self, LayerName};
 use common::{Layer, noise, publish, publish_image};
 use std::fs;
 use std::io;
@@ -236,4 +236,37 @@ fn without_a_word_about_the_image_nothing_is_opened_ahead() {
     node.lose_indexes();
     let middle = node.attach(1, node.layers[1].root, None);
     assert!(matches!(middle, LayerAnswer::Absent), "{middle:?}");
+}
+
+#[test]
+fn of_an_image_whose_layers_are_all_attached_its_record_alone_is_read() {
+    let node = node();
+    let files = |layers: &[Layer]| {
+        let image = publish_image(node.ufs.path(), layers);
+        (
+            image,
+            [names::image_record(&image), names::image_start(&image)],
+        )
+    };
+    let attach = |image: Digest, holder: &str| -> Vec<String> {
+        node.reads.lock().unwrap().clear();
+        let holder = Some(holder.to_owned());
+        node.registry.attach(&image.to_string(), holder).unwrap();
+        let reads = node.reads.lock().unwrap();
+        let files = reads.iter().map(|(file, ..)| file.clone());
+        files.filter(|file| file.starts_with("images/")).collect()
+    };
+    let (lower, with_start) = files(&node.layers[..2]);
+    assert_eq!(
+        attach(lower, "first"),
+        with_start.map(|file| file.as_str().to_owned())
+    );
+    let (lower, [record, _]) = files(&node.layers[..2]);
+    assert_eq!(attach(lower, "second"), [record.as_str()]);
+    // One more layer, which is not attached yet.
+    let (all, with_start) = files(&node.layers);
+    assert_eq!(
+        attach(all, "third"),
+        with_start.map(|file| file.as_str().to_owned())
+    );
 }
