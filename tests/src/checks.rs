@@ -101,7 +101,7 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             lifecycle::lost_device_in_use_is_in_nobodys_way,
         ),
     ];
-    let others: [(&str, Check); 23] = [
+    let others: [(&str, Check); 24] = [
         (
             "mount::large_layer_with_at_most_1_mib",
             mounting::large_layer_takes_at_most_1_mib,
@@ -125,6 +125,10 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
         (
             "damage::damaged_index_never_gives_wrong_bytes",
             damage::damaged_index,
+        ),
+        (
+            "damage::damaged_start_file_is_done_without",
+            damage::damaged_start_file,
         ),
         (
             "damage::without_verification_the_check_fails",

@@ -263,6 +263,14 @@ impl Daemon {
         format!("--- the daemon's log ---\n{}\n---", shown.join("\n"))
     }
 
+    /// Whether it has logged this.
+    ///
+    /// # Errors
+    /// When its log cannot be read.
+    pub fn has_said(&self, what: &str) -> Result<bool> {
+        Ok(fs::read_to_string(self.directory.path().join("log"))?.contains(what))
+    }
+
     /// Runs a client command against it: the subcommand first, then its arguments.
     ///
     /// # Errors

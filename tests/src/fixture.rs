@@ -165,6 +165,11 @@ fn record_path(ufs: &Path, digest: &str) -> PathBuf {
     ufs.join("images/sha256").join(hex).with_extension("json")
 }
 
+/// Where the image's start file is on `ufs`: what mounting it reads of its layers.
+pub fn start_path(ufs: &Path, digest: &str) -> PathBuf {
+    record_path(ufs, digest).with_extension("start")
+}
+
 /// A UFS directory of its own in `to`, with this image alone, for a check that damages
 /// it. It is an ordinary copy: nothing is shared with the fixtures.
 ///
@@ -182,6 +187,7 @@ pub fn private_ufs(setting: &Setting, image: &Image, to: &Path) -> Result<()> {
         Ok(())
     };
     copy(&record_path(&from, &image.digest))?;
+    copy(&start_path(&from, &image.digest))?;
     for layer in layers(&from, &image.digest)? {
         copy(&layer.erofs)?;
         copy(&layer.index)?;

@@ -47,6 +47,12 @@ def settle():
         run("udevadm", "settle")
 
 
+def read_ahead(path, kib):
+    """Has the kernel read ahead so much of a block device."""
+    with open(f"/sys/block/{os.path.basename(path)}/queue/read_ahead_kb", "w") as file:
+        file.write(kib)
+
+
 def mount_erofs(path, point, options):
     """mount(2), as ublk-server's client does it: mount(8) makes a loop device of a file."""
     read_only = 1
@@ -164,6 +170,8 @@ class Target:
     path = None
     process = None
     mount_options = ""
+    # KiB that the kernel reads ahead, if it is not to choose.
+    read_ahead = None
     # Whether it is worth measuring without a file system on it.
     is_device = True
 
@@ -172,6 +180,12 @@ class Target:
 
     def start(self):
         raise NotImplementedError
+
+    def begin(self):
+        """Starts it as it is to be measured."""
+        self.start()
+        if self.read_ahead:
+            read_ahead(self.path, self.read_ahead)
 
     def stop(self):
         raise NotImplementedError
@@ -300,7 +314,6 @@ class Ours(Target):
 def targets_of(options, scratch):
     made = {
         "loop": lambda: Loop(options, scratch),
-        "copy-only": lambda: CopyOnly(options, scratch),
         "ublk": lambda: Ours(options, scratch, "ublk"),
         "fuse": lambda: Ours(options, scratch, "fuse"),
         "fuse-directio": lambda: Ours(options, scratch, "fuse", name="ours, fuse, directio", mount_options="directio"),
@@ -311,21 +324,31 @@ def targets_of(options, scratch):
     targets = []
     for word in options.targets.split(","):
         name, _, more = word.partition(":")
-        if name == "copy-only" and more:
-            targets.append(CopyOnly(options, scratch, word, more.split("+")))
+        settings = more.split("+") if more else []
+        ahead = [setting for setting in settings if setting.startswith("read_ahead_kb=")]
+        settings = [setting for setting in settings if setting not in ahead]
+        if name == "copy-only":
+            target = CopyOnly(options, scratch, word, settings)
         elif name in ("ublk", "fuse") and more:
-            program, *settings = more.split("+")
-            ours = Ours(options, scratch, name, program or "ublk-server", word)
-            ours.environment = dict(setting.split("=", 1) for setting in settings)
-            targets.append(ours)
+            # The first word names another program.
+            program = settings.pop(0) if settings and "=" not in settings[0] else ""
+            target = Ours(options, scratch, name, program or "ublk-server", word)
+            target.environment = dict(setting.split("=", 1) for setting in settings)
         else:
-            targets.append(made[name]())
+            target = made[name]()
+            if more:
+                target.name = word
+        if ahead:
+            target.read_ahead = ahead[-1].partition("=")[2]
+        targets.append(target)
     return targets
 
 
 def warm(target):
-    """Has the server read everything once, so that it has it in memory."""
-    run("dd", f"if={target.path}", "of=/dev/null", "bs=1M", "iflag=direct")
+    """Has the server read everything once, so that it has it in memory, and sees to it that
+    it is the image."""
+    read = f"dd if={target.path} bs=1M iflag=direct status=none | cmp - {target.options.erofs}"
+    run("bash", "-o", "pipefail", "-c", read)
     run("dd", f"if={target.path}", "of=/dev/null", "bs=1M", "iflag=direct")
 
 
@@ -345,7 +368,7 @@ class Bench:
         targets = [target for target in targets if target.is_device]
         seconds = f"--runtime={int(self.options.seconds * 1000)}ms"
         for target in targets:
-            target.start()
+            target.begin()
             warm(target)
         for number in range(self.options.rounds):
             for row, bs, depth, pattern in JOBS:
@@ -383,7 +406,7 @@ class Bench:
         for number in range(self.options.rounds):
             for row, bs, depth, pattern in JOBS:
                 for target in targets:
-                    target.start()
+                    target.begin()
                     drop_caches()
                     count = "--number_ios=400" if pattern == "randread" else "--size=128M"
                     figures = fio(target.path, bs, depth, pattern, count)
@@ -416,7 +439,7 @@ class Bench:
             run("umount", point)
 
         for target in targets:
-            target.start()
+            target.begin()
             warm(target)
         for number in range(self.options.rounds):
             for target in targets:
@@ -425,7 +448,7 @@ class Bench:
             target.stop()
         for number in range(self.options.rounds):
             for target in targets:
-                target.start()
+                target.begin()
                 drop_caches()
                 once(target, "files cold", number)
                 target.stop()

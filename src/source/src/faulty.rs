@@ -16,7 +16,7 @@ pub enum Fault {
     Flip(usize),
     /// Only so many bytes arrive.
     Truncate(usize),
-    /// The answer comes later.
+    /// The answer comes later: the source takes as much longer.
     Delay(Duration),
     /// No answer ever comes.
     Stall,
@@ -74,8 +74,11 @@ impl<S: Source> Source for Faulty<S> {
             }),
             Fault::Delay(time) => {
                 let (attempt, late) = (request.patience.attempt, request.late.take());
-                Box::new(move |outcome| {
+                Box::new(move |mut outcome| {
                     std::thread::spawn(move || {
+                        if let Ok(filled) = &mut outcome {
+                            filled.took += time;
+                        }
                         std::thread::sleep(time.min(attempt));
                         if let Some(late) = late.filter(|_| time > attempt) {
                             late();

@@ -366,6 +366,7 @@ impl State {
                         member: 0,
                         fresh: matches!(pending.operation, Operation::Read { fresh: true, .. }),
                     },
+                    took: pending.since.elapsed(),
                     asked: pending.since,
                     slot: pending.slot,
                 };

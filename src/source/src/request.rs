@@ -251,6 +251,9 @@ pub struct Filled {
     pub len: usize,
     /// Who gave them.
     pub origin: Origin,
+    /// How long the source took: from when its worker had the request until it answered.
+    /// What the request waited for before, and what becomes of the bytes, is not in it.
+    pub took: Duration,
     /// When they were first asked for.
     pub(crate) asked: Instant,
 }

@@ -103,8 +103,13 @@ pub struct Catalog<'a, S: Source + ?Sized> {
 
 impl Catalog<'_, dyn Source> {
     /// The layers of the image that `name` (canonical) means. A digest may also
-    /// be a single layer's.
-    pub fn find(&self, name: &ImageName) -> Result<Image, CatalogError> {
+    /// be a single layer's. What a mount reads of the layers comes with them, unless all
+    /// are `known`: such layers are not opened any more.
+    pub fn find(
+        &self,
+        name: &ImageName,
+        known: impl Fn(Root) -> bool,
+    ) -> Result<Image, CatalogError> {
         let record = match self.record(name) {
             Err(CatalogError::Ufs(UfsError::NotConverted { .. }))
                 if let ImageName::Manifest(digest) = name
@@ -119,7 +124,10 @@ impl Catalog<'_, dyn Source> {
             record => record?,
         };
         let manifest = record.manifest;
-        let starts = self.starts(&manifest);
+        let starts = match record.layers.iter().all(|layer| known(layer.erofs.root)) {
+            true => HashMap::new(),
+            false => self.starts(&manifest),
+        };
         let layers = record.layers.iter().map(|layer| {
             let name = layer.name().ok_or(CatalogError::Path { manifest })?;
             let (root, size) = (layer.erofs.root, layer.erofs.size);

@@ -5,12 +5,13 @@ mod common;
 
 use accel_oci::{ChainId, Digest};
 use accel_source::{
-    Arena, Fault, Faulty, Operation, Patience, Source, Sources, WorkerCommand, WorkerSource,
+    Arena, Done, Fault, Faulty, Operation, Patience, Request as SourceRequest, Source, Sources,
+    WorkerCommand, WorkerSource,
 };
 use accel_transport::{ReadError, Reader, Request, Wanted};
 use accel_ufs::index::{CHUNK_SIZE, Root};
-use accel_ufs::names::LayerName;
-use common::{Layer, noise, publish, publish_image};
+use accel_ufs::names::{self, LayerName};
+use common::{Layer, noise, publish, publish_image, start_of};
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -19,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 use ublk_server::devices::Devices;
-use ublk_server::engine::{Engine, Export, ExportReader};
+use ublk_server::engine::{Engine, Export, ExportReader, Warmer};
 use ublk_server::journal::Journal;
 use ublk_server::paths::Paths;
 use ublk_server::protocol::LayerAnswer;
@@ -30,17 +31,21 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Every read of the source: which file, from where, how much.
 type Reads = Arc<Mutex<Vec<(String, u64, usize)>>>;
 
+fn worker(ufs: &Path, arena: &Arc<Arena>) -> WorkerSource {
+    let command = WorkerCommand {
+        program: env!("CARGO_BIN_EXE_ublk-server").into(),
+        arguments: vec!["source-worker".into(), ufs.into()],
+    };
+    WorkerSource::start("the test's UFS", command, Arc::clone(arena)).unwrap()
+}
+
 /// An engine over a real worker whose answers go wrong as `fault` says; what is read.
 fn engine(
     ufs: &Path,
     fault: impl Fn(&str, Operation) -> Fault + Send + Sync + 'static,
 ) -> (Arc<Engine>, Reads) {
     let arena = Arc::new(Arena::new(64, 64).unwrap());
-    let command = WorkerCommand {
-        program: env!("CARGO_BIN_EXE_ublk-server").into(),
-        arguments: vec!["source-worker".into(), ufs.into()],
-    };
-    let worker = WorkerSource::start("the test's UFS", command, Arc::clone(&arena)).unwrap();
+    let worker = worker(ufs, &arena);
     let reads = Reads::default();
     let noted = Arc::clone(&reads);
     let plan = move |file: &str, operation| {
@@ -236,4 +241,113 @@ fn without_a_word_about_the_image_nothing_is_opened_ahead() {
     node.lose_indexes();
     let middle = node.attach(1, node.layers[1].root, None);
     assert!(matches!(middle, LayerAnswer::Absent), "{middle:?}");
+}
+
+#[test]
+fn of_an_image_whose_layers_are_all_attached_its_record_alone_is_read() {
+    let node = node();
+    let files = |layers: &[Layer]| {
+        let image = publish_image(node.ufs.path(), layers);
+        (
+            image,
+            [names::image_record(&image), names::image_start(&image)],
+        )
+    };
+    let attach = |image: Digest, holder: &str| -> Vec<String> {
+        node.reads.lock().unwrap().clear();
+        let holder = Some(holder.to_owned());
+        node.registry.attach(&image.to_string(), holder).unwrap();
+        let reads = node.reads.lock().unwrap();
+        let files = reads.iter().map(|(file, ..)| file.clone());
+        files.filter(|file| file.starts_with("images/")).collect()
+    };
+    let (lower, with_start) = files(&node.layers[..2]);
+    assert_eq!(
+        attach(lower, "first"),
+        with_start.map(|file| file.as_str().to_owned())
+    );
+    let (lower, [record, _]) = files(&node.layers[..2]);
+    assert_eq!(attach(lower, "second"), [record.as_str()]);
+    // One more layer, which is not attached yet.
+    let (all, with_start) = files(&node.layers);
+    assert_eq!(
+        attach(all, "third"),
+        with_start.map(|file| file.as_str().to_owned())
+    );
+}
+
+type Kept = Arc<Mutex<Vec<(SourceRequest, Done)>>>;
+
+/// A source that keeps what is asked of some files, and does not answer it until the test
+/// has it answered.
+struct Keeping {
+    inner: Arc<WorkerSource>,
+    files: Vec<String>,
+    kept: Kept,
+}
+
+impl Source for Keeping {
+    fn submit(&self, request: SourceRequest, done: Done) {
+        let reads = matches!(request.operation, Operation::Read { len, .. } if len > 0);
+        if reads && self.files.iter().any(|file| file == request.file.as_str()) {
+            self.kept.lock().unwrap().push((request, done));
+        } else {
+            self.inner.submit(request, done);
+        }
+    }
+
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+}
+
+#[test]
+fn metadata_follows_whichever_index_does_not_come() {
+    let ufs = tempfile::tempdir().unwrap();
+    let image = |seed| noise(4 * CHUNK_SIZE, seed);
+    let layers: Vec<_> = (0..6)
+        .map(|seed| publish(ufs.path(), &seed.to_string(), &image(seed)))
+        .collect();
+    let arena = Arc::new(Arena::new(64, 64).unwrap());
+    let inner = Arc::new(worker(ufs.path(), &arena));
+    let kept = Kept::default();
+    let index = |layer: &Layer| layer.name.index().as_str().to_owned();
+    let source: Arc<dyn Source> = Arc::new(Keeping {
+        inner: Arc::clone(&inner),
+        files: layers[..3].iter().map(index).collect(),
+        kept: Arc::clone(&kept),
+    });
+    let sources = Arc::new(Sources::new(vec![source]).unwrap());
+    // Nothing that is kept is given up.
+    let patience = Patience {
+        attempt: PATIENCE * 10,
+        ..Patience::DATA
+    };
+    let engine = Engine::start(sources, arena, patience).unwrap();
+    let warmer = Warmer::start(&engine).unwrap();
+    let exports: Vec<_> = (0..)
+        .zip(&layers)
+        .map(|(seed, layer)| {
+            let start = Arc::new(start_of(ufs.path(), layer, &image(seed)));
+            let export = Export::begun(&engine, layer.name, &start, Patience::LOOKUP);
+            Arc::new(export.unwrap())
+        })
+        .collect();
+    for export in &exports {
+        warmer.push(export);
+    }
+    let complete = |all: &[Arc<Export>]| all.iter().all(|export| export.complete().is_some());
+    until("the metadata of the others comes", || {
+        complete(&exports[3..])
+    });
+    let kept: Vec<_> = std::mem::take(&mut *kept.lock().unwrap());
+    assert_eq!(kept.len(), 3);
+    assert!(
+        exports[..3]
+            .iter()
+            .all(|export| export.complete().is_none())
+    );
+    for (request, done) in kept {
+        inner.submit(request, done);
+    }
 }

@@ -3,7 +3,8 @@
 mod common;
 
 use accel_source::{
-    Arena, Fault, Faulty, Operation, Patience, Source, Sources, WorkerCommand, WorkerSource,
+    Arena, Done, Fault, Faulty, Filled, Operation, Patience, Request as SourceRequest, Source,
+    SourceError, Sources, WorkerCommand, WorkerSource,
 };
 use accel_transport::{ReadError, Reader, Request};
 use accel_ufs::index::CHUNK_SIZE;
@@ -605,4 +606,43 @@ fn what_lies_beside_comes_with_it_from_a_source_far_away() {
     }
     let all = counters.source_bytes.load(Relaxed) - read;
     assert_eq!(all, (8 + 3) * CHUNK as u64);
+}
+
+/// A source near by, each of whose answers waits in the daemon before anybody hears of it:
+/// as for a verifier that has much to do.
+struct Held<S>(S);
+
+impl<S: Source> Source for Held<S> {
+    fn submit(&self, request: SourceRequest, done: Done) {
+        let held = move |outcome: Result<Filled, SourceError>| {
+            let outcome = outcome.map(|mut filled| {
+                filled.took = Duration::from_micros(300);
+                filled
+            });
+            std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(20));
+                done(outcome);
+            });
+        };
+        self.0.submit(request, Box::new(held));
+    }
+
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+}
+
+#[test]
+fn what_waits_in_the_daemon_does_not_come_from_far_away() {
+    let ufs = tempfile::tempdir().unwrap();
+    let image = noise(96 * CHUNK, 6);
+    let layer = publish(ufs.path(), "a", &image);
+    let setup = setup_with(ufs.path(), 256, 16, |source| Arc::new(Held(source)));
+    let reader = setup.open(&layer);
+    for group in 0..10 {
+        let bytes = read(&reader, group * 8 * CHUNK, 4096).unwrap();
+        assert!(bytes == image[group * 8 * CHUNK..][..4096]);
+    }
+    // What is read around misses before the read returns.
+    assert_eq!(reader.export().counters.misses.load(Relaxed), 10);
 }

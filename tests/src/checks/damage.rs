@@ -134,6 +134,31 @@ impl Scene {
             Err(error) => Ok(Some(error)),
         }
     }
+
+    /// Mounts the image with a daemon of its own and reads all of it: some error, or
+    /// everything as in the ordinary unpack. Then `also` is asked.
+    fn mount_and_compare(
+        &self,
+        setting: &Setting,
+        also: impl FnOnce(&Daemon) -> Result<()>,
+    ) -> Result<Option<String>> {
+        let daemon = Daemon::start(setting, self.ufs.path())?;
+        let mounted = match daemon.mount(&self.image.digest) {
+            Ok(mounted) => mounted,
+            Err(refused) => return Ok(Some(refused.to_string())),
+        };
+        let found = match tree::manifest(mounted.path()) {
+            Ok(found) => found,
+            Err(failed) => return Ok(Some(failed.to_string())),
+        };
+        if let Some(report) = tree::difference(&self.image.tree()?, &found) {
+            bail!("the tree is wrong\n{report}");
+        }
+        also(&daemon)?;
+        mounted.unmount()?;
+        daemon.stop()?;
+        Ok(None)
+    }
 }
 
 fn flip(path: &Path, offset: u64) -> Result<()> {
@@ -236,38 +261,85 @@ pub fn damaged_index(setting: &Setting) -> Result<()> {
     let scene = Scene::new(setting)?;
     let size = std::fs::metadata(&scene.layer.index)?.len();
     // The header's magic, size, root and checksum; the zero map; the tree's first
-    // value and the second of its last page. The header and the tree are needed; only the
-    // zero map is a hint, with which it does not matter.
-    let offsets = [0, 16, 24, 4064, 4096, 8192, size - 4096 + 32];
-    let needed = |offset| offset != 4096;
-    let wanted = scene.image.tree()?;
-    for offset in offsets {
+    // value and the second of its last page. The tree is needed. So is the header, unless
+    // the image has a start file, which says what is in it; the zero map is a hint, with
+    // which it does not matter.
+    let (header, hints, tree) = ([0, 16, 24, 4064], [4096], [8192, size - 4096 + 32]);
+    let noticed = |offset| {
         flip(&scene.layer.index, offset)?;
-        let outcome = (|| -> Result<Option<String>> {
-            let daemon = Daemon::start(setting, scene.ufs.path())?;
-            let mounted = match daemon.mount(&scene.image.digest) {
-                Ok(mounted) => mounted,
-                Err(refused) => return Ok(Some(refused.to_string())),
-            };
-            let found = match tree::manifest(mounted.path()) {
-                Ok(found) => found,
-                Err(failed) => return Ok(Some(failed.to_string())),
-            };
-            if let Some(report) = tree::difference(&wanted, &found) {
-                bail!("the tree is wrong\n{report}");
-            }
-            mounted.unmount()?;
-            daemon.stop()?;
-            Ok(None)
-        })();
-        let noticed = outcome
-            .with_context(|| format!("with byte {offset} of the index changed"))?
-            .is_some();
+        let outcome = scene.mount_and_compare(setting, |_| Ok(()));
+        flip(&scene.layer.index, offset)?;
+        let outcome =
+            outcome.with_context(|| format!("with byte {offset} of the index changed"))?;
+        Ok::<_, anyhow::Error>(outcome.is_some())
+    };
+    for offset in tree {
         ensure!(
-            noticed || !needed(offset),
+            noticed(offset)?,
             "that byte {offset} of the index was changed has gone unnoticed"
         );
-        flip(&scene.layer.index, offset)?;
+    }
+    // The root stands for the header here.
+    for offset in [header[2], hints[0]] {
+        ensure!(
+            !noticed(offset)?,
+            "byte {offset} of the index was needed although there is a start file"
+        );
+    }
+    std::fs::remove_file(fixture::start_path(scene.ufs.path(), &scene.image.digest))?;
+    for offset in header {
+        ensure!(
+            noticed(offset)?,
+            "that byte {offset} of the index was changed has gone unnoticed"
+        );
+    }
+    Ok(())
+}
+
+/// The start file is wrong, cut off or gone: the image is mounted without it, and has all
+/// of its bytes.
+pub fn damaged_start_file(setting: &Setting) -> Result<()> {
+    /// How the daemon tells that it goes on without.
+    const TOLD: &str = "mounting the image takes more of UFS than it need";
+    let scene = Scene::new(setting)?;
+    let path = fixture::start_path(scene.ufs.path(), &scene.image.digest);
+    let whole = std::fs::read(&path)?;
+    let flipped = |at: usize| {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 0x10;
+        (format!("byte {at} changed"), Some(bytes))
+    };
+    let cut = |to: usize| (format!("{to} bytes left"), Some(whole[..to].to_vec()));
+    let (middle, last) = (whole.len() / 2, whole.len() - 1);
+    let cases = [
+        ("nothing changed".to_owned(), Some(whole.clone())),
+        // The magic, a block, the checksum.
+        flipped(0),
+        flipped(middle),
+        flipped(last),
+        cut(0),
+        cut(last),
+        ("no file".to_owned(), None),
+    ];
+    for (what, bytes) in cases {
+        let wrong = bytes.as_ref().is_some_and(|bytes| *bytes != whole);
+        match bytes {
+            Some(bytes) => std::fs::write(&path, bytes)?,
+            None => std::fs::remove_file(&path)?,
+        }
+        let told = |daemon: &Daemon| {
+            ensure!(
+                daemon.has_said(TOLD)? == wrong,
+                "whether it is used is not told as it is\n{}",
+                daemon.log()
+            );
+            Ok(())
+        };
+        let outcome = scene.mount_and_compare(setting, told);
+        let outcome = outcome.with_context(|| format!("the start file: {what}"))?;
+        if let Some(failed) = outcome {
+            bail!("the start file: {what}: {failed}");
+        }
     }
     Ok(())
 }

@@ -11,8 +11,8 @@
 //!
 //! That is worth it while the bytes take no more than half the time of the wait that they
 //! save: at 100 MB/s one more chunk takes 1.3 ms, three take 4 ms. Slow means each of a
-//! source's last answers: what is slow only now and then, because others read too, is not
-//! far away.
+//! source's last answers, by its own time: what is slow only now and then, because others
+//! read too, is not far away; nor is one whose bytes waited here, for memory or a verifier.
 
 use super::pending::{Pending, Piece};
 use super::{Engine, Export};
@@ -39,7 +39,7 @@ pub(super) struct Around {
     most: usize,
 }
 
-/// How long the last reads took.
+/// How long sources took for the last reads.
 #[derive(Debug, Default)]
 struct Pace {
     /// Microseconds; 0 is no answer yet.
@@ -95,7 +95,8 @@ impl Around {
         }
     }
 
-    /// A chunk that somebody waited for has come.
+    /// A chunk that somebody waited for has come, for which its source took so long. Not
+    /// what else it waited for: memory, or a verifier. More reads make that no shorter.
     pub(super) fn came(&self, took: Duration) {
         self.pace.note(took);
     }

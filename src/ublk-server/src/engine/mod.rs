@@ -365,7 +365,7 @@ impl Engine {
                     let background = &export.counters.background_bytes;
                     background.fetch_add(len as u64, Relaxed);
                 } else if what.chunk().is_some() {
-                    self.around.came(what.since().elapsed());
+                    self.around.came(filled.took);
                 }
                 match what.check(filled.bytes(), key) {
                     Ok(()) => {

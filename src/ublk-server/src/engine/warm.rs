@@ -1,17 +1,29 @@
 //! Metadata that follows a mount in the background.
 //!
+//! ```text
+//! push ─► its index was not read yet? ─ yes ─► an opener: header and zero map
+//!                 │ no                            │
+//!                 └──────────────► fetch ◄────────┘   one thread, export by export
+//! ```
+//!
 //! One thread reads the metadata ranges of exports, up to 1 MiB at a time, and
-//! steps aside while the kernel waits for anything.
+//! steps aside while the kernel waits for anything. Indexes are opened before that by a
+//! few threads, which are there only while there is something to open: an index that does
+//! not come, and is waited for a while, holds up no other.
 
 use super::pending::{Pending, Piece};
 use super::{Engine, Export};
 use accel_source::RequestId;
 use accel_ufs::index::ChunkNo;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Weak, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
 use std::thread;
 use std::time::Duration;
 
+/// Indexes that are opened at the same time: of the reads that a source has at once they
+/// leave the most to others.
+const OPENERS: usize = 4;
 /// Chunks that are asked for together.
 const BATCH: u64 = 8;
 /// How long to step aside at a time, and how often at most for one batch.
@@ -20,7 +32,23 @@ const TURNS: usize = 250;
 
 /// Takes exports whose metadata is to be fetched.
 #[derive(Debug)]
-pub struct Warmer(mpsc::Sender<Weak<Export>>);
+pub struct Warmer(Arc<Queues>);
+
+#[derive(Debug)]
+struct Queues {
+    engine: Weak<Engine>,
+    opening: Mutex<Opening>,
+    /// Exports whose index is open, or cannot be opened.
+    fetch: mpsc::Sender<Weak<Export>>,
+}
+
+#[derive(Debug, Default)]
+struct Opening {
+    /// Exports whose index is to be opened.
+    waiting: VecDeque<Weak<Export>>,
+    /// Threads that do that.
+    openers: usize,
+}
 
 /// Says when its pieces are over, and whether all went well.
 struct Ticket {
@@ -48,9 +76,14 @@ impl Drop for Ticket {
 }
 
 impl Warmer {
-    /// Starts the thread.
+    /// Starts the thread that fetches.
     pub fn start(engine: &Arc<Engine>) -> std::io::Result<Self> {
-        let (sender, exports) = mpsc::channel::<Weak<Export>>();
+        let (fetch, exports) = mpsc::channel::<Weak<Export>>();
+        let queues = Arc::new(Queues {
+            engine: Arc::downgrade(engine),
+            opening: Mutex::default(),
+            fetch,
+        });
         let engine = Arc::downgrade(engine);
         let run = move || {
             for export in exports {
@@ -63,13 +96,73 @@ impl Warmer {
         thread::Builder::new()
             .name("warmer".to_owned())
             .spawn(run)?;
-        Ok(Self(sender))
+        Ok(Self(queues))
     }
 
-    /// Has the metadata of `export` fetched, unless it goes away first.
+    /// Has the metadata of `export` fetched, unless it goes away first. Waits for nothing.
     pub fn push(&self, export: &Arc<Export>) {
-        if self.0.send(Arc::downgrade(export)).is_err() {
-            tracing::warn!(layer = %export.name, "the thread that fetches metadata is gone");
+        if export.lacks_index() {
+            self.0.open(Arc::downgrade(export));
+        } else {
+            self.0.fetch(Arc::downgrade(export));
+        }
+    }
+}
+
+impl Queues {
+    fn opening(&self) -> MutexGuard<'_, Opening> {
+        self.opening.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fetch(&self, export: Weak<Export>) {
+        if self.fetch.send(export).is_err() {
+            tracing::warn!("the thread that fetches metadata is gone");
+        }
+    }
+
+    /// Has the index of `export` opened, and then its metadata fetched.
+    fn open(self: &Arc<Self>, export: Weak<Export>) {
+        let mut opening = self.opening();
+        opening.waiting.push_back(export);
+        if opening.openers == OPENERS {
+            return;
+        }
+        let queues = Arc::clone(self);
+        let started = thread::Builder::new()
+            .name("index".to_owned())
+            .spawn(move || queues.open_all());
+        match started {
+            Ok(_) => opening.openers += 1,
+            // The others do its part.
+            Err(_) if opening.openers > 0 => {}
+            Err(error) => {
+                tracing::warn!(%error, "cannot start a thread to open indexes");
+                for export in opening.waiting.drain(..) {
+                    self.fetch(export);
+                }
+            }
+        }
+    }
+
+    /// Opens indexes until there is none left to open.
+    fn open_all(&self) {
+        loop {
+            let export = {
+                let mut opening = self.opening();
+                let Some(export) = opening.waiting.pop_front() else {
+                    opening.openers -= 1;
+                    return;
+                };
+                export
+            };
+            if let (Some(engine), Some(it)) = (self.engine.upgrade(), export.upgrade())
+                && it.lacks_index()
+                && let Err(error) = it.open_index(&engine, engine.patience().lookup())
+            {
+                // Zeros are read like other bytes then.
+                tracing::warn!(layer = %it.name, %error, "cannot read the index's header");
+            }
+            self.fetch(export);
         }
     }
 }
@@ -77,15 +170,9 @@ impl Warmer {
 /// Fetches the metadata of `export`, if it is still there: at most a quarter of what the
 /// cache holds, lest images push each other's out.
 fn warm(engine: &Arc<Engine>, export: &Weak<Export>) {
-    let Some((range, done)) = export.upgrade().map(|export| {
-        if export.lacks_index()
-            && let Err(error) = export.open_index(engine, engine.patience.lookup())
-        {
-            // Zeros are read like other bytes then.
-            tracing::warn!(layer = %export.name, %error, "cannot read the index's header");
-        }
-        (export.metadata, export.complete().is_some())
-    }) else {
+    let known = export.upgrade();
+    let known = known.map(|export| (export.metadata, export.complete().is_some()));
+    let Some((range, done)) = known else {
         return;
     };
     let most = (engine.arena().chunks().capacity() / 4).max(1) as u64;

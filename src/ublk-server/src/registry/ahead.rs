@@ -154,7 +154,9 @@ fn look_ahead(
     from: Root,
     exported: &HashSet<Root>,
 ) -> Result<(), CatalogError> {
-    let found = catalog(engine, ufs).find(&ImageName::Manifest(image))?;
+    // `from` is being opened already.
+    let known = |root| root == from || exported.contains(&root);
+    let found = catalog(engine, ufs).find(&ImageName::Manifest(image), known)?;
     let mut seen = exported.clone();
     let on_top = found
         .layers

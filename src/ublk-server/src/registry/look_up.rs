@@ -72,7 +72,8 @@ impl Registry {
     pub(super) fn look_up(&self, image: &str) -> Result<Found> {
         let (began, catalog) = (Instant::now(), self.catalog());
         let name: ImageName = image.parse()?;
-        let image = catalog.find(&name)?;
+        let exported = |root| self.state().exports.contains_key(&root);
+        let image = catalog.find(&name, exported)?;
         let opened = self.open(&image)?;
         Ok(Found {
             image,

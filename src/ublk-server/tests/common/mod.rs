@@ -4,8 +4,11 @@
 pub mod node;
 
 use accel_oci::{DiffId, Digest};
-use accel_ufs::index::{ByteRange, CHUNK_SIZE, ChunkNo, ImageSize, IndexBuilder, Root};
+use accel_ufs::index::{
+    ByteRange, CHUNK_SIZE, ChunkNo, Header, ImageSize, IndexBuilder, Layout, PAGE_SIZE, Page, Root,
+};
 use accel_ufs::names::LayerName;
+use accel_ufs::start::{Block, LayerStart};
 use std::fs;
 use std::path::Path;
 
@@ -46,6 +49,27 @@ pub fn publish(ufs: &Path, name: &str, image: &[u8]) -> Layer {
     }
     let size = ImageSize::new(size).unwrap();
     Layer { name, root, size }
+}
+
+/// What a mount reads of a layer that was published, of its `image`.
+pub fn start_of(ufs: &Path, layer: &Layer, image: &[u8]) -> LayerStart {
+    let index = fs::read(layer.name.index().beneath(ufs)).unwrap();
+    let page = |at: u64| {
+        let at = usize::try_from(at).unwrap();
+        <&Page>::try_from(&index[at..at + PAGE_SIZE]).unwrap()
+    };
+    let metadata = Header::parse(page(0)).unwrap().metadata();
+    let layout = Layout::new(layer.size);
+    let blocks = LayerStart::wanted(metadata).map(|number| {
+        let at = usize::try_from(number).unwrap() * PAGE_SIZE;
+        let bytes = Box::new(*<&Page>::try_from(&image[at..at + PAGE_SIZE]).unwrap());
+        let chunk = at / CHUNK_SIZE * CHUNK_SIZE;
+        let chunk = &image[chunk..image.len().min(chunk + CHUNK_SIZE)];
+        let pages = |at| Ok::<_, std::convert::Infallible>(*page(at));
+        let proof = layout.prove_block(layer.root, number, chunk, pages);
+        (Block { number, bytes }, proof.unwrap())
+    });
+    LayerStart::new(layer.root, layer.size, metadata, blocks.collect()).unwrap()
 }
 
 use accel_oci::{ChainId, Platform};

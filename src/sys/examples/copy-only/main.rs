@@ -4,32 +4,48 @@
 //! request. What the ublk driver allows, to measure `ublk-server` against.
 //!
 //! ```text
-//! copy-only IMAGE [--queues N] [--spin MICROSECONDS] [--ring defer|coop|plain]
-//!           [--memory heap|shared|huge]
+//! copy-only IMAGE [--queues N] [--threads N] [--batch] [--spin MICROSECONDS]
+//!           [--ring defer|coop|plain] [--memory heap|shared|huge] [--io-opt BYTES]
 //! ```
+//!
+//! `--threads` has so many serve each queue: with `UBLK_F_PER_IO_DAEMON` (6.16) each of
+//! them its share of the tags. `--batch` uses `UBLK_F_BATCH_IO` (7.0): see [`batch`].
 //!
 //! `--memory shared` has the image in a memfd, as `ublk-server` has its cache, and `huge`
 //! has the kernel put that together from huge pages.
 //!
+//! `--io-opt` is the device's optimal request, a power of two; the kernel reads ahead
+//! twice as much. What is not said is as `ublk-server` has it.
+//!
 //! Prints the block device; ends with standard input.
+
+mod batch;
+mod tags;
 
 use std::error::Error;
 use std::io::{self, Read as _, Write as _};
-
+use std::os::fd::{BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
-use io_uring::{IoUring, opcode, types};
+use batch::Batch;
+use io_uring::IoUring;
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::UblkDev;
 use libublk::{UblkFlags, sys};
 use rustix::mm::{MapFlags, ProtFlags};
+use tags::Tags;
 
 const DEPTH: u16 = 64;
+const BATCH: u64 = sys::UBLK_F_BATCH_IO as u64;
 
 #[derive(Debug, Clone)]
 struct Options {
     queues: u16,
+    threads: u16,
+    batch: bool,
     spin: Duration,
+    /// Log2 of bytes.
+    io_opt: u8,
     ring: String,
     memory: String,
 }
@@ -38,7 +54,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut path = None;
     let mut options = Options {
         queues: 1,
+        threads: 1,
+        batch: false,
         spin: Duration::ZERO,
+        io_opt: 17,
         ring: "defer".to_owned(),
         memory: "heap".to_owned(),
     };
@@ -47,6 +66,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         let mut value = || args.next().ok_or("an option needs a value");
         match arg.as_str() {
             "--queues" => options.queues = value()?.parse()?,
+            "--threads" => options.threads = value()?.parse::<u16>()?.clamp(1, DEPTH),
+            "--batch" => options.batch = true,
+            "--io-opt" => options.io_opt = log2(value()?.parse()?)?,
             "--spin" => options.spin = Duration::from_micros(value()?.parse()?),
             "--ring" => options.ring = value()?,
             "--memory" => options.memory = value()?,
@@ -66,9 +88,23 @@ fn main() -> Result<(), Box<dyn Error>> {
         .nr_queues(options.queues)
         .depth(DEPTH)
         .io_buf_bytes(512 << 10)
-        .ctrl_flags(u64::from(sys::UBLK_F_USER_COPY))
+        .ctrl_flags(u64::from(sys::UBLK_F_USER_COPY) | if options.batch { BATCH } else { 0 })
         .dev_flags(UblkFlags::UBLK_DEV_F_ADD_DEV)
         .build()?;
+    // The driver tells what it has of what was asked for.
+    let (needed, what) = match (options.batch, options.threads) {
+        (true, _) => (BATCH, "--batch needs UBLK_F_BATCH_IO (Linux 7.0)"),
+        (false, 1) => (0, ""),
+        _ => {
+            let per_io = u64::from(sys::UBLK_F_PER_IO_DAEMON);
+            (per_io, "--threads needs UBLK_F_PER_IO_DAEMON (Linux 6.16)")
+        }
+    };
+    if ctrl.dev_info().flags & needed != needed {
+        ctrl.del_dev()?;
+        return Err(what.into());
+    }
+    let io_opt = options.io_opt;
     ctrl.run_target(
         |dev: &mut UblkDev| {
             dev.set_default_params(size);
@@ -77,7 +113,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             basic.attrs = sys::UBLK_ATTR_READ_ONLY;
             basic.logical_bs_shift = 12;
             basic.physical_bs_shift = 12;
-            basic.io_opt_shift = 17;
+            basic.io_opt_shift = io_opt;
             basic.io_min_shift = 12;
             Ok(())
         },
@@ -149,10 +185,71 @@ impl Drop for Mapping {
     }
 }
 
+fn log2(bytes: u64) -> Result<u8, &'static str> {
+    match bytes.is_power_of_two() && (4096..=1 << 30).contains(&bytes) {
+        true => Ok(bytes.trailing_zeros().to_le_bytes()[0]),
+        false => Err("--io-opt is a power of two from 4096 to 1073741824, in bytes"),
+    }
+}
+
+/// How requests come from the driver, and answers go to it.
+trait Commands {
+    /// Hands over the first commands.
+    fn begin(&mut self, ring: &mut IoUring) -> io::Result<()>;
+
+    /// Something came: adds the tags of requests to `tags`. False if the device ends.
+    fn came(&mut self, ring: &mut IoUring, event: Event, tags: &mut Vec<u16>) -> io::Result<bool>;
+
+    /// A request was served, with so many bytes or an error.
+    fn served(&mut self, ring: &mut IoUring, tag: u16, result: i32) -> io::Result<()>;
+
+    /// All requests that had come were served.
+    fn all_served(&mut self, ring: &mut IoUring) -> io::Result<()>;
+}
+
+/// A completion.
+#[derive(Debug, Clone, Copy)]
+struct Event {
+    user_data: u64,
+    result: i32,
+    flags: u32,
+}
+
+/// Serves one queue, until the device ends.
 fn serve(queue: u16, dev: &UblkDev, image: &[u8], options: &Options) -> io::Result<()> {
     let fd = dev.tgt.fds[0];
-    // SAFETY: libublk keeps the device's file open for as long as `dev` lives.
-    let cdev = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+    if options.batch {
+        batch::prepare(fd, queue)?;
+    }
+    let part = |thread: u16| match options.batch {
+        true => serve_by(Batch::new(queue), queue, fd, image, options),
+        false => {
+            let tags = (thread..DEPTH).step_by(usize::from(options.threads));
+            serve_by(Tags::new(queue, tags), queue, fd, image, options)
+        }
+    };
+    let part = &part;
+    std::thread::scope(|scope| {
+        let others = (1..options.threads).map(|thread| scope.spawn(move || part(thread)));
+        let others: Vec<_> = others.collect();
+        let mut result = part(0);
+        for other in others {
+            let failed = || Err(io::Error::other("a thread panicked"));
+            result = result.and(other.join().unwrap_or_else(|_| failed()));
+        }
+        result
+    })
+}
+
+fn serve_by(
+    mut commands: impl Commands,
+    queue: u16,
+    fd: RawFd,
+    image: &[u8],
+    options: &Options,
+) -> io::Result<()> {
+    // SAFETY: libublk keeps the device's file open for as long as its queues are served.
+    let cdev = unsafe { BorrowedFd::borrow_raw(fd) };
     let room = usize::from(DEPTH) * size_of::<sys::ublksrv_io_desc>();
     let per_queue = 4096 * size_of::<sys::ublksrv_io_desc>();
     // SAFETY: a new mapping at an address of the kernel's choice.
@@ -181,26 +278,8 @@ fn serve(queue: u16, dev: &UblkDev, image: &[u8], options: &Options) -> io::Resu
         eprintln!("copy-only: the ring's descriptor is not registered: {error}");
         Ok::<_, io::Error>(())
     })?;
-    let push = |ring: &mut IoUring, tag: u16, commit: Option<i32>| {
-        let number = match commit {
-            None => sys::UBLK_U_IO_FETCH_REQ,
-            Some(_) => sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ,
-        };
-        let mut body = [0; 16];
-        body[0..2].copy_from_slice(&queue.to_ne_bytes());
-        body[2..4].copy_from_slice(&tag.to_ne_bytes());
-        body[4..8].copy_from_slice(&commit.unwrap_or(0).to_ne_bytes());
-        let entry = opcode::UringCmd16::new(types::Fixed(0), number)
-            .cmd(body)
-            .build()
-            .user_data(u64::from(tag));
-        // SAFETY: with USER_COPY a command refers to no memory.
-        unsafe { ring.submission().push(&entry) }.map_err(io::Error::other)
-    };
-    for tag in 0..DEPTH {
-        push(&mut ring, tag, None)?;
-    }
-    let mut tags = Vec::new();
+    commands.begin(&mut ring)?;
+    let (mut tags, mut events) = (Vec::new(), Vec::new());
     let mut wait = 1;
     loop {
         match ring.submit_and_wait(wait) {
@@ -208,11 +287,15 @@ fn serve(queue: u16, dev: &UblkDev, image: &[u8], options: &Options) -> io::Resu
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
-        for event in ring.completion() {
-            if event.result() < 0 {
+        events.extend(ring.completion().map(|event| Event {
+            user_data: event.user_data(),
+            result: event.result(),
+            flags: event.flags(),
+        }));
+        for event in events.drain(..) {
+            if !commands.came(&mut ring, event, &mut tags)? {
                 return Ok(());
             }
-            tags.extend(u16::try_from(event.user_data()));
         }
         wait = 1;
         if tags.is_empty() && !options.spin.is_zero() {
@@ -227,8 +310,10 @@ fn serve(queue: u16, dev: &UblkDev, image: &[u8], options: &Options) -> io::Resu
                 + (u64::from(queue) << sys::UBLK_QID_OFF)
                 + (u64::from(tag) << sys::UBLK_TAG_OFF);
             let written = rustix::io::pwrite(cdev, &image[from..from + len], place)?;
-            push(&mut ring, tag, Some(i32::try_from(written).unwrap_or(-5)))?;
+            let written = i32::try_from(written).unwrap_or(-5);
+            commands.served(&mut ring, tag, written)?;
         }
+        commands.all_served(&mut ring)?;
         if !options.spin.is_zero() {
             // Hand over first, then look for a while before sleeping.
             ring.submit_and_wait(0)?;
