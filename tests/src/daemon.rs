@@ -251,13 +251,16 @@ impl Daemon {
     }
 
     /// All that it and those before it logged.
-    pub fn whole_log(&self) -> String {
-        fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+    ///
+    /// # Errors
+    /// When its log cannot be read.
+    pub fn whole_log(&self) -> Result<String> {
+        Ok(fs::read_to_string(self.directory.path().join("log"))?)
     }
 
     /// The end of what it logged.
     pub fn log(&self) -> String {
-        let text = self.whole_log();
+        let text = self.whole_log().unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         let shown = &lines[lines.len().saturating_sub(8)..];
         format!("--- the daemon's log ---\n{}\n---", shown.join("\n"))
@@ -268,7 +271,7 @@ impl Daemon {
     /// # Errors
     /// When its log cannot be read.
     pub fn has_said(&self, what: &str) -> Result<bool> {
-        Ok(fs::read_to_string(self.directory.path().join("log"))?.contains(what))
+        Ok(self.whole_log()?.contains(what))
     }
 
     /// Runs a client command against it: the subcommand first, then its arguments.

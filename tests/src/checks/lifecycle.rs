@@ -169,7 +169,7 @@ pub fn every_succession_goes_unnoticed(setting: &Setting) -> Result<()> {
         succeeded
     })?;
     if setting.transport == "ublk" && kernel_is_at_least(6, 16)? {
-        let log = daemon.whole_log();
+        let log = daemon.whole_log()?;
         let handed = log.lines().filter(|line| line.contains("handed over"));
         let quiesced = |line: &&str| {
             let number = line.split("quiesced=").nth(1);
