@@ -280,7 +280,7 @@ class Ours(Target):
         self.mount_options = mount_options
         self.transport, self.name = transport, name or f"ours, {transport}"
         self.program = f"{options.programs}/{program}"
-        self.socket = f"{scratch}/{re.sub('[^a-z]+', '-', self.name)}.socket"
+        self.socket = f"{scratch}/{re.sub('[^a-z0-9]+', '-', self.name)}.socket"
         self.environment = {}
 
     def client(self, command, *arguments):
