@@ -48,12 +48,12 @@ over!(fuse:
     a_slow_chunk_does_not_hold_up_what_is_in_memory,
     a_layer_is_detached_while_it_is_read,
 );
-// Of a block device that is open the driver waits for the end: `removing_a_device_with_a_
-// held_read_is_bounded_and_can_be_repeated` of the transport.
+// A thousand attaches take too long in an emulated guest: `tools/bench-many` sees what is
+// left of many devices there. Of a block device that is open the driver waits for the end:
+// `removing_a_device_with_a_held_read_is_bounded_and_can_be_repeated` of the transport.
 over!(ublk:
     memory_with_100_devices_is_bounded_and_a_cache_of_16_mib_serves_them,
     an_idle_daemon_uses_no_cpu,
-    nothing_is_left_of_1000_attaches,
     a_slow_chunk_does_not_hold_up_what_is_in_memory,
 );
 
