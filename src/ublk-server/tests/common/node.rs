@@ -196,6 +196,10 @@ impl Drop for Node {
         // After a failed test: the daemon first, so that nothing waits for it.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if std::thread::panicking() {
+            // Block devices outlive it; so do those who wait for them.
+            let _ = self.client(&["rescue"]);
+        }
         let mut mounts = self.mounts();
         mounts.reverse();
         for line in mounts {
@@ -219,7 +223,10 @@ pub fn serve_by(mut command: Command, directory: &Path, further: &[&OsStr]) -> C
     let mut log = File::options();
     let log = log.create(true).append(true).open(directory.join("log"));
     let log = log.unwrap();
-    command.arg("serve").args(["--transport", "fuse"]);
+    command.arg("serve");
+    if !further.contains(&OsStr::new("--transport")) {
+        command.args(["--transport", "fuse"]);
+    }
     command.arg("--ufs").arg(directory.join("ufs"));
     command.arg("--socket").arg(directory.join("socket"));
     if !further.contains(&OsStr::new("--cache-size")) {
