@@ -114,7 +114,7 @@ pub struct Change {
     pub node: String,
     /// Whether it gets the label.
     pub gives: bool,
-    /// A merge patch.
+    /// A merge patch, which fails if the node is not any more what was decided about.
     pub patch: Value,
 }
 
@@ -171,6 +171,7 @@ pub fn labels(
             node: name.clone(),
             gives: wanted.is_some(),
             patch: json!({"metadata": {
+                "resourceVersion": node.resource_version,
                 "labels": changes,
                 "annotations": {LABELLED: mark},
             }}),
@@ -195,7 +196,8 @@ mod tests {
     }
 
     fn node(name: &str, labels: Value, annotations: Value) -> ObjectMeta {
-        let meta = json!({"name": name, "labels": labels, "annotations": annotations});
+        let meta = json!({"name": name, "resourceVersion": "7", "labels": labels,
+            "annotations": annotations});
         serde_json::from_value(meta).unwrap()
     }
 
@@ -212,7 +214,8 @@ mod tests {
         Change {
             node: node.to_owned(),
             gives: mark.is_some(),
-            patch: json!({"metadata": {"labels": labels, "annotations": {LABELLED: mark}}}),
+            patch: json!({"metadata": {"resourceVersion": "7", "labels": labels,
+                "annotations": {LABELLED: mark}}}),
         }
     }
 

@@ -262,14 +262,15 @@ impl Context {
 
     /// The names of the cluster's nodes.
     async fn nodes(&self) -> Result<Vec<String>, RunError> {
-        let known = self.known_nodes().await?;
+        let known = self.known_nodes(NODES_LIST).await?;
         let names = known.nodes.iter().filter_map(|node| node.name.clone());
         Ok(names.collect())
     }
 
-    async fn known_nodes(&self) -> Result<MutexGuard<'_, Known>, RunError> {
+    /// The cluster's nodes, as they were not longer ago than that.
+    async fn known_nodes(&self, age: Duration) -> Result<MutexGuard<'_, Known>, RunError> {
         let mut known = self.known.lock().await;
-        if known.listed.is_none_or(|at| at.elapsed() >= NODES_LIST) {
+        if known.listed.is_none_or(|at| at.elapsed() >= age) {
             let all = self.all::<Node>();
             let began = Instant::now();
             let listed = all.list_metadata(&ListParams::default()).await?;
@@ -459,12 +460,18 @@ impl Context {
             .get_opt(SERVICE_NAME)
             .await?;
         let service = service.filter(|service| service.metadata.deletion_timestamp.is_none());
-        let mut known = self.known_nodes().await?;
+        let mut known = self.known_nodes(NODES_LIST).await?;
         // Listed, not watched: nodes must not look silent because a watch is.
         let leases = self.own::<Lease>().list(&of_nodes).await?;
         let words = seen.look(&leases.items, Instant::now());
         let spec = service.as_ref().map(|service| &service.spec);
-        let labels = nodes::labels(&known.nodes, &words, spec);
+        let mut labels = nodes::labels(&known.nodes, &words, spec);
+        if !labels.changes.is_empty() {
+            // What is changed is looked at once more: somebody else may have changed it.
+            drop(known);
+            known = self.known_nodes(Duration::ZERO).await?;
+            labels = nodes::labels(&known.nodes, &words, spec);
+        }
         let all = &self.all::<Node>();
         let mut changed = futures_util::stream::iter(&labels.changes)
             .map(|change| async move {
@@ -488,9 +495,9 @@ impl Context {
                 Err(error) => {
                     ready -= u32::from(change.gives);
                     match error {
-                        // It has just gone.
-                        kube::Error::Api(status) if status.code == 404 => {
-                            at.map(|at| known.nodes.swap_remove(at));
+                        // It is another one by now, or none: looked at anew.
+                        kube::Error::Api(status) if matches!(status.code, 404 | 409) => {
+                            known.listed = None;
                         }
                         error => warn!(node, "cannot be labelled: {}", in_words(&error)),
                     }
