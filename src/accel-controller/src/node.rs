@@ -260,7 +260,7 @@ mod tests {
 
     #[test]
     fn an_agent_that_has_been_silent_counts_after_two_checks() {
-        let silent = SILENCE.as_secs() as usize;
+        let silent = usize::try_from(SILENCE.as_secs()).unwrap();
         let mut all = vec![said(true, 1), said(true, 2)];
         all.extend((0..silent).map(|_| said(true, 2)));
         let mut expected = " ".to_owned() + &"+".repeat(silent + 1);
