@@ -464,7 +464,6 @@ YAML
     wait_until not_labelled
     wait_until nodes_are 0/1
     says n1 no .
-    wait_until says n1 no '.*is not mounted'
     # Nobody takes the directory for UFS that it was mounted at.
     same "$(find "$work/node-ufs" -mindepth 1)" ''
     mount_node_ufs
