@@ -100,32 +100,13 @@ nodes_are() { [ "$(k get imageacceleration cluster -o 'jsonpath={.status.nodesTe
 says() { accel nodes | grep -E "^$1 +$2 +$3"; }
 with_nodes() { k patch imageacceleration cluster --type merge -p "{\"spec\": {\"nodes\": $1}}"; }
 another_node() { printf 'apiVersion: v1\nkind: Node\nmetadata: {name: n2}\n' | k create -f -; }
-# Whatever the node is like from here on until never_without_label.
-begin_to_watch() {
-    "${kubectl[@]}" get node n1 --watch -o "jsonpath={.metadata.labels.${label//./\\.}}{\"\n\"}" >"$work/labels" 3>&- &
-    watch_pid=$!
-    at_exit stop_process "$watch_pid"
-    is_watched() { [ -s "$work/labels" ]; }
-    wait_until is_watched
-}
-never_without_label() {
-    local seen
-    # What the cluster is told last is seen last.
-    seen=$(wc -l <"$work/labels")
-    k annotate --overwrite node n1 seen="$seen"
-    sees_more() { [ "$(wc -l <"$work/labels")" -gt "$seen" ]; }
-    wait_until sees_more
-    stop_process "$watch_pid"
-    same "$(sort -u "$work/labels")" true
-}
-canary() { cat "$work/node-ufs/nodes/"*.n1.canary; }
 on_ufs() { find "$work/ufs" -name '*.erofs' | wc -l; }
 
 cluster_checks=(
     installs refuses_what_cannot_be waits_for_the_service converts says_what_happened shares_layers runs_lazily
     tells_errors_in_words keeps_to_the_limit survives_kills
     passes_on_the_lead logs_in
-    labels_nodes_that_can_serve labels_nodes_that_are_meant takes_the_label_while_ufs_is_away keeps_the_label_through_trifles
+    labels_nodes_that_can_serve labels_nodes_that_are_meant
     waits_for_who_uses_it removes_what_nobody_needs deletes_while_ufs_is_away asks_for_nodes_that_are_silent
     deletes turns_off
     obeys_the_plug_in
@@ -368,7 +349,6 @@ labels_nodes_that_can_serve() {
     says n1 no 'says nothing'
     start_agent
     start_node_agent n1
-    node_pid=$node_agent_pid
     wait_until labelled
     wait_until nodes_are 1/1
     says n1 yes 'reads from UFS'
@@ -433,90 +413,6 @@ labels_nodes_that_are_meant() {
     with_nodes 'null'
     wait_until labelled
     same "$(k get node n1 -o 'jsonpath={.metadata.labels.example\.com/fast}')" ''
-}
-
-# The pod as the product's guide has it. It runs on whatever happens to the label.
-takes_the_label_while_ufs_is_away() {
-    local workers
-    k apply -f - <<YAML
-apiVersion: v1
-kind: Pod
-metadata: {name: guided}
-spec:
-  affinity:
-    nodeAffinity:
-      requiredDuringSchedulingIgnoredDuringExecution:
-        nodeSelectorTerms:
-          - matchExpressions:
-              - {key: $label, operator: In, values: ["true"]}
-  containers:
-    - name: app
-      image: $registry/team/tiny:1-acc
-      imagePullPolicy: Always
-      command: [/bin/sh, -c, 'while :; do sleep 1; done']
-YAML
-    k wait --for condition=ready pod/guided --timeout 300s
-    # UFS is unmounted, and nobody has it open any more.
-    umount -l "$work/node-ufs"
-    workers=$(server_status | jq '.sources[].worker')
-    # shellcheck disable=SC2086 # a list of numbers
-    kill -KILL $workers
-    wait_until not_labelled
-    wait_until nodes_are 0/1
-    says n1 no .
-    # Nobody takes the directory for UFS that it was mounted at.
-    same "$(find "$work/node-ufs" -mindepth 1)" ''
-    mount_node_ufs
-    wait_until labelled
-    # Nothing answers.
-    kill -STOP "$server_pid"
-    wait_until not_labelled
-    says n1 no '.*does not answer'
-    kill -CONT "$server_pid"
-    wait_until labelled
-    # The snapshotter is not there: nothing could be started.
-    kill_now "$snapshotter_pid"
-    wait_until not_labelled
-    says n1 no '.*the snapshotter'
-    start_snapshotter
-    wait_until labelled
-    same "$(k get pod guided -o 'jsonpath={.status.phase} {.status.containerStatuses[0].restartCount}')" 'Running 0'
-    k delete pod guided --grace-period 0 --timeout 120s
-}
-
-keeps_the_label_through_trifles() {
-    local digest before
-    begin_to_watch
-    # One read that fails is nothing: the canary is damaged, and another one comes.
-    digest=$(canary)
-    another_canary() { [ -n "$(canary)" ] && [ "$(canary)" != "$digest" ]; }
-    truncate -s 0 "$work/node-ufs/nodes/${digest#*:}.canary"
-    truncate -s 256M "$work/node-ufs/nodes/${digest#*:}.canary"
-    wait_until another_canary
-    # Nor is who looks and who tells when they are killed.
-    digest=$(canary)
-    kill_now "$agent_pid"
-    start_agent
-    kill_now "$node_pid"
-    start_node_agent n1
-    node_pid=$node_agent_pid
-    wait_until another_canary
-    # An agent that is ended takes its canary with it.
-    stop_process "$agent_pid"
-    same "$(find "$work/node-ufs/nodes" -name '*canary*')" ''
-    same "$(server_status | jq '[.exports[] | select(.name | startswith("canary"))] | length')" 0
-    start_agent
-    wait_until canary
-    # Nor is a controller that is replaced.
-    before=$(leader)
-    k -n image-accel delete pod "${before%-*}" --wait=false
-    wait_until another_leads
-    another_node
-    wait_until nodes_are 1/2
-    k delete node n2
-    wait_until nodes_are 1/1
-    k -n image-accel rollout status deployment/accel-controller --timeout 300s
-    never_without_label
 }
 
 # Two images with two layers in common, and a container runs on the one that has one more.
