@@ -69,18 +69,44 @@ events_of() {
     k get events.events.k8s.io -o json |
         jq -r --arg name "$1" '.items[] | select(.regarding.kind == "AcceleratedImage" and .regarding.name == $name) | .reason'
 }
+accel() { PATH=$bin:$PATH "${kubectl[@]}" accel "$@"; }
+# UFS as the node has it: a mount, as ever.
+mount_node_ufs() { mount --bind "$work/ufs" "$work/node-ufs"; }
 start_agent() {
-    "$bin/accel-snapshotter" agent --ufs "$work/ufs" --node n1 --socket "$run/accel.sock" \
-        --cluster "$(k get namespace kube-system -o 'jsonpath={.metadata.uid}')" >>"$work/agent.log" 2>&1 &
+    "$bin/accel-snapshotter" agent --ufs "$work/node-ufs" --must-be-mounted --node n1 --socket "$run/accel.sock" \
+        --health "$run/health.json" --cluster "$(k get namespace kube-system -o 'jsonpath={.metadata.uid}')" \
+        >>"$work/agent.log" 2>&1 &
     agent_pid=$!
     at_exit stop_process "$agent_pid"
 }
+# start_node_agent NODE: as the guide says; KUBECONFIG is the node's own. Sets node_agent_pid.
+start_node_agent() {
+    local node=$1 token
+    "$bin/accel-controller" node-access "$node" | k apply -f -
+    has_token() { [ -n "$(k -n image-accel get secret "accel-node-$node" -o 'jsonpath={.data.token}')" ]; }
+    wait_until has_token
+    token=$(k -n image-accel get secret "accel-node-$node" -o 'jsonpath={.data.token}' | base64 -d)
+    (umask 077 && cluster_kubeconfig "$node" "$token" >"$work/$node.kubeconfig")
+    KUBECONFIG=$work/$node.kubeconfig "$bin/accel-controller" node --node "$node" --health "$run/health.json" \
+        >>"$work/node.log" 2>&1 &
+    node_agent_pid=$!
+    at_exit stop_process "$node_agent_pid"
+}
+label=node.uk8s.ucloud.cn/uimgacc
+label_of() { k get node "$1" -o "jsonpath={.metadata.labels.${label//./\\.}}"; }
+labelled() { [ "$(label_of "${1:-n1}")" = true ]; }
+not_labelled() { [ -z "$(label_of "${1:-n1}")" ]; }
+nodes_are() { [ "$(k get imageacceleration cluster -o 'jsonpath={.status.nodesText}')" = "$1" ]; }
+says() { accel nodes | grep -E "^$1 +$2 +$3"; }
+with_nodes() { k patch imageacceleration cluster --type merge -p "{\"spec\": {\"nodes\": $1}}"; }
+another_node() { printf 'apiVersion: v1\nkind: Node\nmetadata: {name: n2}\n' | k create -f -; }
 on_ufs() { find "$work/ufs" -name '*.erofs' | wc -l; }
 
 cluster_checks=(
     installs refuses_what_cannot_be waits_for_the_service converts says_what_happened shares_layers runs_lazily
     tells_errors_in_words keeps_to_the_limit survives_kills
     passes_on_the_lead logs_in
+    labels_nodes_that_can_serve labels_nodes_that_are_meant
     waits_for_who_uses_it removes_what_nobody_needs deletes_while_ufs_is_away asks_for_nodes_that_are_silent
     deletes turns_off
     obeys_the_plug_in
@@ -317,9 +343,80 @@ layers_of() { # IMAGE: files on UFS
 }
 not_there() { fails curl -sf -H 'Accept: application/vnd.oci.image.manifest.v1+json' "http://$registry/v2/$1/manifests/$2" -o /dev/null; }
 
+labels_nodes_that_can_serve() {
+    not_labelled
+    wait_until nodes_are 0/1
+    says n1 no 'says nothing'
+    start_agent
+    start_node_agent n1
+    wait_until labelled
+    wait_until nodes_are 1/1
+    says n1 yes 'reads from UFS'
+    same "$(accel nodes -o json | jq -r '.[] | "\(.name) \(.ready)"')" 'n1 true'
+    # It may say how it is, and nothing else.
+    can() { KUBECONFIG=$work/n1.kubeconfig "${kubectl[@]}" auth can-i "$@"; }
+    can patch leases/accel-node-n1 -n image-accel
+    fails can patch leases/accel-node-n2 -n image-accel
+    fails can patch leases/accel-controller -n image-accel
+    fails can get leases/accel-node-n1 -n image-accel
+    fails can patch nodes/n1
+    fails can list secrets -n image-accel
+    # A canary is no layer of an image: only those of the container that has ended are used.
+    wait_until says_used 2
+    # A node that comes later; it has no kubelet, which is not what counts here.
+    another_node
+    wait_until nodes_are 1/2
+    start_node_agent n2
+    wait_until labelled n2
+    wait_until nodes_are 2/2
+    # One of the same name that comes in its place has what it says, too.
+    k delete node n2
+    wait_until nodes_are 1/1
+    another_node
+    wait_until labelled n2
+    # When nobody says anything any more it is gone.
+    kill -STOP "$node_agent_pid"
+    wait_until not_labelled n2
+    labelled
+    kill -CONT "$node_agent_pid"
+    stop_process "$node_agent_pid"
+    k delete node n2
+    wait_until nodes_are 1/1
+}
+
+labels_nodes_that_are_meant() {
+    # Others' hands: what is taken comes back, what is given a node that cannot serve goes.
+    k label node n1 "$label-"
+    wait_until labelled
+    another_node
+    k label node n2 "$label=true"
+    wait_until not_labelled n2
+    k delete node n2
+    # One that somebody keeps out.
+    k label --overwrite node n1 "$label=false"
+    wait_until nodes_are 0/1
+    says n1 no 'is kept out'
+    same "$(label_of n1)" false
+    k label node n1 "$label-"
+    wait_until labelled
+    with_nodes '{"selector": {"pool": "fast"}}'
+    wait_until not_labelled
+    wait_until nodes_are 0/0
+    says n1 no 'is not meant'
+    k label node n1 pool=fast
+    wait_until labelled
+    wait_until nodes_are 1/1
+    # Another key takes the place of ours.
+    with_nodes '{"selector": null, "label": "example.com/fast"}'
+    wait_until not_labelled
+    same "$(k get node n1 -o 'jsonpath={.metadata.labels.example\.com/fast}')" true
+    with_nodes 'null'
+    wait_until labelled
+    same "$(k get node n1 -o 'jsonpath={.metadata.labels.example\.com/fast}')" ''
+}
+
 # Two images with two layers in common, and a container runs on the one that has one more.
 waits_for_who_uses_it() {
-    start_agent
     more_layers=$(layers_of "$registry/team/more:1") tiny_layers=$(layers_of "$registry/team/tiny:1")
     same "$(comm -13 <(echo "$more_layers") <(echo "$tiny_layers"))" ''
     k run user --image "$registry/elsewhere/more:fast" --image-pull-policy Always --restart Never --command -- \
@@ -423,7 +520,10 @@ deletes() {
 }
 
 turns_off() {
+    # An agent that was away for long is believed again.
+    wait_until labelled
     k delete imageacceleration cluster --timeout 60s
+    wait_until not_labelled
     task later "$registry/team/tiny:1"
     becomes later Creating
     same "$(condition later Accepted reason)" Disabled
@@ -432,7 +532,6 @@ turns_off() {
 
 # The same with `kubectl accel`, from nothing to nothing.
 obeys_the_plug_in() {
-    accel() { PATH=$bin:$PATH "${kubectl[@]}" accel "$@"; }
     accel enable --claim ufs --plain-http --limit 2 --wait
     k patch imageacceleration cluster --type merge -p '{"spec": {"jobs": {"retries": 0, "memoryMib": 256, "cpuMillis": 300}}}'
     # What is not named stays.
@@ -463,7 +562,7 @@ report_cluster() {
         "${kubectl[@]}" -n image-accel logs --prefix --tail 40 -l app.kubernetes.io/name=accel-controller >"$work/controller.log" 2>&1
         "${kubectl[@]}" get acceleratedimages,pods,jobs --all-namespaces >"$work/objects.log" 2>&1
         "${kubectl[@]}" get events --all-namespaces 2>&1 | tail -n 30 >"$work/events.log"
-        for log in "$current" controller objects events agent snapshotter ublk-server; do
+        for log in "$current" controller objects events agent node snapshotter ublk-server; do
             echo "--- the end of $log"
             tail -n 40 "$work/$log.log" 2>/dev/null | cut -c 1-400 | sed 's/^/    /'
         done

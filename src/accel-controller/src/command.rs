@@ -1,9 +1,14 @@
 //! What `kubectl accel` does without a cluster: names and tables.
 
+use crate::nodes::{Word, is_kept_out, is_labelled, is_meant, lease_name};
 use crate::reference::Names;
-use crate::resource::{AcceleratedImage, AcceleratedImageStatus, Phase, RegistrySpec};
+use crate::resource::{
+    AcceleratedImage, AcceleratedImageStatus, ImageAccelerationSpec, Phase, RegistrySpec,
+};
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::jiff::Timestamp;
-use kube::ResourceExt;
+use kube::{Resource, ResourceExt};
+use serde::Serialize;
 
 /// The longest name that is made up for a task: it is also part of labels.
 const MAX_NAME: usize = 63;
@@ -119,6 +124,68 @@ pub fn table(tasks: &[AcceleratedImage], namespaces: bool, wide: bool, now: Time
         }
         lines.push(line);
     }
+    in_columns(&lines)
+}
+
+/// Nodes as lines of a table.
+pub fn nodes_table(nodes: &[NodeState]) -> String {
+    let mut lines = vec![["NAME", "READY", "MESSAGE"].map(str::to_owned).to_vec()];
+    for node in nodes {
+        let ready = if node.ready { "yes" } else { "no" };
+        lines.push(vec![
+            node.name.clone(),
+            ready.to_owned(),
+            node.message.clone(),
+        ]);
+    }
+    in_columns(&lines)
+}
+
+/// How a node stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NodeState {
+    /// What it is called.
+    pub name: String,
+    /// Whether it has the label.
+    pub ready: bool,
+    /// What came of its last check, or why there is none.
+    pub message: String,
+}
+
+/// How `node` stands.
+pub fn node_state(
+    node: &impl Resource,
+    leases: &[Lease],
+    service: Option<&ImageAccelerationSpec>,
+) -> NodeState {
+    let (name, labels) = (node.name_any(), node.labels());
+    let spec = service.map(|service| &service.nodes);
+    let ready = spec.is_some_and(|spec| is_labelled(spec, labels));
+    let own = lease_name(&name);
+    let lease = leases.iter().find(|lease| lease.name_any() == own);
+    let message = match (spec, lease.map(Word::of)) {
+        (None, _) => "acceleration is off".to_owned(),
+        (Some(spec), _) if !is_meant(spec, labels) => {
+            "is not meant: spec.nodes.selector".to_owned()
+        }
+        (Some(spec), _) if is_kept_out(spec, labels) => {
+            format!("is kept out: {} has another value than true", spec.label)
+        }
+        (_, None) => "says nothing: it has no agent".to_owned(),
+        (_, Some(word)) if word.message.is_empty() => "has not said anything yet".to_owned(),
+        (_, Some(word)) if word.healthy && !ready => {
+            "its agent is silent, or has just begun".to_owned()
+        }
+        (_, Some(word)) => word.message,
+    };
+    NodeState {
+        name,
+        ready,
+        message,
+    }
+}
+
+fn in_columns(lines: &[Vec<String>]) -> String {
     let columns = lines[0].len();
     let width = |column: usize| {
         let cells = lines.iter().map(|line| line[column].chars().count());
@@ -149,6 +216,8 @@ fn age(seconds: i64) -> String {
 mod tests {
     use super::*;
     use crate::resource::{AcceleratedImageSpec, ProgressStatus};
+    use k8s_openapi::api::core::v1::Node;
+    use serde_json::{Value, json};
 
     fn task(name: &str, source: &str, phase: Phase) -> AcceleratedImage {
         let spec = AcceleratedImageSpec {
@@ -226,5 +295,57 @@ mod tests {
         let at = lines[0].find("PHASE").unwrap();
         assert!(lines[1][at..].starts_with("Ready") && lines[2][at..].starts_with("Creating"));
         assert!(lines[2].contains("1/2 layers") && lines[2].ends_with("why"));
+    }
+
+    #[test]
+    fn nodes_are_shown_with_why_they_cannot() {
+        const KEY: &str = "node.uk8s.ucloud.cn/uimgacc";
+        let node = |name: &str, labels: Value| -> Node {
+            serde_json::from_value(json!({"metadata": {"name": name, "labels": labels}})).unwrap()
+        };
+        let lease = |name: &str, annotations: Value| -> Lease {
+            let name = format!("accel-node-{name}");
+            let lease = json!({"metadata": {"name": name, "annotations": annotations}});
+            serde_json::from_value(lease).unwrap()
+        };
+        let says = |healthy: &str, message: &str| json!({"image-accel.io/healthy": healthy, "image-accel.io/message": message});
+        let pool = json!({"pool": "x"});
+        let nodes = [
+            node("well", json!({"pool": "x", KEY: "true"})),
+            node("ill", pool.clone()),
+            node("silent", pool.clone()),
+            node("new", pool.clone()),
+            node("bare", pool),
+            node("out", json!({"pool": "x", KEY: "false"})),
+            node("other", json!({})),
+        ];
+        let leases = [
+            lease("well", says("true", "reads")),
+            lease("ill", says("false", "UFS is away")),
+            lease("silent", says("true", "reads")),
+            lease("new", json!({})),
+            lease("out", says("true", "reads")),
+        ];
+        let spec = json!({"ufs": {"claimName": "u"}, "nodes": {"selector": {"pool": "x"}}});
+        let spec: ImageAccelerationSpec = serde_json::from_value(spec).unwrap();
+        let table = |nodes: &[Node], spec: Option<&ImageAccelerationSpec>| {
+            let states = nodes.iter().map(|node| node_state(node, &leases, spec));
+            nodes_table(&states.collect::<Vec<_>>())
+        };
+        let shown = table(&nodes, Some(&spec));
+        let lines: Vec<_> = shown.lines().map(str::trim_end).collect();
+        let expected = [
+            "NAME     READY   MESSAGE",
+            "well     yes     reads",
+            "ill      no      UFS is away",
+            "silent   no      its agent is silent, or has just begun",
+            "new      no      has not said anything yet",
+            "bare     no      says nothing: it has no agent",
+            "out      no      is kept out: node.uk8s.ucloud.cn/uimgacc has another value than true",
+            "other    no      is not meant: spec.nodes.selector",
+        ];
+        assert_eq!(lines, expected);
+        let off = table(&nodes[..1], None);
+        assert!(off.contains("no      acceleration is off"), "{off}");
     }
 }

@@ -13,6 +13,8 @@
 pub mod command;
 pub mod job;
 pub mod lead;
+pub mod node;
+pub mod nodes;
 pub mod plan;
 pub mod reference;
 pub mod report;

@@ -1,7 +1,7 @@
 //! The controller and its command line.
 
 use accel_controller::job::Settings;
-use accel_controller::{lead, resource, run};
+use accel_controller::{lead, node, resource, run};
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand};
 use k8s_openapi::api::core::v1::Namespace;
@@ -36,6 +36,29 @@ enum Command {
         #[arg(long, value_name = "NAME")]
         identity: Option<String>,
     },
+    /// On a node: tell the cluster how the node is, as `accel-snapshotter agent --health`
+    /// has written it down. The cluster is that of KUBECONFIG.
+    Node {
+        /// What the node is called
+        #[arg(long, value_name = "NAME")]
+        node: String,
+        /// The agent's file
+        #[arg(long, value_name = "FILE")]
+        health: PathBuf,
+        /// The controller's namespace
+        #[arg(long, value_name = "NAME", default_value = "image-accel")]
+        namespace: String,
+    },
+    /// Print what a node needs in the cluster to tell how it is, and nothing else, for
+    /// `kubectl apply -f -`: an account of its own with a token, and its Lease.
+    NodeAccess {
+        /// What the node is called
+        #[arg(value_name = "NODE")]
+        node: String,
+        /// The controller's namespace
+        #[arg(long, value_name = "NAME", default_value = "image-accel")]
+        namespace: String,
+    },
     /// Print the definitions of the resources, for `kubectl apply -f -`.
     Crds {
         /// Write them to this directory instead, a file each
@@ -57,6 +80,13 @@ fn main() -> ExitCode {
             namespace,
             identity,
         } => serve(job_image, namespace, identity),
+        Command::Node {
+            node,
+            health,
+            namespace,
+        } => tell(&node, &health, &namespace),
+        Command::NodeAccess { node, namespace } => node::access(&namespace, &node)
+            .and_then(|text| Ok(write!(std::io::stdout(), "{text}")?)),
         Command::Crds { out } => crds(out.as_deref()),
     };
     match done {
@@ -77,6 +107,19 @@ fn crds(out: Option<&Path>) -> Result<()> {
             }
             None => writeln!(std::io::stdout(), "---\n{text}")?,
         }
+    }
+    Ok(())
+}
+
+#[tokio::main]
+async fn tell(node: &str, health: &Path, namespace: &str) -> Result<()> {
+    let client = Client::try_default()
+        .await
+        .context("the cluster cannot be found by KUBECONFIG")?;
+    let mut end = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    tokio::select! {
+        () = node::run(client, namespace, node, health) => {}
+        _ = end.recv() => {}
     }
     Ok(())
 }

@@ -30,6 +30,10 @@ const PREFIX: &str = r"^(\[[0-9a-fA-F:]+\]|[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9]
 /// The name of an object in a namespace.
 const NAME: &str = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$";
 
+/// The key of a label.
+const KEY: &str =
+    r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$";
+
 /// Turns acceleration on for the cluster. There is one, called `cluster`; without it tasks
 /// wait.
 #[derive(CustomResource, Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -59,6 +63,12 @@ const NAME: &str = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$";
         description = "What their layers take on UFS"
     ),
     printcolumn(
+        name = "Nodes",
+        type_ = "string",
+        json_path = ".status.nodesText",
+        description = "Nodes that can start accelerated images, of those that are meant"
+    ),
+    printcolumn(
         name = "Message",
         type_ = "string",
         json_path = ".status.conditions[?(@.type==\"Ready\")].message"
@@ -74,6 +84,30 @@ pub struct ImageAccelerationSpec {
     /// How images are converted.
     #[serde(default)]
     pub jobs: JobsSpec,
+    /// Which nodes get a label while they can start accelerated images.
+    #[serde(default)]
+    pub nodes: NodesSpec,
+}
+
+/// Which nodes get a label while they can start accelerated images.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct NodesSpec {
+    /// Labels that a node has to have; unless there are any, all nodes are meant.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub selector: BTreeMap<String, String>,
+    /// The label's key; its value is `true`.
+    #[schemars(regex(pattern = KEY), length(max = 317))]
+    pub label: String,
+}
+
+impl Default for NodesSpec {
+    fn default() -> Self {
+        Self {
+            selector: BTreeMap::new(),
+            label: "node.uk8s.ucloud.cn/uimgacc".to_owned(),
+        }
+    }
 }
 
 /// Where converted layers are kept.
@@ -160,6 +194,12 @@ pub struct ImageAccelerationStatus {
     pub stored_bytes: u64,
     /// The same for people.
     pub stored: String,
+    /// Nodes that are meant.
+    pub nodes: u32,
+    /// Those of them that can start accelerated images, and have the label.
+    pub nodes_ready: u32,
+    /// Both for people: `READY/ALL`.
+    pub nodes_text: String,
 }
 
 /// A task: an image that nodes are to start without downloading it.

@@ -1,6 +1,7 @@
 //! The loop: looks, and does what was planned.
 
 use crate::job::{self, SELECTOR, Settings, TASK_UID};
+use crate::nodes::{self, Seen};
 use crate::plan::{self, FINALIZER, Observed, Plan, Step};
 use crate::report::{self, Output};
 use crate::resource::{
@@ -9,8 +10,9 @@ use crate::resource::{
 use crate::service;
 use futures_util::StreamExt as _;
 use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, DeleteParams, ListParams, LogParams, Patch, PatchParams};
 use kube::runtime::controller::{self, Action, Controller};
@@ -19,9 +21,9 @@ use kube::runtime::reflector::ObjectRef;
 use kube::runtime::watcher;
 use kube::{Client, Resource, ResourceExt};
 use serde_json::{Value, json};
-use std::sync::Arc;
-use std::time::Duration;
-use tokio::sync::Mutex;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::{Mutex, MutexGuard};
 use tracing::{debug, info, warn};
 
 /// What field managers and Events call the controller.
@@ -35,6 +37,14 @@ const LOG_LINES: i64 = 200;
 const RETRY: Duration = Duration::from_secs(15);
 /// Changes that come together are looked at once: each status that is written is one.
 const TOGETHER: Duration = Duration::from_millis(300);
+/// How often to look how the nodes are: they have lost their label within half a minute.
+const NODES_PAUSE: Duration = Duration::from_secs(3);
+/// How long such a look may take.
+const NODES_LOOK: Duration = Duration::from_secs(15);
+/// How often to look which nodes there are.
+const NODES_LIST: Duration = Duration::from_secs(10);
+/// Nodes that are changed at a time.
+const NODES_AT_ONCE: usize = 8;
 /// How often the service's status is made again.
 const SERVICE_PAUSE: Duration = Duration::from_secs(15);
 
@@ -49,12 +59,23 @@ impl From<kube::Error> for RunError {
     }
 }
 
+/// The cluster's nodes, as they were listed: nobody minds one that came a moment ago.
+#[derive(Default)]
+struct Known {
+    listed: Option<Instant>,
+    nodes: Vec<ObjectMeta>,
+}
+
 type LoopError = controller::Error<RunError, watcher::Error>;
 
 struct Context {
     client: Client,
     settings: Settings,
     recorder: Recorder,
+    /// The cluster's nodes.
+    known: Mutex<Known>,
+    /// Nodes that can serve, and all that are meant, when it was looked last.
+    ready: std::sync::Mutex<Option<(u32, u32)>>,
     /// Held while Jobs are counted and one is made, so that there are never more than the
     /// limit.
     starting: Mutex<()>,
@@ -69,6 +90,8 @@ pub async fn run(client: Client, settings: Settings, identity: String) {
     let context = Arc::new(Context {
         recorder: Recorder::new(client.clone(), reporter),
         settings,
+        known: Mutex::default(),
+        ready: std::sync::Mutex::default(),
         starting: Mutex::new(()),
         client,
     });
@@ -119,9 +142,10 @@ pub async fn run(client: Client, settings: Settings, identity: String) {
             warn!("the service's status cannot be made: {error}");
             Action::requeue(RETRY)
         },
-        context,
+        Arc::clone(&context),
     );
     tokio::join!(
+        context.label_nodes(),
         tasks.for_each(|looked| tell_of(looked.err())),
         services.for_each(|looked| tell_of(looked.err()))
     );
@@ -238,9 +262,26 @@ impl Context {
 
     /// The names of the cluster's nodes.
     async fn nodes(&self) -> Result<Vec<String>, RunError> {
-        let all = self.all::<Node>();
-        let nodes = all.list_metadata(&ListParams::default()).await?;
-        Ok(nodes.items.iter().map(ResourceExt::name_any).collect())
+        let known = self.known_nodes(NODES_LIST).await?;
+        let names = known.nodes.iter().filter_map(|node| node.name.clone());
+        Ok(names.collect())
+    }
+
+    /// The cluster's nodes, as they were not longer ago than that.
+    async fn known_nodes(&self, age: Duration) -> Result<MutexGuard<'_, Known>, RunError> {
+        let mut known = self.known.lock().await;
+        if known.listed.is_none_or(|at| at.elapsed() >= age) {
+            let all = self.all::<Node>();
+            let began = Instant::now();
+            let listed = all.list_metadata(&ListParams::default()).await?;
+            known.nodes = listed.items.into_iter().map(|node| node.metadata).collect();
+            for node in &mut known.nodes {
+                // That is the most of it.
+                node.managed_fields = None;
+            }
+            known.listed = Some(began);
+        }
+        Ok(known)
     }
 
     async fn newest_pod(&self, job: &str) -> Result<Option<Pod>, RunError> {
@@ -398,6 +439,84 @@ impl Context {
         Api::namespaced(self.client.clone(), &task.namespace().unwrap_or_default())
     }
 
+    /// Sees to it that nodes have the label exactly while they can serve; does not end.
+    async fn label_nodes(&self) {
+        let mut seen = Seen::default();
+        loop {
+            match tokio::time::timeout(NODES_LOOK, self.look_at_nodes(&mut seen)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => warn!("the nodes cannot be looked at: {error}"),
+                Err(_) => warn!("the nodes cannot be looked at: the cluster does not answer"),
+            }
+            tokio::time::sleep(NODES_PAUSE).await;
+        }
+    }
+
+    async fn look_at_nodes(&self, seen: &mut Seen) -> Result<(), RunError> {
+        let (key, value) = nodes::COMPONENT;
+        let of_nodes = ListParams::default().labels(&format!("{key}={value}"));
+        let service = self
+            .all::<ImageAcceleration>()
+            .get_opt(SERVICE_NAME)
+            .await?;
+        let service = service.filter(|service| service.metadata.deletion_timestamp.is_none());
+        let mut known = self.known_nodes(NODES_LIST).await?;
+        // Listed, not watched: nodes must not look silent because a watch is.
+        let leases = self.own::<Lease>().list(&of_nodes).await?;
+        let words = seen.look(&leases.items, Instant::now());
+        let spec = service.as_ref().map(|service| &service.spec);
+        let mut labels = nodes::labels(&known.nodes, &words, spec);
+        if !labels.changes.is_empty() {
+            // What is changed is looked at once more: somebody else may have changed it.
+            drop(known);
+            known = self.known_nodes(Duration::ZERO).await?;
+            labels = nodes::labels(&known.nodes, &words, spec);
+        }
+        let all = &self.all::<Node>();
+        let mut changed = futures_util::stream::iter(&labels.changes)
+            .map(|change| async move {
+                let merge = Patch::Merge(&change.patch);
+                let (name, plain) = (&change.node, PatchParams::default());
+                (change, all.patch_metadata(name, &plain, &merge).await)
+            })
+            .buffered(NODES_AT_ONCE);
+        let mut ready = labels.ready;
+        while let Some((change, patched)) = changed.next().await {
+            let node = &change.node;
+            let said = words.get(node).map_or("", |word| &word.message);
+            let at = (known.nodes.iter()).position(|known| known.name.as_deref() == Some(node));
+            match patched {
+                Ok(patched) => {
+                    info!(node, labelled = change.gives, "{said}");
+                    if let Some(at) = at {
+                        known.nodes[at] = patched.metadata;
+                    }
+                }
+                Err(error) => {
+                    ready -= u32::from(change.gives);
+                    match error {
+                        // It is another one by now, or none: looked at anew.
+                        kube::Error::Api(status) if matches!(status.code, 404 | 409) => {
+                            known.listed = None;
+                        }
+                        error => warn!(node, "cannot be labelled: {}", in_words(&error)),
+                    }
+                }
+            }
+        }
+        drop((changed, known));
+        let now = Some((ready, labels.nodes));
+        let before = std::mem::replace(
+            &mut *self.ready.lock().unwrap_or_else(PoisonError::into_inner),
+            now,
+        );
+        match service {
+            // Otherwise it would be told with the next look at the service.
+            Some(service) if before != now => self.service(&service).await.map(drop),
+            _ => Ok(()),
+        }
+    }
+
     async fn service(&self, service: &ImageAcceleration) -> Result<Action, RunError> {
         let claims = self.own::<PersistentVolumeClaim>();
         let claim = claims.get_opt(&service.spec.ufs.claim_name).await?;
@@ -405,7 +524,14 @@ impl Context {
             .all::<AcceleratedImage>()
             .list(&ListParams::default())
             .await?;
-        let status = service::status(service, claim.as_ref(), &tasks.items, Timestamp::now());
+        let ready = *self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+        let status = service::status(
+            service,
+            claim.as_ref(),
+            &tasks.items,
+            ready,
+            Timestamp::now(),
+        );
         if service.status.as_ref() != Some(&status) {
             let apply = PatchParams::apply(NAME).force();
             let patch = status_patch(service, &status);

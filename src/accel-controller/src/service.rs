@@ -9,11 +9,13 @@ use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 
-/// The service's status. `claim` is the one that it names, if there is one.
+/// The service's status. `claim` is the one that it names, if there is one; of the nodes that
+/// are meant it is told how many can serve, and how many there are, if that is known.
 pub fn status<'a>(
     service: &ImageAcceleration,
     claim: Option<&PersistentVolumeClaim>,
     tasks: impl IntoIterator<Item = &'a AcceleratedImage>,
+    nodes: Option<(u32, u32)>,
     now: Timestamp,
 ) -> ImageAccelerationStatus {
     let mut status = service.status.clone().unwrap_or_default();
@@ -43,6 +45,10 @@ pub fn status<'a>(
         }
     }
     status.stored = report::bytes(status.stored_bytes);
+    if let Some((ready, all)) = nodes {
+        (status.nodes_ready, status.nodes) = (ready, all);
+        status.nodes_text = format!("{ready}/{all}");
+    }
     status
 }
 
@@ -111,7 +117,7 @@ mod tests {
                 .unwrap()
                 .clone()
         };
-        let first = status(&service, None, &tasks, at(1));
+        let first = status(&service, None, &tasks, Some((1, 2)), at(1));
         assert_eq!(ready(&first).status, "False");
         assert!(
             ready(&first)
@@ -121,11 +127,15 @@ mod tests {
         assert_eq!((first.images, first.stored.as_str()), (2, "3.0 MiB"));
 
         service.status = Some(first);
-        let pending = status(&service, Some(&claim("Pending")), &tasks, at(2));
+        let pending = status(&service, Some(&claim("Pending")), &tasks, None, at(2));
         assert_eq!(ready(&pending).last_transition_time.0, at(1));
-        let bound = status(&service, Some(&claim("Bound")), &tasks, at(3));
+        let bound = status(&service, Some(&claim("Bound")), &tasks, Some((2, 2)), at(3));
         assert_eq!(ready(&bound).status, "True");
         assert_eq!(ready(&bound).last_transition_time.0, at(3));
         assert_eq!(ready(&bound).observed_generation, Some(2));
+        assert_eq!(
+            (pending.nodes_text.as_str(), bound.nodes_text.as_str()),
+            ("1/2", "2/2")
+        );
     }
 }

@@ -96,8 +96,9 @@ const GRANTS: &[(&str, &str, &str, &str, &str)] = &[
         "",
         "nodes",
         "list",
-        "whether a node that has been silent for long is still there",
+        "which to label, and whether one that has been silent for long is still there",
     ),
+    ("ClusterRole", "", "nodes", "patch", "the label"),
     (
         "ClusterRole",
         "",
@@ -168,6 +169,13 @@ const GRANTS: &[(&str, &str, &str, &str, &str)] = &[
         "persistentvolumeclaims",
         "get",
         "whether UFS has a volume",
+    ),
+    (
+        "Role",
+        "coordination.k8s.io",
+        "leases",
+        "list",
+        "how nodes are",
     ),
     (
         "Role",

@@ -25,8 +25,7 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long the daemon may take to export a layer. UFS has its own, shorter limits
 /// there.
@@ -59,6 +58,11 @@ impl From<anyhow::Error> for LayerFailure {
     fn from(error: anyhow::Error) -> Self {
         Self::Other(error)
     }
+}
+
+/// What the holders of the layers begin with that the snapshotter with this root directory has.
+pub fn holders(root: &Path) -> String {
+    format!("accel-snapshotter {} ", root.display())
 }
 
 /// Mounts layers.
@@ -146,7 +150,7 @@ impl Layers {
     }
 
     fn holders(&self) -> String {
-        format!("accel-snapshotter {} ", self.places.root().display())
+        holders(self.places.root())
     }
 
     /// Mount points of layers that something is mounted at, as the kernel knows them,
@@ -325,18 +329,6 @@ impl Layers {
     }
 
     fn lock(&self) -> Result<Lock> {
-        let path = self.server.client_lock();
-        let since = Instant::now();
-        loop {
-            let attempt = Lock::attempt(&path);
-            match attempt.with_context(|| format!("cannot lock {}", path.display()))? {
-                Some(lock) => return Ok(lock),
-                None if since.elapsed() < LOCK => thread::sleep(Duration::from_millis(20)),
-                None => bail!(
-                    "other clients of ublk-server keep {} locked",
-                    path.display()
-                ),
-            }
-        }
+        Lock::wait_within(&self.server.client_lock(), LOCK)
     }
 }

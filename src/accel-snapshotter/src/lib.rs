@@ -13,10 +13,12 @@
 //! what must not.
 
 pub mod agent;
+pub mod canary;
 pub mod config;
 pub mod doctor;
 pub mod edit;
 pub mod filter;
+pub mod health;
 pub mod idmap;
 pub mod layers;
 pub mod mounts;
@@ -28,4 +30,5 @@ pub mod snapshot;
 pub mod snapshotter;
 pub mod status;
 pub mod store;
+pub mod ufs_place;
 pub mod usage;

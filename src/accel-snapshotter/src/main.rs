@@ -203,7 +203,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Man { directory } => clap_mangen::generate_to(Cli::command(), &directory)
             .with_context(|| format!("cannot write manual pages into {directory:?}")),
         Command::Status { socket, json } => {
-            let status = block_on(service::ask_status(socket))??;
+            let status = block_on(service::ask_status(socket, service::PATIENCE))??;
             match json {
                 true => print(&(serde_json::to_string_pretty(&status)? + "\n")),
                 false => print(&status.to_string()),

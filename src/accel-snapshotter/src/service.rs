@@ -254,20 +254,32 @@ pub async fn connect(
         .await
 }
 
-/// Asks the snapshotter at a socket how it is.
-pub async fn ask_status(socket: std::path::PathBuf) -> anyhow::Result<crate::status::Status> {
+/// How long people wait for what the snapshotter says.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Asks the snapshotter at a socket how it is; gives up after so long.
+pub async fn ask_status(
+    socket: std::path::PathBuf,
+    patience: Duration,
+) -> anyhow::Result<crate::status::Status> {
     use anyhow::Context as _;
-    let what = format!(
-        "cannot reach the snapshotter at {}: is `accel-snapshotter serve` running there, and is this root?",
-        socket.display()
-    );
-    let channel = connect(socket, Duration::from_secs(30))
-        .await
-        .context(what)?;
-    let mut client = wire::status::status_client::StatusClient::new(channel);
-    let answer = client
-        .get(())
-        .await
-        .map_err(|status| anyhow::anyhow!("{}", status.message()))?;
-    serde_json::from_str(&answer.into_inner().json).context("cannot read the answer")
+    let path = socket.display().to_string();
+    let ask = async {
+        let channel = connect(socket, patience).await.with_context(|| {
+            format!("cannot reach the snapshotter at {path}: is `accel-snapshotter serve` running there, and is this root?")
+        })?;
+        let mut client = wire::status::status_client::StatusClient::new(channel);
+        let answer = client
+            .get(())
+            .await
+            .map_err(|status| anyhow::anyhow!("{}", status.message()))?;
+        serde_json::from_str(&answer.into_inner().json).context("cannot read the answer")
+    };
+    match tokio::time::timeout(patience, ask).await {
+        Ok(answer) => answer,
+        Err(_) => anyhow::bail!(
+            "the snapshotter at {path} does not answer within {} s",
+            patience.as_secs()
+        ),
+    }
 }

@@ -1,10 +1,16 @@
 //! Lock files that may be removed while they are locked.
 
+use anyhow::{Context as _, bail};
 use rustix::fs::FlockOperation;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How often it is looked whether a lock has become free.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// A locked file. The lock ends when this is dropped, or the process ends.
 #[derive(Debug)]
@@ -22,6 +28,25 @@ impl Lock {
     /// Takes the lock unless another has it.
     pub fn attempt(path: &Path) -> io::Result<Option<Self>> {
         take(path, FlockOperation::NonBlockingLockExclusive)
+    }
+
+    /// Waits for the lock, but not for longer than that.
+    ///
+    /// # Errors
+    /// Others keep it locked, or it cannot be made.
+    pub fn wait_within(path: &Path, patience: Duration) -> anyhow::Result<Self> {
+        let since = Instant::now();
+        loop {
+            let attempt = Self::attempt(path);
+            match attempt.with_context(|| format!("cannot lock {}", path.display()))? {
+                Some(lock) => return Ok(lock),
+                None if since.elapsed() < patience => thread::sleep(PAUSE),
+                None => bail!(
+                    "other clients of ublk-server keep {} locked",
+                    path.display()
+                ),
+            }
+        }
     }
 
     /// The locked file, for another program in this process's place: it stays locked as
@@ -85,6 +110,7 @@ mod tests {
         assert!(!path.exists());
         let lock = Lock::wait(&path).unwrap();
         assert!(Lock::attempt(&path).unwrap().is_none());
+        assert!(Lock::wait_within(&path, Duration::ZERO).is_err());
         drop(lock);
         assert!(Lock::attempt(&path).unwrap().is_some());
     }

@@ -56,6 +56,15 @@ fn kinds_in(text: &str, path: &Path) -> Vec<String> {
     text.lines().filter_map(at).collect()
 }
 
+/// Whether something other than the root file system is mounted at `path` (a real path), or
+/// at a directory above it, in a text that [`read`] gave.
+pub fn has_mount_of_its_own(text: &str, path: &Path) -> bool {
+    text.lines().any(|line| {
+        let point = line.split(' ').nth(4).map(unescape);
+        point.is_some_and(|point| point != Path::new("/") && path.starts_with(point))
+    })
+}
+
 /// Mount points of this kind in a text that [`read`] gave, each with what is mounted
 /// there: a device or file, as it was named.
 pub fn mounts(text: &str, kind: &str) -> Vec<(PathBuf, PathBuf)> {
@@ -122,5 +131,14 @@ mod tests {
                 .unwrap()
                 .is_empty()
         );
+    }
+
+    #[test]
+    fn what_is_beneath_a_mount_is_told_from_the_root_file_system() {
+        let text = "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
+                    40 22 0:50 / /mnt/a\\040b rw - nfs h:/x rw\n";
+        let has = |path| has_mount_of_its_own(text, Path::new(path));
+        assert!(has("/mnt/a b") && has("/mnt/a b/ufs"));
+        assert!(!has("/mnt") && !has("/mnt/a b2") && !has("/"));
     }
 }

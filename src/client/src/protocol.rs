@@ -59,6 +59,17 @@ pub enum Command {
         #[serde(default)]
         ufs: Option<PathBuf>,
     },
+    /// Export a node's canary ([`accel_ufs::canary`]); answered with a [`LayerAnswer`].
+    AttachCanary {
+        /// Which.
+        digest: Digest,
+        /// What its bytes must have.
+        root: Root,
+        /// How many there are.
+        size: ImageSize,
+        /// Who needs it; a text that does not begin with `/`.
+        holder: String,
+    },
     /// What UFS has for a chain ID, on its word alone; answered with a
     /// [`FindAnswer`].
     FindLayer {
@@ -116,7 +127,7 @@ pub enum Holder {
     Mount(String),
     /// An operator's `attach` of this image (source or manifest digest).
     Operator(String),
-    /// The holder of [`Command::AttachLayer`].
+    /// The holder of [`Command::AttachLayer`] or [`Command::AttachCanary`].
     Layer(String),
 }
 
@@ -172,7 +183,7 @@ pub struct Attached {
     pub layers: Vec<AttachedLayer>,
 }
 
-/// Answer to [`Command::AttachLayer`].
+/// Answer to [`Command::AttachLayer`] and [`Command::AttachCanary`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LayerAnswer {
@@ -453,7 +464,7 @@ mod tests {
         #[test]
         fn nonsense_is_no_panic(
             line in proptest::collection::vec(proptest::num::u8::ANY, 0..300),
-            which in 0usize..6,
+            which in 0usize..7,
             at in 0usize..200,
             byte: u8,
         ) {
@@ -464,6 +475,7 @@ mod tests {
             let mut real = [
                 r#"{"op":"attach","image":"x","holder":null}"#.to_owned(),
                 format!(r#"{{"op":"attach_layer","diff_id":"{digest}","chain_id":"{digest}","root":"{root}","size":4096,"holder":"x"}}"#),
+                format!(r#"{{"op":"attach_canary","digest":"{digest}","root":"{root}","size":4096,"holder":"x"}}"#),
                 r#"{"op":"detach","holder":{"mount":"/x"}}"#.to_owned(),
                 format!(r#"{{"op":"serve","root":"{root}"}}"#),
                 r#"{"op":"orphans","remove":[1,2]}"#.to_owned(),

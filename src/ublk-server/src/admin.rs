@@ -75,6 +75,15 @@ fn answer(daemon: &Daemon, stream: &UnixStream) -> Result<()> {
             };
             reply_or_again(stream, answer, registry.is_closed())
         }
+        Command::AttachCanary {
+            digest,
+            root,
+            size,
+            holder,
+        } => {
+            let answer = registry.attach_canary(digest, (root, size), &holder);
+            reply_or_again(stream, answer, registry.is_closed())
+        }
         Command::FindLayer {
             chain_id,
             below,

@@ -108,9 +108,9 @@ pub struct Entry {
     pub queue_depth: u16,
     /// The UFS directory it is served from.
     pub ufs: PathBuf,
-    /// `layer` or `chain`.
+    /// `layer`, `chain` or `canary`.
     pub kind: String,
-    /// diffID or chain ID.
+    /// diffID, chain ID, or the canary's digest.
     pub digest: Digest,
     /// The layer's BLAKE3.
     pub root: Root,
@@ -129,6 +129,7 @@ impl Entry {
         let (kind, digest) = match name {
             LayerName::Layer(DiffId(digest)) => ("layer", digest),
             LayerName::Chain(ChainId(digest)) => ("chain", digest),
+            LayerName::Canary(digest) => ("canary", digest),
         };
         Self {
             layout: LAYOUT,
@@ -161,6 +162,7 @@ impl Entry {
     pub fn name(&self) -> LayerName {
         match self.kind.as_str() {
             "chain" => LayerName::Chain(ChainId(self.digest)),
+            "canary" => LayerName::Canary(self.digest),
             _ => LayerName::Layer(DiffId(self.digest)),
         }
     }
@@ -362,6 +364,9 @@ mod tests {
         journal.write(&entry).unwrap();
         assert_eq!(journal.load().unwrap(), [entry.clone()]);
         assert_eq!(entry.name(), LayerName::Chain(ChainId(Digest::of(b"x"))));
+        let canary = LayerName::Canary(Digest::of(b"x"));
+        let of_canary = Entry::new(&journal, canary, entry.root, entry.size);
+        assert_eq!(of_canary.name(), canary);
         // A daemon was killed while it wrote another one.
         let unfinished = directory.path().join("journal/.x.tmp");
         fs::write(&unfinished, "{").unwrap();

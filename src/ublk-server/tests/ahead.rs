@@ -11,6 +11,8 @@ use accel_source::{
 use accel_transport::{ReadError, Reader, Request, Wanted};
 use accel_ufs::index::{CHUNK_SIZE, Root};
 use accel_ufs::names::{self, LayerName};
+use accel_ufs::node::NodeName;
+use accel_ufs::publish::Ufs;
 use common::{Layer, noise, publish, publish_image, start_of};
 use std::fs;
 use std::io;
@@ -23,7 +25,7 @@ use ublk_server::devices::Devices;
 use ublk_server::engine::{Engine, Export, ExportReader, Warmer};
 use ublk_server::journal::Journal;
 use ublk_server::paths::Paths;
-use ublk_server::protocol::LayerAnswer;
+use ublk_server::protocol::{Holder, LayerAnswer};
 use ublk_server::registry::Registry;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -350,4 +352,28 @@ fn metadata_follows_whichever_index_does_not_come() {
     for (request, done) in kept {
         inner.submit(request, done);
     }
+}
+
+#[test]
+fn a_canary_is_exported_under_its_own_name_only() {
+    let node = node();
+    let ufs = Ufs::open(node.ufs.path()).unwrap();
+    let name = NodeName::new("c", "n").unwrap();
+    let canary = ufs.put_canary(&name).unwrap();
+    let attach = |root| {
+        let bytes = (root, canary.size);
+        let attached = node.registry.attach_canary(canary.digest, bytes, "agent");
+        attached.unwrap()
+    };
+    let wrong = attach(node.layers[0].root);
+    assert!(matches!(wrong, LayerAnswer::OtherRoot(root) if root == canary.root));
+    let LayerAnswer::Attached(attached) = attach(canary.root) else {
+        panic!("not attached")
+    };
+    assert_eq!(attached.name, format!("canary {}", canary.digest));
+    assert_eq!(node.registry.status().0[0].holders, ["agent"]);
+    let released = node.registry.detach(&Holder::Layer("agent".to_owned()));
+    assert_eq!(released.unwrap().ended.len(), 1);
+    ufs.remove_canary(&name).unwrap();
+    assert!(matches!(attach(canary.root), LayerAnswer::Absent));
 }

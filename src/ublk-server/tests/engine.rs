@@ -7,7 +7,11 @@ use accel_source::{
     SourceError, Sources, WorkerCommand, WorkerSource,
 };
 use accel_transport::{ReadError, Reader, Request};
+use accel_ufs::canary::{self, Canary};
 use accel_ufs::index::CHUNK_SIZE;
+use accel_ufs::names::LayerName;
+use accel_ufs::node::NodeName;
+use accel_ufs::publish::Ufs;
 use common::{Layer, Stalled, noise, publish};
 use std::fs;
 use std::io;
@@ -645,4 +649,38 @@ fn what_waits_in_the_daemon_does_not_come_from_far_away() {
     }
     // What is read around misses before the read returns.
     assert_eq!(reader.export().counters.misses.load(Relaxed), 10);
+}
+
+#[test]
+fn each_read_of_a_canary_goes_to_the_source() {
+    let ufs = tempfile::tempdir().unwrap();
+    let node = NodeName::new("c", "n").unwrap();
+    let canary = Ufs::open(ufs.path()).unwrap().put_canary(&node).unwrap();
+    let layer = Layer {
+        name: LayerName::Canary(canary.digest),
+        root: canary.root,
+        size: canary.size,
+    };
+    // So far away that as much as ever is read around what is wanted.
+    let slow = |inner: Arc<dyn Source>| -> Arc<dyn Source> {
+        let plan = |_: &str, _: Operation| Fault::Delay(Duration::from_millis(9));
+        Arc::new(Faulty::new(inner, Box::new(plan)))
+    };
+    let setup = setup_with(ufs.path(), 512, 32, slow);
+    let reader = setup.open(&layer);
+    setup.engine.expect_mount(reader.export());
+    let until = Instant::now() + Duration::from_secs(60);
+    while setup.engine.cached_chunks() < 1 {
+        assert!(Instant::now() < until, "its beginning does not come");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let counters = &reader.export().counters;
+    for number in 0..canary::READS {
+        let before = counters.misses.load(Relaxed);
+        let at = usize::try_from(Canary::offset(number)).unwrap();
+        let bytes = read(&reader, at, canary::READ).unwrap();
+        assert!(bytes == canary.content(number), "read {number}");
+        assert_eq!(counters.misses.load(Relaxed), before + 1, "read {number}");
+    }
+    assert_eq!(counters.hits.load(Relaxed), 0);
 }

@@ -11,6 +11,7 @@
 //! * [`start`]: what mounting an image reads first, in one file.
 //! * [`claim`]: who needs which images and layers; [`node`]: which layers nodes use;
 //!   [`removal`]: how what neither needs goes.
+//! * [`canary`]: what a node reads to see whether it can serve.
 //! * [`turn`]: which process converts a layer, when several could.
 //! * [`resolve`]: from what a user calls an image to its record.
 //!
@@ -18,6 +19,7 @@
 //! layout 1.
 
 pub mod annotations;
+pub mod canary;
 pub mod claim;
 pub mod index;
 pub mod lease;

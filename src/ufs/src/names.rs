@@ -4,6 +4,7 @@
 //! never from what a registry or a user says, so none can lead out of UFS.
 
 use crate::hex;
+use crate::node::NODES;
 use accel_oci::{ChainId, DiffId, Digest};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -99,6 +100,9 @@ pub enum LayerName {
     Layer(DiffId),
     /// A layer whose tree depends on those below it, by chain ID.
     Chain(ChainId),
+    /// No layer of an image: what a node reads to see whether it can
+    /// ([`crate::canary`]).
+    Canary(Digest),
 }
 
 impl LayerName {
@@ -107,17 +111,27 @@ impl LayerName {
         match self {
             Self::Layer(diff_id) => &diff_id.0,
             Self::Chain(chain_id) => &chain_id.0,
+            Self::Canary(digest) => digest,
         }
     }
 
     /// Where its EROFS image lies.
     pub fn image(&self) -> RelPath {
-        sharded(self.room(), self.digest(), "erofs")
+        self.file("erofs", "canary")
     }
 
     /// Where its chunk index lies. The layer is there if and only if this is.
     pub fn index(&self) -> RelPath {
-        sharded(self.room(), self.digest(), "idx")
+        self.file("idx", "canary-idx")
+    }
+
+    fn file(&self, of_layer: &str, of_canary: &str) -> RelPath {
+        match self {
+            Self::Layer(diff_id) => sharded(LAYERS, &diff_id.0, of_layer),
+            Self::Chain(chain_id) => sharded(CHAINS, &chain_id.0, of_layer),
+            // Where nodes can write.
+            Self::Canary(digest) => RelPath(format!("{NODES}/{}.{of_canary}", digest.hex())),
+        }
     }
 
     /// The UUID in the image's superblock, by which a mount can be told.
@@ -135,13 +149,6 @@ impl LayerName {
             _ => None,
         }
     }
-
-    fn room(&self) -> &'static str {
-        match self {
-            Self::Layer(_) => LAYERS,
-            Self::Chain(_) => CHAINS,
-        }
-    }
 }
 
 impl fmt::Display for LayerName {
@@ -149,6 +156,7 @@ impl fmt::Display for LayerName {
         match self {
             Self::Layer(diff_id) => write!(f, "layer {diff_id}"),
             Self::Chain(chain_id) => write!(f, "chain {chain_id}"),
+            Self::Canary(digest) => write!(f, "canary {digest}"),
         }
     }
 }
@@ -255,12 +263,15 @@ mod tests {
         let hex = digest.hex();
         let layer = LayerName::Layer(DiffId(digest));
         let chain = LayerName::Chain(ChainId(digest));
+        let canary = LayerName::Canary(digest);
         let source: ImageSource = "docker://h/r".parse().unwrap();
         let name = Digest::of(b"docker://h/r:latest").hex();
         for (path, want) in [
             (layer.image(), format!("layers/sha256/e3/{hex}.erofs")),
             (layer.index(), format!("layers/sha256/e3/{hex}.idx")),
             (chain.image(), format!("chains/sha256/e3/{hex}.erofs")),
+            (canary.image(), format!("nodes/{hex}.canary")),
+            (canary.index(), format!("nodes/{hex}.canary-idx")),
             (
                 by_digest(&digest),
                 format!("by-digest/sha256/e3/{hex}.json"),

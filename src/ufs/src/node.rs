@@ -26,6 +26,9 @@ pub const NODES: &str = "nodes";
 pub const RENEWAL: Duration = Duration::from_secs(20);
 /// After how long without that nothing is known of it.
 pub const EXPIRY: Duration = Duration::from_secs(90);
+/// How long a removal waits for what nodes say of themselves: what is used now must be said
+/// by then.
+pub const SETTLE: Duration = Duration::from_secs(10);
 
 /// What a node uses.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,6 +74,11 @@ impl NodeName {
 
     fn file(&self, number: u64) -> String {
         format!("{NODES}/{}.{}.{number:020}.json", self.cluster, self.node)
+    }
+
+    /// Where it is noted which canary is the node's.
+    pub(crate) fn canary(&self) -> String {
+        format!("{NODES}/{}.{}.canary", self.cluster, self.node)
     }
 }
 
@@ -230,8 +238,9 @@ impl Ufs {
         }
     }
 
-    /// Forgets what a node that is no more has said.
+    /// Forgets what a node that is no more has said, and what it has left.
     pub fn forget_node(&self, name: &NodeName) -> Result<(), UfsError> {
+        self.remove_canary(name)?;
         for file in self.list_now(&self.rel(NODES)?)? {
             match NodeName::of_file(&file) {
                 Some((found, number)) if found == *name => {

@@ -1,12 +1,15 @@
 //! `kubectl accel`: tasks without writing YAML.
 
 use accel_controller::command::{self, Waiting};
+use accel_controller::nodes;
 use accel_controller::resource::{
     AcceleratedImage, AcceleratedImageSpec, ImageAcceleration, SERVICE_NAME,
 };
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -96,6 +99,15 @@ enum Command {
         name: String,
         #[command(flatten)]
         wait: Wait,
+    },
+    /// Show which nodes can start accelerated images, and why others cannot.
+    Nodes {
+        /// The controller's namespace
+        #[arg(long, value_name = "NAME", default_value = "image-accel")]
+        controller: String,
+        /// How
+        #[arg(short, long, value_enum)]
+        output: Option<Output>,
     },
     /// Show tasks.
     Get {
@@ -205,6 +217,25 @@ async fn run(cli: Cli) -> Result<()> {
             tasks.create(&name, spec, wait).await
         }
         Command::Delete { name, wait } => tasks.delete(&name, wait).await,
+        Command::Nodes { controller, output } => {
+            let (key, value) = nodes::COMPONENT;
+            let of_nodes = ListParams::default().labels(&format!("{key}={value}"));
+            let leases = Api::<Lease>::namespaced(client.clone(), &controller);
+            let leases = leases.list(&of_nodes).await.map_err(said)?;
+            let all = Api::<Node>::all(client.clone());
+            let all = all.list_metadata(&ListParams::default()).await;
+            let all = all.map_err(said)?.items;
+            let service = Api::<ImageAcceleration>::all(client);
+            let service = service.get_opt(SERVICE_NAME).await.map_err(said)?;
+            let service = service.map(|service| service.spec);
+            let state = |node| command::node_state(node, &leases.items, service.as_ref());
+            let states: Vec<_> = all.iter().map(state).collect();
+            match output {
+                None | Some(Output::Wide) => say(&command::nodes_table(&states)),
+                Some(Output::Json) => say(&serde_json::to_string_pretty(&states)?),
+                Some(Output::Yaml) => say(&serde_saphyr::to_string(&states)?),
+            }
+        }
         Command::Get {
             name,
             all_namespaces,

@@ -35,6 +35,7 @@ impl Cluster {
             },
             registry: Default::default(),
             jobs: Default::default(),
+            nodes: Default::default(),
         };
         Self {
             task: serde_json::from_value(task).unwrap(),

@@ -61,7 +61,7 @@ pub async fn look(options: &Options) -> Report {
         let number: String = number.split(['~', '+', '-']).next()?.to_owned();
         number.parse().ok()
     });
-    let snapshotter = service::ask_status(options.socket.clone()).await;
+    let snapshotter = service::ask_status(options.socket.clone(), service::PATIENCE).await;
     let root = snapshotter.as_ref().ok().map(|status| status.root.clone());
     let access = fs::metadata(&options.socket).ok();
     let server = wire::ask_within(&options.server.socket, &Command::Status, PATIENCE);

@@ -7,7 +7,7 @@ use accel_image::{OpenOptions, Untagged, remove_tag};
 use accel_oci::{ImageSource, RegistryReference};
 use accel_ufs::annotations::ORIGINAL_KEY;
 use accel_ufs::claim::{ClaimName, ClaimRecord, FoundClaim};
-use accel_ufs::node::NodeName;
+use accel_ufs::node::{NodeName, SETTLE};
 use accel_ufs::publish::Ufs;
 use accel_ufs::record::ImageRecord;
 use accel_ufs::removal::{Outcome, Removal, Removed, User};
@@ -47,7 +47,7 @@ pub struct Arguments {
     gone: Vec<NodeName>,
     /// Seconds to wait for what nodes say of themselves, twice; longer than the pause between
     /// two looks of their agents
-    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    #[arg(long, value_name = "SECONDS", default_value_t = SETTLE.as_secs())]
     settle: u64,
     /// Print one JSON object instead of lines
     #[arg(long)]

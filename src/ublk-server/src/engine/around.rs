@@ -25,7 +25,8 @@ use std::time::Duration;
 
 /// Answers that are looked at.
 const ANSWERS: usize = 8;
-/// How long each of them took at least, and the chunks of a group then, a power of two.
+/// How long each of them took at least, and the chunks of a group then, a power of two; fewer
+/// than a slot of a canary has (`accel_ufs::canary`), which has to be read slot by slot.
 const GROUPS: [(Duration, u64); 2] = [(Duration::from_millis(8), 4), (Duration::from_millis(2), 2)];
 /// Chunks that are on their way at most because of this, in all: 4 MiB.
 const MOST: usize = 32;

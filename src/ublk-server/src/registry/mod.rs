@@ -11,7 +11,7 @@
 
 use crate::catalog::{Image, Layer};
 use crate::devices::{Device, Devices};
-use crate::engine::{Engine, Export, ExportReader, Warmer};
+use crate::engine::{Engine, Export, ExportReader, OpenError, Warmer};
 use crate::journal::{Entry, HolderEntry, Journal, State as JournalState};
 use crate::protocol::{
     Attached, AttachedLayer, Detached, DeviceView, Ended, ExportStatus, Holder, HolderStatus,
@@ -226,17 +226,58 @@ impl Registry {
                 Err(error) => return Ok(LayerAnswer::Unreadable(error.to_string())),
             },
         };
-        let name = export.name;
         // What the client knows; else nothing.
-        let origins = origin.map(|source| Origin {
+        let origin = origin.map(|source| Origin {
             source,
             platform: Platform::host(),
             diff_id,
             chain_id,
         });
-        let origins = origins.map(|origin| (root, origin)).into_iter().collect();
+        let from = (diff_id.0, origin);
+        self.attach_opened(export, from, began, holder, !by_ufs)
+            .map(LayerAnswer::Attached)
+    }
+
+    /// Exports a node's canary, whose root is known, for `holder`.
+    pub fn attach_canary(
+        &self,
+        digest: Digest,
+        (root, size): (Root, ImageSize),
+        holder: &str,
+    ) -> Result<LayerAnswer> {
+        self.check_open()?;
+        let began = Instant::now();
+        let layer = Layer {
+            name: LayerName::Canary(digest),
+            root,
+            size,
+            start: None,
+        };
+        match look_up::open_layer(&self.engine, &layer) {
+            Ok(export) => self
+                .attach_opened(export, (digest, None), began, holder, true)
+                .map(LayerAnswer::Attached),
+            Err(OpenError::Differs { found, .. }) => Ok(LayerAnswer::OtherRoot(found)),
+            Err(OpenError::Source { source, .. }) if source.is_not_found() => {
+                Ok(LayerAnswer::Absent)
+            }
+            Err(error) => Ok(LayerAnswer::Unreadable(error.to_string())),
+        }
+    }
+
+    /// Exports one layer, which is open, for `holder`.
+    fn attach_opened(
+        &self,
+        export: Arc<Export>,
+        (digest, origin): (Digest, Option<Origin>),
+        began: Instant,
+        holder: &str,
+        signed: bool,
+    ) -> Result<AttachedLayer> {
+        let (name, root, size) = (export.name, export.root, export.image_size());
+        let origins = origin.map(|origin| (root, origin)).into_iter().collect();
         let image = Image {
-            digest: diff_id.0,
+            digest,
             layers: vec![Layer {
                 name,
                 root,
@@ -251,9 +292,8 @@ impl Registry {
             began,
             looked_up: 0,
         };
-        let layers = self.attach_found(found, &name.to_string(), holder, !by_ufs)?;
-        let layer = layers.into_iter().next().context("no layer")?;
-        Ok(LayerAnswer::Attached(layer))
+        let layers = self.attach_found(found, &name.to_string(), holder, signed)?;
+        layers.into_iter().next().context("no layer")
     }
 
     fn check_open(&self) -> Result<()> {

@@ -1,0 +1,170 @@
+//! The canary as this node has it: exported by `ublk-server`, and read.
+//!
+//! Every read goes all the way to UFS and is verified on its way like those of containers
+//! ([`accel_ufs::canary`]); what comes is compared here once more. It passes the kernel's
+//! cache by.
+//!
+//! What a check waits for may hang for long: [`Caged::check`] belongs on a thread that nobody
+//! waits for.
+
+use crate::ufs_place::UfsPlace;
+use accel_client::exports::{device, release_within};
+use accel_client::lock::Lock;
+use accel_client::paths::Paths;
+use accel_client::protocol::{Command, Holder, LayerAnswer};
+use accel_client::wire;
+use accel_ufs::canary::{Canary, READ, READS};
+use accel_ufs::node::NodeName;
+use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::OFlags;
+use std::fs::OpenOptions;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Who holds the canary.
+pub const HOLDER: &str = "accel-agent canary";
+/// How long the daemon may take to export it.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Where canaries come from and go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Places {
+    /// The shared file system.
+    pub ufs: UfsPlace,
+    /// Whose canary it is.
+    pub node: NodeName,
+    /// The admin socket of `ublk-server`.
+    pub server: PathBuf,
+}
+
+/// A node's canary, as soon as there is one.
+#[derive(Debug)]
+pub struct Caged {
+    places: Places,
+    bird: Option<Bird>,
+}
+
+/// One that is exported.
+#[derive(Debug)]
+struct Bird {
+    canary: Canary,
+    device: PathBuf,
+    /// How often it was read.
+    reads: u64,
+}
+
+impl Caged {
+    /// There is none until the first check.
+    pub const fn new(places: Places) -> Self {
+        Self { places, bird: None }
+    }
+
+    /// Reads what nobody has read yet.
+    ///
+    /// # Errors
+    /// Why the node cannot serve.
+    pub fn check(&mut self, places: Places) -> Result<()> {
+        if places != self.places {
+            // Who served it may be gone for good.
+            if let Err(error) = self.places.clear() {
+                tracing::warn!(error = format!("{error:#}"), "a canary stays");
+            }
+            *self = Self::new(places);
+        }
+        let checked = self.read();
+        if checked.is_err() {
+            // The next one begins from nothing: devices do not last for ever.
+            self.bird = None;
+        }
+        checked
+    }
+
+    fn read(&mut self) -> Result<()> {
+        if self.bird.as_ref().is_some_and(|bird| bird.reads == READS) {
+            self.bird = None;
+        }
+        let bird = match &mut self.bird {
+            Some(bird) => bird,
+            none => {
+                self.places.clear()?;
+                none.insert(self.places.export()?)
+            }
+        };
+        let number = bird.reads;
+        bird.reads += 1;
+        let found = read_direct(&bird.device, Canary::offset(number))
+            .with_context(|| format!("cannot read the canary {}", bird.device.display()))?;
+        ensure!(
+            found == bird.canary.content(number),
+            "the canary {} gives wrong bytes",
+            bird.device.display()
+        );
+        Ok(())
+    }
+}
+
+impl Places {
+    fn server(&self) -> Paths {
+        Paths::new(&self.server, None)
+    }
+
+    /// Puts a canary on UFS, and has it exported.
+    fn export(&self) -> Result<Bird> {
+        let canary = self.ufs.open()?.put_canary(&self.node)?;
+        let server = self.server();
+        // What clients do to exports and FUSE files they do one at a time.
+        let lock = Lock::wait_within(&server.client_lock(), PATIENCE)?;
+        let command = Command::AttachCanary {
+            digest: canary.digest,
+            root: canary.root,
+            size: canary.size,
+            holder: HOLDER.to_owned(),
+        };
+        let attached = match wire::ask_within(&server.socket, &command, PATIENCE)? {
+            LayerAnswer::Attached(attached) => attached,
+            LayerAnswer::Absent => bail!(
+                "ublk-server does not find the canary: does it read the UFS {}?",
+                self.ufs.path.display()
+            ),
+            LayerAnswer::OtherRoot(_) => bail!("ublk-server finds another canary"),
+            LayerAnswer::Unreadable(why) => bail!("ublk-server cannot read the canary: {why}"),
+        };
+        let device = device(&server, &attached)?;
+        lock.remove();
+        Ok(Bird {
+            canary,
+            device,
+            reads: 0,
+        })
+    }
+
+    /// Ends what there is of an earlier canary, of this process or another.
+    ///
+    /// # Errors
+    /// `ublk-server` or UFS does not do it.
+    pub fn clear(&self) -> Result<()> {
+        let server = self.server();
+        let lock = Lock::wait_within(&server.client_lock(), PATIENCE)?;
+        let released = release_within(&server, Holder::Layer(HOLDER.to_owned()), PATIENCE);
+        lock.remove();
+        server.tidy();
+        released?;
+        self.ufs.open()?.remove_canary(&self.node)?;
+        Ok(())
+    }
+}
+
+/// Reads past the kernel's cache.
+fn read_direct(device: &Path, offset: u64) -> Result<Vec<u8>> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlags::DIRECT.bits().cast_signed())
+        .open(device)?;
+    // Where it goes has to lie as blocks do.
+    let mut buffer = vec![0; 2 * READ];
+    let start = buffer.as_ptr().align_offset(READ);
+    let buffer = &mut buffer[start..start + READ];
+    file.read_exact_at(buffer, offset)?;
+    Ok(buffer.to_vec())
+}

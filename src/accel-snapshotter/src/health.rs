@@ -1,0 +1,233 @@
+//! Whether the node can serve, and who is told: a file that `accel-controller node` reads.
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::path::Path;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+/// How many checks in a row have to go well before a node is taken for healthy, or have to
+/// fail before it is not any more: one alone may be chance.
+const SURE: u32 = 2;
+/// Who reads the file takes an agent that has checked nothing for so long for dead.
+const SILENCE: Duration = Duration::from_secs(15);
+
+/// What the file says.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Health {
+    /// Whether the node can serve.
+    pub healthy: bool,
+    /// What came of the last check.
+    pub message: String,
+    /// How many checks there were: who reads it sees that it goes on, whatever the clocks say.
+    pub checks: u64,
+    /// How many of the last ones disagree with what is said.
+    pub in_a_row: u32,
+}
+
+impl Health {
+    /// What another agent has written, if it ended just now: one that is started again changes
+    /// nothing about the node.
+    pub fn resume(path: &Path) -> Self {
+        let read = || {
+            let age = fs::metadata(path).ok()?.modified().ok()?.elapsed().ok()?;
+            let fresh = age < SILENCE;
+            fresh.then(|| serde_json::from_slice(&fs::read(path).ok()?).ok())?
+        };
+        read().unwrap_or_default()
+    }
+
+    /// Another check.
+    pub fn observe(&mut self, result: Result<(), String>) {
+        let well = result.is_ok();
+        self.message = match result {
+            Ok(()) => "reads from UFS, and what it reads is right".to_owned(),
+            Err(why) => why,
+        };
+        self.checks += 1;
+        if well == self.healthy {
+            self.in_a_row = 0;
+            return;
+        }
+        self.in_a_row += 1;
+        if self.in_a_row >= SURE {
+            self.healthy = well;
+            self.in_a_row = 0;
+        }
+    }
+
+    /// Whether the next check should follow at once: the last one disagrees with what is said.
+    pub const fn is_unsure(&self) -> bool {
+        self.in_a_row > 0
+    }
+
+    /// Writes it, whole.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let new = path.with_extension("new");
+        fs::write(&new, serde_json::to_vec(self)?)
+            .and_then(|()| fs::rename(&new, path))
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+/// Something that is checked again and again, on threads that may hang.
+#[derive(Debug)]
+pub struct Watched<T>(State<T>);
+
+type Checked<T> = (T, Result<(), String>);
+
+#[derive(Debug)]
+enum State<T> {
+    /// No check is under way.
+    Idle(T),
+    /// One is that took too long.
+    Hanging(Receiver<Checked<T>>),
+}
+
+impl<T: Default + Send + 'static> Watched<T> {
+    /// Nothing was checked yet.
+    pub fn new() -> Self {
+        Self(State::Idle(T::default()))
+    }
+
+    /// What came of a check, which may take so long. One that takes longer has failed; as
+    /// long as it hangs no other is begun and each call fails, and what comes of it at last
+    /// says nothing any more.
+    pub fn check(
+        &mut self,
+        check: impl FnOnce(&mut T) -> Result<(), String> + Send + 'static,
+        patience: Duration,
+    ) -> Result<(), String> {
+        let (answer, hung) = match std::mem::replace(&mut self.0, State::Idle(T::default())) {
+            State::Hanging(answer) => (answer, true),
+            State::Idle(mut what) => {
+                let (sender, answer) = mpsc::channel();
+                let checking = thread::Builder::new().name("check".to_owned());
+                let spawned = checking.spawn(move || {
+                    let checked = check(&mut what);
+                    // Nobody hears it if the process ends.
+                    let _ = sender.send((what, checked));
+                });
+                spawned.map_err(|error| format!("cannot start a thread: {error}"))?;
+                (answer, false)
+            }
+        };
+        let late = Err(format!(
+            "UFS or ublk-server does not answer: a read of the canary takes longer than {} s",
+            patience.as_secs()
+        ));
+        match answer.recv_timeout(patience) {
+            Ok((what, checked)) => {
+                self.0 = State::Idle(what);
+                if hung { late } else { checked }
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                self.0 = State::Hanging(answer);
+                late
+            }
+            Err(RecvTimeoutError::Disconnected) => Err("a check has ended by itself".to_owned()),
+        }
+    }
+}
+
+impl<T: Default + Send + 'static> Default for Watched<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::FileTimes;
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+    use std::sync::{Arc, Mutex};
+    use std::time::SystemTime;
+
+    /// For what comes in any case.
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn it_takes_two_in_a_row_to_change_anything() {
+        let mut health = Health::default();
+        let mut after = |results: &str| -> String {
+            let said = results.chars().map(|result| {
+                health.observe(match result {
+                    '+' => Ok(()),
+                    _ => Err("why".to_owned()),
+                });
+                if health.healthy { '1' } else { '0' }
+            });
+            said.collect()
+        };
+        assert_eq!(after("+++"), "011");
+        assert_eq!(after("-+-+-+"), "111111");
+        assert_eq!(after("--"), "10");
+        assert_eq!(after("+-+-+"), "00000");
+        assert_eq!(after("+"), "1");
+    }
+
+    #[test]
+    fn an_agent_that_starts_again_goes_on_unless_it_was_away_for_long() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("health.json");
+        assert_eq!(Health::resume(&path), Health::default());
+        let mut health = Health::default();
+        health.observe(Ok(()));
+        health.observe(Ok(()));
+        health.write(&path).unwrap();
+        assert_eq!(Health::resume(&path), health);
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        let past = SystemTime::now().checked_sub(SILENCE).unwrap();
+        file.set_times(FileTimes::new().set_modified(past)).unwrap();
+        assert_eq!(Health::resume(&path), Health::default());
+        fs::write(&path, "{").unwrap();
+        assert_eq!(Health::resume(&path), Health::default());
+    }
+
+    #[test]
+    fn a_check_that_hangs_has_failed_and_so_has_what_comes_of_it_later() {
+        let mut watched = Watched::<u32>::new();
+        let begun = Arc::new(AtomicUsize::new(0));
+        let (let_go, gate) = mpsc::channel::<()>();
+        let gate = Arc::new(Mutex::new(gate));
+        let hanging = || {
+            let (begun, gate) = (Arc::clone(&begun), Arc::clone(&gate));
+            move |what: &mut u32| {
+                begun.fetch_add(1, Relaxed);
+                *what += 1;
+                gate.lock()
+                    .unwrap()
+                    .recv()
+                    .map_err(|error| error.to_string())
+            }
+        };
+        let soon = Duration::from_millis(20);
+        for _ in 0..3 {
+            let failed = watched.check(hanging(), soon).unwrap_err();
+            assert!(failed.contains("does not answer"), "{failed}");
+        }
+        assert!(begun.load(Relaxed) <= 1, "more than one hangs");
+        let_go.send(()).unwrap();
+        let failed = watched.check(hanging(), LONG).unwrap_err();
+        assert!(failed.contains("does not answer"), "{failed}");
+        // What was checked is there again, and the next check counts.
+        let seen = |what: &mut u32| Err(format!("seen {what}"));
+        assert_eq!(watched.check(seen, LONG), Err("seen 1".to_owned()));
+        assert_eq!(watched.check(|_| Ok(()), LONG), Ok(()));
+    }
+
+    #[test]
+    fn a_check_that_panics_has_failed_and_the_next_one_begins_from_nothing() {
+        let mut watched = Watched::<u32>::new();
+        let panics = |what: &mut u32| {
+            *what = 7;
+            panic!("the test's");
+        };
+        watched.check(panics, LONG).unwrap_err();
+        let seen = |what: &mut u32| Err(format!("seen {what}"));
+        assert_eq!(watched.check(seen, LONG), Err("seen 0".to_owned()));
+    }
+}
