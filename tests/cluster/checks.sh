@@ -197,6 +197,7 @@ refuses_what_cannot_be() {
     spec_refused 'spec.source in body should match' '{source: "h/UPPER:1"}'
     spec_refused 'spec.target in body should match' '{source: "h/a:1", target: "h/a"}'
     spec_refused 'spec.platforms in body should match' '{source: "h/a:1", platforms: [linux]}'
+    spec_refused 'spec.secretName in body should match' '{source: "h/a:1", secretName: other/login}'
     spec_refused 'spec.source: Required value' '{target: "h/a:1"}'
     # The definition knows one name.
     printf 'apiVersion: image-accel.io/v1alpha1\nkind: ImageAcceleration\nmetadata: {name: other}\nspec: {ufs: {claimName: u}}\n' |
@@ -260,6 +261,7 @@ runs_lazily() {
 tells_errors_in_words() {
     task wrong "$registry/team/missing:1"
     becomes wrong CreateError
+    same "$(condition wrong RegistryAccess reason)" NotFound
     of_task wrong message | grep 'the image cannot be had'
     same "$(events_of wrong | sort | xargs)" 'CreateError Creating'
     # It can be looked at.
@@ -335,24 +337,106 @@ passes_on_the_lead() {
     k -n image-accel rollout status deployment/accel-controller --timeout 300s
 }
 
-# With a login that the Jobs have and nobody else, and that is nowhere to be seen.
+access_is() { [ "$(condition "$1" RegistryAccess reason)" = "$2" ]; }
+of_service() { k get imageacceleration cluster -o "jsonpath={.status.conditions[?(@.type==\"$1\")].$2}"; }
+service_access_is() { [ "$(of_service RegistryAccess reason)" = "$1" ]; }
+# logs_in_with SECRET: from now on; registries are asked anew.
+logs_in_with() {
+    k patch imageacceleration cluster --type merge -p '{"spec": {"registry": {"secretName": null}}}'
+    wait_until service_access_is NothingToCheck
+    k patch imageacceleration cluster --type merge -p "{\"spec\": {\"registry\": {\"secretName\": \"$1\"}}}"
+}
+# login_secret NAME REGISTRY PASSWORD [OPTION…]
+login_secret() {
+    local name=$1 registry=$2 password=$3
+    shift 3
+    k "$@" create secret docker-registry "$name" --docker-server "$registry" --docker-username robot \
+        --docker-password "$password" --dry-run=client -o yaml | k "$@" apply -f - >/dev/null
+}
+# is_nowhere PASSWORD: but in Secrets: neither in what the cluster has and says of it, nor in
+# logs, nor among programs' arguments, nor on UFS.
+is_nowhere() {
+    local said=$work/said word
+    {
+        k get acceleratedimages,imageaccelerations,jobs,pods,events,events.events.k8s.io,configmaps,leases \
+            --all-namespaces -o yaml
+        k describe acceleratedimages,imageaccelerations,jobs,pods --all-namespaces
+        k -n image-accel logs --tail -1 -l app.kubernetes.io/name=accel-controller
+        cat /var/log/pods/image-accel_*/*/*.log
+        cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\0' '\n' || true
+        find "$work/ufs" -name '*.json' -exec cat {} +
+    } >"$said"
+    # All of it is there to be looked at.
+    for word in 'kind: AcceleratedImage' RegistryAccess starts accel-controller "$private"; do
+        grep -qF -- "$word" "$said"
+    done
+    # The Secret has it as base64 of USER:PASSWORD, and in base64 as a whole.
+    for word in "$1" "$(printf 'robot:%s' "$1" | base64 | cut -c 1-20)"; do
+        fails grep -F -- "$word" "$said"
+    done
+    rm "$said"
+}
+
+# With logins that the Jobs have and nobody else, and that are nowhere to be seen.
 logs_in() {
-    local password=not-for-everybody registry=$registry private
+    local password=not-for-everybody wrong=and-this-is-wrong registry=$registry private
     registry_login=robot:$password registry_address=$cluster_address start_registry "$work/private"
     private=$registry
     skopeo copy --quiet --dest-tls-verify=false --dest-creds "robot:$password" "oci:$work/made/many:1" "docker://$private/one:1"
     service 'jobs: {limit: 2, retries: 0, memoryMib: 256, cpuMillis: 300}'
     task private "$private/one:1"
     becomes private CreateError
-    of_task private message | grep 'the image cannot be had'
-    k -n image-accel create secret docker-registry login --docker-server "$private" --docker-username robot \
-        --docker-password "$password"
-    k patch imageacceleration cluster --type merge -p '{"spec": {"registry": {"secretName": "login"}}}'
+    access_is private NoLogin
+    condition private RegistryAccess message | grep 'no Secret is named'
+    # It is told without any task what is wrong with it: there is none,
+    logs_in_with login
+    wait_until service_access_is NoSecret
+    of_service Ready message | grep 'Secret login'
+    same "$(of_service Ready status)" False
+    # it has another registry's login,
+    login_secret login elsewhere.example "$password" -n image-accel
+    task private "$private/one:1" "target: $private/one:other"
+    no_login() { condition private RegistryAccess message | grep "the Secret login .* has no login for $private"; }
+    wait_until no_login
+    # or a wrong one.
+    login_secret login "$private" "$wrong" -n image-accel
+    logs_in_with login
+    wait_until service_access_is Unauthorized
+    of_service RegistryAccess message | grep "correct user and password for $private in the Secret login"
+    task private "$private/one:1" "target: $private/one:third"
+    wait_until access_is private Unauthorized
+    # The Job and its log, too.
+    k -n image-accel logs "$(k get acceleratedimage private -o 'jsonpath={.metadata.uid}' | sed 's/.*/job\/accel-&-3-0/')" | grep Unauthorized
+    is_nowhere "$wrong"
+    login_secret login "$private" "$password" -n image-accel
+    logs_in_with login
+    wait_until service_access_is Checked
+    same "$(of_service Ready status)" True
     # Another version of the task: it is tried at once.
     task private "$private/one:1" "target: $private/one:fast"
     becomes private Ready
-    fails sh -c "$(printf '%q ' "${kubectl[@]}") get acceleratedimages,imageaccelerations,jobs,pods,events --all-namespaces -o yaml | grep -F $password"
-    fails sh -c "$(printf '%q ' "${kubectl[@]}") -n image-accel logs --tail -1 -l app.kubernetes.io/name=accel-controller | grep -F $password"
+    access_is private Checked
+    # An address at which there is nothing.
+    login_secret nobody "$cluster_address:1" "$password" -n image-accel
+    logs_in_with nobody
+    wait_until service_access_is Unreachable
+    # A task that has its own, in its own namespace, which lets the controller read it.
+    login_secret mine "$private" "$password"
+    task own "$private/one:1" "target: $private/one:own" 'secretName: mine'
+    wait_until access_is own SecretNotReadable
+    condition own RegistryAccess message | grep 'accel-controller secret-access default mine'
+    "$bin/accel-controller" secret-access default mine | k apply -f -
+    becomes own Ready
+    no_copies() { [ -z "$(k -n image-accel get secrets -l app.kubernetes.io/managed-by=accel-controller -o name)" ]; }
+    wait_until no_copies
+    can() { k auth can-i "$@" --as system:serviceaccount:image-accel:accel-controller; }
+    can get secrets/mine
+    fails can get secrets/mine -n image-accel
+    fails can get secrets/login -n image-accel
+    fails can list secrets
+    logs_in_with login
+    wait_until service_access_is Checked
+    is_nowhere "$password"
 }
 
 # What the node says on UFS.

@@ -1,7 +1,7 @@
 //! The controller and its command line.
 
 use accel_controller::job::Settings;
-use accel_controller::{lead, node, resource, run};
+use accel_controller::{lead, login, node, resource, run};
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand};
 use k8s_openapi::api::core::v1::Namespace;
@@ -59,6 +59,19 @@ enum Command {
         #[arg(long, value_name = "NAME", default_value = "image-accel")]
         namespace: String,
     },
+    /// Print what lets the controller read one Secret, which tasks of its namespace can then
+    /// name (spec.secretName), and nothing else, for `kubectl apply -f -`.
+    SecretAccess {
+        /// The Secret's namespace
+        #[arg(value_name = "NAMESPACE")]
+        of: String,
+        /// The Secret
+        #[arg(value_name = "SECRET")]
+        secret: String,
+        /// The controller's namespace
+        #[arg(long, value_name = "NAME", default_value = "image-accel")]
+        namespace: String,
+    },
     /// Print the definitions of the resources, for `kubectl apply -f -`.
     Crds {
         /// Write them to this directory instead, a file each
@@ -86,6 +99,12 @@ fn main() -> ExitCode {
             namespace,
         } => tell(&node, &health, &namespace),
         Command::NodeAccess { node, namespace } => node::access(&namespace, &node)
+            .and_then(|text| Ok(write!(std::io::stdout(), "{text}")?)),
+        Command::SecretAccess {
+            of,
+            secret,
+            namespace,
+        } => login::access(&namespace, &of, &secret)
             .and_then(|text| Ok(write!(std::io::stdout(), "{text}")?)),
         Command::Crds { out } => crds(out.as_deref()),
     };

@@ -186,8 +186,12 @@ impl Default for JobsSpec {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ImageAccelerationStatus {
-    /// `Ready`: tasks are worked on, and `UfsBound`: the claim has a volume.
+    /// `Ready`: tasks are worked on; `UfsBound`: the claim has a volume; `RegistryAccess`:
+    /// registries take the logins.
     pub conditions: Vec<Condition>,
+    /// How far it is with asking registries whether they take the logins.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub check: Option<CheckStatus>,
     /// Tasks that are Ready.
     pub images: u32,
     /// What their layers take on UFS, those that several of them have counted once for each.
@@ -200,6 +204,22 @@ pub struct ImageAccelerationStatus {
     pub nodes_ready: u32,
     /// Both for people: `READY/ALL`.
     pub nodes_text: String,
+}
+
+/// How far it is with asking registries whether they take the logins.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct CheckStatus {
+    /// Of what: of these settings.
+    pub of: String,
+    /// How often it came to nothing.
+    pub failures: u32,
+    /// When it was tried last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<Time>,
+    /// All of them have taken theirs.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub passed: bool,
 }
 
 /// A task: an image that nodes are to start without downloading it.
@@ -264,6 +284,12 @@ pub struct AcceleratedImageSpec {
         inner(regex(pattern = r"^(all|[a-z0-9]+/[a-z0-9]+(/[a-z0-9.]+)?)$"))
     )]
     pub platforms: Vec<String>,
+    /// A Secret of the type kubernetes.io/dockerconfigjson in the task's own namespace, with
+    /// the logins for pulling and pushing, instead of the one that the ImageAcceleration
+    /// names. `accel-controller secret-access` lets the controller read it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = NAME))]
+    pub secret_name: Option<String>,
 }
 
 /// How far a task is.
@@ -292,8 +318,9 @@ pub struct AcceleratedImageStatus {
     pub phase: Phase,
     /// Of which version of the task all this speaks.
     pub observed_generation: i64,
-    /// `Accepted`: the task can be worked on; `Ready`: as the phase of that name. While it is
-    /// being deleted, `InUse`: nodes use its layers; `Removed`: they are gone.
+    /// `Accepted`: the task can be worked on; `RegistryAccess`: the source can be pulled, and
+    /// the target pushed to; `Ready`: as the phase of that name. While it is being deleted,
+    /// `InUse`: nodes use its layers; `Removed`: they are gone.
     pub conditions: Vec<Condition>,
     /// What it waits for, or what went wrong and what to do.
     pub message: String,

@@ -1,5 +1,6 @@
 //! What is said of the service, as a pure function of what is observed.
 
+use crate::login::ACCESS;
 use crate::plan::set_condition;
 use crate::report;
 use crate::resource::{
@@ -21,14 +22,23 @@ pub fn status<'a>(
     let mut status = service.status.clone().unwrap_or_default();
     let (bound, reason, message) = ufs(&service.spec.ufs, claim);
     let generation = service.metadata.generation;
-    let ready = match bound {
-        true => ("Working", "tasks are worked on".to_owned()),
-        false => ("UfsNotBound", message.clone()),
+    // Whoever asks registries has said it already.
+    let mut conditions = status.conditions.iter();
+    let access = conditions.find(|condition| condition.type_ == ACCESS);
+    let access = access.filter(|condition| condition.status != "True");
+    let ready = match (bound, access) {
+        (true, None) => ("Working", "tasks are worked on".to_owned()),
+        (true, Some(access)) => (ACCESS, access.message.clone()),
+        (false, _) => ("UfsNotBound", message.clone()),
     };
-    for (type_, (reason, message)) in [("UfsBound", (reason, message)), ("Ready", ready)] {
+    let is_ready = bound && access.is_none();
+    for (type_, is, (reason, message)) in [
+        ("UfsBound", bound, (reason, message)),
+        ("Ready", is_ready, ready),
+    ] {
         let condition = Condition {
             type_: type_.to_owned(),
-            status: if bound { "True" } else { "False" }.to_owned(),
+            status: if is { "True" } else { "False" }.to_owned(),
             reason: reason.to_owned(),
             message,
             observed_generation: generation,

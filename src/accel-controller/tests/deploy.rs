@@ -166,6 +166,13 @@ const GRANTS: &[(&str, &str, &str, &str, &str)] = &[
     (
         "Role",
         "",
+        "secrets",
+        "create",
+        "the copy of a task's own, for its Job; none can be read without its namespace's leave",
+    ),
+    (
+        "Role",
+        "",
         "persistentvolumeclaims",
         "get",
         "whether UFS has a volume",

@@ -86,6 +86,10 @@ enum Command {
             help = "Which of its platforms; may be given several times [default: that of the node that converts it]"
         )]
         platform: Vec<String>,
+        /// The Secret with the registries' logins, in the task's namespace, instead of that
+        /// of the ImageAcceleration
+        #[arg(long, value_name = "NAME")]
+        secret: Option<String>,
         /// What the task is called [default: after the image]
         #[arg(long, value_name = "NAME")]
         name: Option<String>,
@@ -205,6 +209,7 @@ async fn run(cli: Cli) -> Result<()> {
             source,
             target,
             platform,
+            secret,
             name,
             wait,
         } => {
@@ -213,6 +218,7 @@ async fn run(cli: Cli) -> Result<()> {
                 source,
                 target,
                 platforms: platform,
+                secret_name: secret,
             };
             tasks.create(&name, spec, wait).await
         }
