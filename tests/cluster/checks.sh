@@ -126,6 +126,7 @@ cluster_checks=(
     tells_errors_in_words keeps_to_the_limit survives_kills
     passes_on_the_lead logs_in
     labels_nodes_that_can_serve labels_nodes_that_are_meant takes_the_label_while_ufs_is_away keeps_the_label_through_trifles
+    tells_prometheus
     waits_for_who_uses_it removes_what_nobody_needs deletes_while_ufs_is_away asks_for_nodes_that_are_silent
     deletes turns_off
     obeys_the_plug_in
@@ -601,6 +602,53 @@ keeps_the_label_through_trifles() {
     wait_until nodes_are 1/1
     k -n image-accel rollout status deployment/accel-controller --timeout 300s
     never_without_label
+}
+
+# metric NAME[{LABELS}]: as the controller that leads says it.
+metric() {
+    local address
+    address=$(k -n image-accel get pod "$(leader | sed 's/-[0-9]*$//')" -o 'jsonpath={.status.podIP}')
+    curl -sf "http://$address:8080/metrics" | awk -v name="$1" '$1 == name { print $2; found = 1 } END { exit !found }'
+}
+is_more() { [ "$(metric "$1")" -gt "$2" ]; }
+metric_is() { [ "$(metric "$1")" = "$2" ]; }
+
+# What this very controller has done: each number moves.
+tells_prometheus() {
+    local name refused='accel_controller_refusals_total{reason="NotFound"}' ready='accel_controller_conversions_total{result="ready"}'
+    local failed='accel_controller_conversions_total{result="failed"}' removed='accel_controller_removals_total{result="removed"}'
+    local -A before
+    wait_until leads
+    wait_until metric_is accel_controller_leads 1
+    for name in "$ready" "$failed" "$removed" accel_controller_{jobs_started,converted_bytes,written_bytes,looks}_total \
+        accel_controller_conversion_seconds_count; do
+        before[$name]=$(metric "$name")
+    done
+    wait_until metric_is accel_controller_nodes_ready 1
+    wait_until metric_is 'accel_controller_tasks{phase="Ready"}' \
+        "$(k get acceleratedimages -o json | jq '[.items[] | select(.status.phase == "Ready")] | length')"
+    # One waits for the other.
+    service 'jobs: {limit: 1, retries: 0, memoryMib: 256, cpuMillis: 300}'
+    task counted "$registry/many/of:2" "target: $registry/many/of:counted"
+    task counted-later "$registry/many/of:3" "target: $registry/many/of:counted-later"
+    wait_until is_more accel_controller_queue 0
+    wait_until is_more accel_controller_jobs_at_work 0
+    becomes counted Ready
+    becomes counted-later Ready
+    task missed "$registry/team/missing:2"
+    becomes missed CreateError
+    wait_until is_more 'accel_controller_tasks{phase="CreateError"}' 0
+    wait_until is_more "$refused" 0
+    k delete acceleratedimages counted counted-later missed --timeout 300s
+    for name in "${!before[@]}"; do
+        wait_until is_more "$name" "${before[$name]}"
+    done
+    same "$(metric accel_controller_queue)" 0
+    # The other one has nothing to tell.
+    for name in $(k -n image-accel get pods -l app.kubernetes.io/name=accel-controller -o 'jsonpath={.items[*].status.podIP}'); do
+        curl -sf "http://$name:8080/metrics" | grep '^accel_controller_leads'
+    done | sort | xargs | grep -x 'accel_controller_leads 0 accel_controller_leads 1'
+    service 'jobs: {limit: 2, retries: 0, memoryMib: 256, cpuMillis: 300}'
 }
 
 # Two images with two layers in common, and a container runs on the one that has one more.

@@ -14,6 +14,7 @@ pub mod command;
 pub mod job;
 pub mod lead;
 pub mod login;
+pub mod metrics;
 pub mod node;
 pub mod nodes;
 pub mod plan;

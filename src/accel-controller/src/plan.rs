@@ -65,6 +65,8 @@ pub struct Plan {
     pub steps: Vec<Step>,
     /// When to look again, if nothing happens before.
     pub again: Option<Duration>,
+    /// Whether it waits because as many Jobs are under way as may be.
+    pub waits: bool,
 }
 
 /// Something to be done.
@@ -128,6 +130,7 @@ struct Next<'a> {
     status: AcceleratedImageStatus,
     steps: Vec<Step>,
     again: Option<Duration>,
+    waits: bool,
 }
 
 impl<'a> Next<'a> {
@@ -156,6 +159,7 @@ impl<'a> Next<'a> {
             status,
             steps: Vec::new(),
             again: None,
+            waits: false,
         }
     }
 
@@ -165,6 +169,7 @@ impl<'a> Next<'a> {
             status: changed.then_some(self.status),
             steps: self.steps,
             again: self.again,
+            waits: self.waits,
         }
     }
 
@@ -241,6 +246,7 @@ impl<'a> Next<'a> {
             let what = format!("waits: {limit} other Jobs are under way, the limit");
             self.say(Phase::Creating, &what);
             self.again = Some(LATER);
+            self.waits = true;
             return;
         }
         self.access_is_unknown();

@@ -4,6 +4,7 @@ mod logins;
 
 use crate::job::{self, CHECK, SELECTOR, Settings, TASK_UID};
 use crate::login;
+use crate::metrics::Metrics;
 use crate::nodes::{self, Seen};
 use crate::plan::{self, FINALIZER, Observed, Plan, Step};
 use crate::report::{self, Output};
@@ -78,6 +79,7 @@ struct Context {
     recorder: Recorder,
     /// The cluster's nodes.
     known: Mutex<Known>,
+    metrics: Arc<Metrics>,
     /// Nodes that can serve, and all that are meant, when it was looked last.
     ready: std::sync::Mutex<Option<(u32, u32)>>,
     /// Held while Jobs are counted and one is made, so that there are never more than the
@@ -86,7 +88,7 @@ struct Context {
 }
 
 /// Works until the process ends. Only one may at a time: see [`crate::lead`].
-pub async fn run(client: Client, settings: Settings, identity: String) {
+pub async fn run(client: Client, settings: Settings, identity: String, metrics: Arc<Metrics>) {
     let reporter = Reporter {
         controller: NAME.to_owned(),
         instance: Some(identity),
@@ -95,6 +97,7 @@ pub async fn run(client: Client, settings: Settings, identity: String) {
         recorder: Recorder::new(client.clone(), reporter),
         settings,
         known: Mutex::default(),
+        metrics,
         ready: std::sync::Mutex::default(),
         starting: Mutex::new(()),
         client,
@@ -106,6 +109,8 @@ pub async fn run(client: Client, settings: Settings, identity: String) {
     );
     let tasks = tasks.with_config(controller::Config::default().debounce(TOGETHER));
     let (of_ended, known) = (tasks.store(), tasks.store());
+    context.metrics.watch(tasks.store());
+    context.metrics.leads();
     let tasks = tasks
         .watches(context.own::<Job>(), of_jobs, move |job| {
             // One that has ended makes room for those that wait.
@@ -130,7 +135,8 @@ pub async fn run(client: Client, settings: Settings, identity: String) {
         )
         .run(
             |task, context| async move { context.task(&task).await },
-            |task, error, _| {
+            |task, error, context| {
+                context.metrics.error();
                 warn!(task = %task.name_any(), "looked at in vain: {error}");
                 Action::requeue(RETRY)
             },
@@ -142,7 +148,8 @@ pub async fn run(client: Client, settings: Settings, identity: String) {
     )
     .run(
         |service, context| async move { context.service(&service).await },
-        |_, error, _| {
+        |_, error, context| {
+            context.metrics.error();
             warn!("the service's status cannot be made: {error}");
             Action::requeue(RETRY)
         },
@@ -258,7 +265,9 @@ impl Context {
             Some(_) if is_used(task) => Some(self.nodes().await?),
             _ => None,
         };
-        Ok(plan::plan(&Observed {
+        let at_work = |jobs: &[Job]| jobs.iter().filter(|job| job::is_at_work(job)).count();
+        let others_at_work = at_work(&others);
+        let plan = plan::plan(&Observed {
             task,
             nodes: nodes.as_deref(),
             secret,
@@ -266,10 +275,13 @@ impl Context {
             jobs: &jobs,
             pod: pod.as_ref(),
             log,
-            others_at_work: others.iter().filter(|job| job::is_at_work(job)).count(),
+            others_at_work,
             settings: &self.settings,
             now: Timestamp::now(),
-        }))
+        });
+        let jobs = others_at_work + at_work(&jobs);
+        self.metrics.looked(&uid, plan.waits, jobs);
+        Ok(plan)
     }
 
     /// The names of the cluster's nodes.
@@ -346,6 +358,7 @@ impl Context {
                 let name = job.name_any();
                 info!(task = %task.name_any(), job = name, "starts a Job");
                 let made = self.run_job(job).await?;
+                self.metrics.job_started();
                 match made.uid() {
                     Some(uid) if job::is_lent(job) => self.lend(task, &name, &uid).await,
                     _ => Ok(()),
@@ -380,6 +393,7 @@ impl Context {
         step: &Step,
         error: &kube::Error,
     ) -> Result<(), RunError> {
+        self.metrics.error();
         let (phase, what) = match (task.metadata.deletion_timestamp.is_some(), step) {
             (true, _) => (Phase::DeleteError, "the task cannot be removed"),
             (false, Step::Run(_)) => (Phase::CreateError, "no Job can be made"),
@@ -404,6 +418,7 @@ impl Context {
             .patch_status(&task.name_any(), &apply, &Patch::Apply(patch))
             .await?;
         let before = task.status.clone().unwrap_or_default();
+        self.metrics.told(&before, status);
         let told = |status: &AcceleratedImageStatus| {
             let conditions = status.conditions.iter();
             let mut while_deleted: Vec<_> = conditions
@@ -525,6 +540,7 @@ impl Context {
         }
         drop((changed, known));
         let now = Some((ready, labels.nodes));
+        self.metrics.nodes(ready, labels.nodes);
         let before = std::mem::replace(
             &mut *self.ready.lock().unwrap_or_else(PoisonError::into_inner),
             now,

@@ -134,6 +134,7 @@ impl Next<'_> {
                 self.say(Phase::Deleting, &what);
             }
             self.again = Some(LATER);
+            self.waits = true;
             return;
         }
         self.start_removal(name, service);

@@ -345,10 +345,12 @@ fn there_are_never_more_jobs_than_the_limit() {
             "waits: 4 other Jobs are under way, the limit"
         )
     );
+    assert!(cluster.plan().waits);
     cluster.others_at_work = 3;
     assert_eq!(cluster.step(), ["run accel-u-1-0"]);
     // One that is at work is not counted against itself.
     cluster.others_at_work = 4;
+    assert!(!cluster.plan().waits);
     assert!(cluster.step().is_empty());
     assert_eq!(cluster.phase().1, "is being converted");
 }
