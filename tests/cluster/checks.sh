@@ -129,7 +129,7 @@ cluster_checks=(
     tells_prometheus
     waits_for_who_uses_it removes_what_nobody_needs deletes_while_ufs_is_away asks_for_nodes_that_are_silent
     deletes turns_off
-    obeys_the_plug_in
+    obeys_the_plug_in purges
 )
 
 # The base as it is, with what differs from cluster to cluster.
@@ -786,8 +786,43 @@ obeys_the_plug_in() {
     accel delete "$registry/many/of:4" --wait
     same "$(k get acceleratedimages -o name)" ''
     fails accel delete of-4
+    # All that was made stays,
+    accel create "$registry/many/of:2" --target "$registry/many/of:to-stay" --name stays --wait
     accel disable --wait
     fails accel disable
+    phase_is stays Ready
+    skopeo inspect --tls-verify=false "docker://$registry/many/of:to-stay" >/dev/null
+}
+
+# unless it is to go: not while it is in use, though.
+purges() {
+    local layers layer
+    accel enable --claim ufs --plain-http --wait
+    k patch imageacceleration cluster --type merge -p '{"spec": {"jobs": {"retries": 0, "memoryMib": 256, "cpuMillis": 300}}}'
+    accel create "$registry/team/more:1" --target "$registry/elsewhere/more:purged" --name used --wait
+    k run user --image "$registry/elsewhere/more:purged" --image-pull-policy Always --restart Never --command -- \
+        /bin/sh -c 'while :; do sleep 1; done'
+    k wait --for condition=ready pod/user --timeout 300s
+    wait_until says_used 3
+    layers=$(layers_of "$registry/team/more:1")
+    accel disable --purge
+    purged_says() { of_service Purged message | grep -F "$1"; }
+    wait_until is_gone stays
+    wait_until purged_says 'in use: default/used'
+    not_there many/of to-stay
+    skopeo inspect --tls-verify=false "docker://$registry/elsewhere/more:purged" >/dev/null
+    wait_until not_labelled
+    # One that comes now has made nothing.
+    task later "$registry/many/of:3"
+    becomes later Creating
+    same "$(condition later Accepted reason)" Disabled
+    k delete pod user --grace-period 0 --timeout 120s
+    k wait --for delete imageacceleration/cluster --timeout 300s
+    is_gone used
+    not_there elsewhere/more purged
+    for layer in $layers; do [ ! -e "$work/ufs/$layer" ]; done
+    phase_is later Creating
+    k delete acceleratedimage later --timeout 60s
 }
 
 report_cluster() {

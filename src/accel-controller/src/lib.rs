@@ -18,6 +18,7 @@ pub mod metrics;
 pub mod node;
 pub mod nodes;
 pub mod plan;
+pub mod purge;
 pub mod reference;
 pub mod report;
 pub mod resource;

@@ -87,6 +87,11 @@ pub struct ImageAccelerationSpec {
     /// Which nodes get a label while they can start accelerated images.
     #[serde(default)]
     pub nodes: NodesSpec,
+    /// When this is deleted: delete all tasks as well, and with them what they have made on
+    /// UFS and in registries. It is gone when they are, which wait until no node uses their
+    /// images. Otherwise all of that stays.
+    #[serde(default)]
+    pub purge: bool,
 }
 
 /// Which nodes get a label while they can start accelerated images.
@@ -187,7 +192,7 @@ impl Default for JobsSpec {
 #[serde(rename_all = "camelCase", default)]
 pub struct ImageAccelerationStatus {
     /// `Ready`: tasks are worked on; `UfsBound`: the claim has a volume; `RegistryAccess`:
-    /// registries take the logins.
+    /// registries take the logins. While it is deleted with `purge`, `Purged`: what is left.
     pub conditions: Vec<Condition>,
     /// How far it is with asking registries whether they take the logins.
     #[serde(skip_serializing_if = "Option::is_none")]

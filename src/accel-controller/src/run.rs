@@ -1,12 +1,14 @@
 //! The loop: looks, and does what was planned.
 
 mod logins;
+mod purging;
 
 use crate::job::{self, CHECK, SELECTOR, Settings, TASK_UID};
 use crate::login;
 use crate::metrics::Metrics;
 use crate::nodes::{self, Seen};
 use crate::plan::{self, FINALIZER, Observed, Plan, Step};
+use crate::purge;
 use crate::report::{self, Output};
 use crate::resource::{
     AcceleratedImage, AcceleratedImageStatus, ImageAcceleration, ImageAccelerationStatus, Phase,
@@ -237,7 +239,7 @@ impl Context {
             .all::<ImageAcceleration>()
             .get_opt(SERVICE_NAME)
             .await?;
-        let service = service.filter(|service| service.metadata.deletion_timestamp.is_none());
+        let service = service.filter(|service| purge::serves(service, task));
         let all = self
             .own::<Job>()
             .list(&ListParams::default().labels(SELECTOR))
@@ -560,6 +562,10 @@ impl Context {
         let Some(service) = &known.filter(|known| known.uid() == service.uid()) else {
             return Ok(Action::await_change());
         };
+        if service.metadata.deletion_timestamp.is_some() {
+            return self.purge(service).await;
+        }
+        self.keep_for_purge(service).await?;
         let checked = self.look_at_logins(service).await?;
         let mut with_logins = service.clone();
         login::tell(&checked, &mut with_logins, Timestamp::now());

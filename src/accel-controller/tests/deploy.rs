@@ -59,6 +59,13 @@ const GRANTS: &[(&str, &str, &str, &str, &str)] = &[
     (
         "ClusterRole",
         "image-accel.io",
+        "acceleratedimages",
+        "delete",
+        "all of them, with a service that is purged",
+    ),
+    (
+        "ClusterRole",
+        "image-accel.io",
         "acceleratedimages/status",
         "patch",
         "phase and progress",
@@ -83,6 +90,13 @@ const GRANTS: &[(&str, &str, &str, &str, &str)] = &[
         "imageaccelerations",
         "watch",
         "the same",
+    ),
+    (
+        "ClusterRole",
+        "image-accel.io",
+        "imageaccelerations",
+        "patch",
+        "the finalizer of one that is to be purged",
     ),
     (
         "ClusterRole",

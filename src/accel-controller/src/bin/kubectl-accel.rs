@@ -2,6 +2,8 @@
 
 use accel_controller::command::{self, Waiting};
 use accel_controller::nodes;
+use accel_controller::plan::FINALIZER;
+use accel_controller::purge::PURGED;
 use accel_controller::resource::{
     AcceleratedImage, AcceleratedImageSpec, ImageAcceleration, SERVICE_NAME,
 };
@@ -70,6 +72,10 @@ enum Command {
     },
     /// Turn acceleration off. Images that were converted stay.
     Disable {
+        /// Remove them instead: all tasks, and what they have made on UFS and in registries,
+        /// as soon as no node uses it
+        #[arg(long)]
+        purge: bool,
         #[command(flatten)]
         wait: Wait,
     },
@@ -193,18 +199,7 @@ async fn run(cli: Cli) -> Result<()> {
             let spec = json!({"ufs": {"claimName": claim}, "registry": registry, "jobs": jobs});
             enable(&Api::all(client), &spec, wait).await
         }
-        Command::Disable { wait } => {
-            let services = Api::<ImageAcceleration>::all(client);
-            services
-                .delete(SERVICE_NAME, &DeleteParams::default())
-                .await
-                .map_err(said)?;
-            let deadline = wait.deadline();
-            while wait.wait && services.get_opt(SERVICE_NAME).await?.is_some() {
-                pause(deadline, "acceleration is not off yet").await?;
-            }
-            say(&format!("imageacceleration {SERVICE_NAME} deleted"))
-        }
+        Command::Disable { purge, wait } => disable(&Api::all(client), purge, wait).await,
         Command::Create {
             source,
             target,
@@ -326,6 +321,38 @@ async fn enable(services: &Api<ImageAcceleration>, spec: &Value, wait: Wait) -> 
             None => pause(deadline, "the controller has not said anything").await?,
         }
     }
+}
+
+async fn disable(services: &Api<ImageAcceleration>, purge: bool, wait: Wait) -> Result<()> {
+    let deadline = wait.deadline();
+    // As it is said now, whatever was said before.
+    let patch = Patch::Merge(json!({"spec": {"purge": purge}}));
+    let plain = PatchParams::default();
+    let patched = services.patch(SERVICE_NAME, &plain, &patch).await;
+    patched.map_err(said)?;
+    let is_kept = |service: &ImageAcceleration| {
+        let mut finalizers = service.finalizers().iter();
+        finalizers.any(|name| name == FINALIZER)
+    };
+    // The controller keeps it from now on; deleted before that, it would be gone at once.
+    while purge && !is_kept(&services.get(SERVICE_NAME).await.map_err(said)?) {
+        pause(deadline, "the controller does not answer").await?;
+    }
+    services
+        .delete(SERVICE_NAME, &DeleteParams::default())
+        .await
+        .map_err(said)?;
+    while wait.wait
+        && let Some(service) = services.get_opt(SERVICE_NAME).await?
+    {
+        let conditions = service.status.unwrap_or_default().conditions;
+        let purged = conditions
+            .into_iter()
+            .find(|condition| condition.type_ == PURGED);
+        let left = purged.map_or_else(String::new, |condition| format!(": {}", condition.message));
+        pause(deadline, &format!("acceleration is not off yet{left}")).await?;
+    }
+    say(&format!("imageacceleration {SERVICE_NAME} deleted"))
 }
 
 struct Tasks(Api<AcceleratedImage>);

@@ -37,6 +37,7 @@ impl Cluster {
             registry: Default::default(),
             jobs: Default::default(),
             nodes: Default::default(),
+            purge: false,
         };
         Self {
             task: serde_json::from_value(task).unwrap(),
