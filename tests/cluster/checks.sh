@@ -123,7 +123,7 @@ on_ufs() { find "$work/ufs" -name '*.erofs' | wc -l; }
 
 cluster_checks=(
     installs refuses_what_cannot_be waits_for_the_service converts says_what_happened shares_layers runs_lazily
-    tells_errors_in_words keeps_to_the_limit survives_kills
+    takes_ufs_by_its_path tells_errors_in_words keeps_to_the_limit survives_kills
     passes_on_the_lead logs_in
     labels_nodes_that_can_serve labels_nodes_that_are_meant takes_the_label_while_ufs_is_away keeps_the_label_through_trifles
     tells_prometheus
@@ -190,6 +190,7 @@ YAML
 }
 
 refuses_what_cannot_be() {
+    local spec
     refused() { { k apply --validate=false --dry-run=server -f - 2>&1 || true; } | grep -F "$1"; }
     spec_refused() { # WHAT IT SAYS, SPEC
         printf 'apiVersion: image-accel.io/v1alpha1\nkind: AcceleratedImage\nmetadata: {name: bad}\nspec: %s\n' "$2" | refused "$1"
@@ -203,6 +204,17 @@ refuses_what_cannot_be() {
     # The definition knows one name.
     printf 'apiVersion: image-accel.io/v1alpha1\nkind: ImageAcceleration\nmetadata: {name: other}\nspec: {ufs: {claimName: u}}\n' |
         refused 'metadata.name in body should match'
+    # UFS is in one place.
+    ufs_is() { # SPEC
+        printf 'apiVersion: image-accel.io/v1alpha1\nkind: ImageAcceleration\nmetadata: {name: cluster}\nspec: {ufs: %s}\n' "$1"
+    }
+    ufs_is '{}' | refused 'must validate one and only one schema'
+    ufs_is '{claimName: u, hostPath: /u}' | refused 'must validate one and only one schema'
+    ufs_is '{nfs: {server: h, path: u}}' | refused 'spec.ufs.nfs.path in body should match'
+    ufs_is '{hostPath: u}' | refused 'spec.ufs.hostPath in body should match'
+    for spec in '{claimName: u}' '{nfs: {server: h, path: /u}}' '{hostPath: /u}'; do
+        ufs_is "$spec" | k apply --dry-run=server -f -
+    done
     # And none of these fails because of something else.
     printf 'apiVersion: image-accel.io/v1alpha1\nkind: AcceleratedImage\nmetadata: {name: good}\nspec: {source: "h/a:1", platforms: [linux/amd64, all]}\n' |
         k apply --dry-run=server -f -
@@ -257,6 +269,17 @@ runs_lazily() {
     k logs lazy | grep .
     same "$(since_then | grep /blobs/)" "$(the_config "$registry/team/tiny:1-acc")"
     same "$(field fallbacks)" 0
+}
+
+# As nodes have it mounted, and through the claim again.
+takes_ufs_by_its_path() {
+    accel enable --host-path "$work/ufs" --wait
+    same "$(of_service UfsBound reason)" HostPath
+    task by-path "$registry/many/of:4" "target: $registry/many/of:by-path"
+    becomes by-path Ready
+    "$bin/mkfs-accel" verify "docker://$registry/many/of:4" --ufs "$work/ufs"
+    accel enable --claim ufs --wait
+    same "$(k get imageacceleration cluster -o 'jsonpath={.spec.ufs}' | jq -c .)" '{"claimName":"ufs"}'
 }
 
 tells_errors_in_words() {

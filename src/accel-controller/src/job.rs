@@ -2,12 +2,12 @@
 //! it.
 
 use crate::reference::Names;
-use crate::resource::{AcceleratedImage, ImageAccelerationSpec};
+use crate::resource::{AcceleratedImage, ImageAccelerationSpec, UfsPlace};
 use k8s_openapi::api::batch::v1::{Job, JobSpec};
 use k8s_openapi::api::core::v1::{
-    Capabilities, Container, KeyToPath, PersistentVolumeClaimVolumeSource, PodSecurityContext,
-    PodSpec, PodTemplateSpec, ResourceRequirements, SeccompProfile, SecretVolumeSource,
-    SecurityContext, Volume, VolumeMount,
+    Capabilities, Container, HostPathVolumeSource, KeyToPath, NFSVolumeSource,
+    PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec,
+    ResourceRequirements, SeccompProfile, SecretVolumeSource, SecurityContext, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -361,14 +361,35 @@ fn mount(name: &str, at: &str, read_only: bool) -> VolumeMount {
 }
 
 fn ufs_volume(service: &ImageAccelerationSpec) -> Volume {
-    Volume {
+    let mut volume = Volume {
         name: "ufs".to_owned(),
-        persistent_volume_claim: Some(PersistentVolumeClaimVolumeSource {
-            claim_name: service.ufs.claim_name.clone(),
-            read_only: None,
-        }),
         ..Volume::default()
+    };
+    match service.ufs.place() {
+        Some(UfsPlace::Claim(name)) => {
+            volume.persistent_volume_claim = Some(PersistentVolumeClaimVolumeSource {
+                claim_name: name.to_owned(),
+                read_only: None,
+            });
+        }
+        Some(UfsPlace::Nfs(server, path)) => {
+            volume.nfs = Some(NFSVolumeSource {
+                server: server.to_owned(),
+                path: path.to_owned(),
+                read_only: None,
+            });
+        }
+        Some(UfsPlace::HostPath(path)) => {
+            volume.host_path = Some(HostPathVolumeSource {
+                path: path.to_owned(),
+                // It is not made where it is missing.
+                type_: Some("Directory".to_owned()),
+            });
+        }
+        // No schema lets it through; the pod is refused with the volume's name.
+        None => {}
     }
+    volume
 }
 
 fn login_volume(secret: &str, optional: bool) -> Volume {

@@ -329,11 +329,16 @@ impl<'a> Next<'a> {
                 self.status.progress = Some(shown);
             }
         }
-        let what = lacks.or_else(|| self.observed.pod.and_then(waits_for));
-        self.say(
-            Phase::Creating,
-            what.as_deref().unwrap_or("is being converted"),
-        );
+        let what = match self.observed.pod {
+            Some(pod) => waits_for(pod).unwrap_or_else(|| "is being converted".to_owned()),
+            // Because it has just been made, or nobody lets it have one.
+            None => format!(
+                "its Job has no pod; if that lasts, `kubectl -n {} describe job {}` says why",
+                self.observed.settings.namespace,
+                job.name_any()
+            ),
+        };
+        self.say(Phase::Creating, &lacks.unwrap_or(what));
     }
 
     /// The Job has done its work.

@@ -76,7 +76,7 @@ const KEY: &str =
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ImageAccelerationSpec {
-    /// Where converted layers are kept.
+    /// Where converted layers are kept. Exactly one of these is given.
     pub ufs: UfsSpec,
     /// How registries are reached.
     #[serde(default)]
@@ -115,14 +115,61 @@ impl Default for NodesSpec {
     }
 }
 
-/// Where converted layers are kept.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+/// Where converted layers are kept: what nodes read, and the Jobs write. Exactly one of these.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct UfsSpec {
-    /// A PersistentVolumeClaim in the controller's namespace, through which the Jobs write
-    /// what nodes read: ReadWriteMany, unless all Jobs run on one node.
+    /// A PersistentVolumeClaim in the controller's namespace: ReadWriteMany, unless all Jobs
+    /// run on one node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = NAME))]
-    pub claim_name: String,
+    pub claim_name: Option<String>,
+    /// A directory of an NFS server, which the Jobs' nodes mount for them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nfs: Option<NfsSpec>,
+    /// Where the nodes on which Jobs run have it mounted: an absolute path. A node on which it
+    /// is not mounted would keep what is converted for itself: see `jobs.nodeSelector`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^/.*$"), length(max = 1024))]
+    pub host_path: Option<String>,
+}
+
+/// A directory of an NFS server.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct NfsSpec {
+    /// Its name or address.
+    #[schemars(regex(pattern = r"^[a-zA-Z0-9:.\[\]_-]+$"), length(max = 253))]
+    pub server: String,
+    /// What it exports: an absolute path.
+    #[schemars(regex(pattern = r"^/.*$"), length(max = 1024))]
+    pub path: String,
+}
+
+/// What of [`UfsSpec`] is given; the schema lets nothing else through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UfsPlace<'a> {
+    /// The claim of this name.
+    Claim(&'a str),
+    /// A server, and a path on it.
+    Nfs(&'a str, &'a str),
+    /// A path on nodes.
+    HostPath(&'a str),
+}
+
+/// The fields of [`UfsSpec`].
+const UFS_PLACES: [&str; 3] = ["claimName", "nfs", "hostPath"];
+
+impl UfsSpec {
+    /// Where it is, if exactly that is said.
+    pub fn place(&self) -> Option<UfsPlace<'_>> {
+        match (&self.claim_name, &self.nfs, &self.host_path) {
+            (Some(name), None, None) => Some(UfsPlace::Claim(name)),
+            (None, Some(nfs), None) => Some(UfsPlace::Nfs(&nfs.server, &nfs.path)),
+            (None, None, Some(path)) => Some(UfsPlace::HostPath(path)),
+            _ => None,
+        }
+    }
 }
 
 /// How registries are reached.
@@ -411,6 +458,14 @@ pub fn definitions() -> Vec<CustomResourceDefinition> {
     }
     for schema in schemas(&mut definitions[0]) {
         name_is(schema, SERVICE_NAME);
+        let spec = schema
+            .properties
+            .as_mut()
+            .and_then(|all| all.get_mut("spec"));
+        let properties = spec.and_then(|spec| spec.properties.as_mut());
+        if let Some(ufs) = properties.and_then(|all| all.get_mut("ufs")) {
+            exactly_one_of(ufs, &UFS_PLACES);
+        }
     }
     definitions
 }
@@ -431,6 +486,20 @@ fn without_defaults(schema: &mut JSONSchemaProps) {
         .flat_map(|all| all.values_mut())
     {
         without_defaults(property);
+    }
+}
+
+/// Has the API server refuse what has none of these fields, or several.
+fn exactly_one_of(schema: &mut JSONSchemaProps, names: &[&str]) {
+    let needs = |name: &&str| JSONSchemaProps {
+        required: Some(vec![(*name).to_owned()]),
+        ..JSONSchemaProps::default()
+    };
+    schema.one_of = Some(names.iter().map(needs).collect());
+    let properties = schema.properties.iter_mut().flatten();
+    for (_, property) in properties.filter(|(name, _)| names.contains(&name.as_str())) {
+        // One that is null would be there.
+        property.nullable = None;
     }
 }
 
@@ -463,4 +532,42 @@ pub fn definitions_yaml() -> Result<Vec<(String, String)>, serde_saphyr::ser::Er
         ))
     };
     definitions().into_iter().map(text).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    #[test]
+    fn ufs_is_in_exactly_one_place() {
+        let definition = serde_json::to_value(&definitions()[0]).unwrap();
+        let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+        let ufs = &schema["properties"]["spec"]["properties"]["ufs"];
+        let one_of =
+            json!([{"required": ["claimName"]}, {"required": ["nfs"]}, {"required": ["hostPath"]}]);
+        assert_eq!(ufs["oneOf"], one_of);
+        let names: Vec<_> = ufs["properties"].as_object().unwrap().iter().collect();
+        assert_eq!(names.len(), UFS_PLACES.len(), "each is one of them");
+        for (name, property) in names {
+            assert_eq!(property.get("nullable"), None, "{name}");
+        }
+        let place = |ufs: Value| -> UfsSpec { serde_json::from_value(ufs).unwrap() };
+        let (server, path) = ("h", "/export");
+        for (ufs, expected) in [
+            (json!({"claimName": "u"}), Some(UfsPlace::Claim("u"))),
+            (
+                json!({"nfs": {"server": server, "path": path}}),
+                Some(UfsPlace::Nfs(server, path)),
+            ),
+            (
+                json!({"hostPath": "/mnt"}),
+                Some(UfsPlace::HostPath("/mnt")),
+            ),
+            (json!({}), None),
+            (json!({"claimName": "u", "hostPath": "/mnt"}), None),
+        ] {
+            assert_eq!(place(ufs).place(), expected);
+        }
+    }
 }

@@ -588,7 +588,10 @@ impl Context {
         known: &ImageAcceleration,
     ) -> Result<(), RunError> {
         let claims = self.own::<PersistentVolumeClaim>();
-        let claim = claims.get_opt(&service.spec.ufs.claim_name).await?;
+        let claim = match &service.spec.ufs.claim_name {
+            Some(name) => claims.get_opt(name).await?,
+            None => None,
+        };
         let tasks = self.tasks().await?;
         let ready = *self.ready.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Timestamp::now();

@@ -4,7 +4,7 @@ use crate::login::ACCESS;
 use crate::plan::set_condition;
 use crate::report;
 use crate::resource::{
-    AcceleratedImage, ImageAcceleration, ImageAccelerationStatus, Phase, UfsSpec,
+    AcceleratedImage, ImageAcceleration, ImageAccelerationStatus, Phase, UfsPlace, UfsSpec,
 };
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -63,7 +63,20 @@ pub fn status<'a>(
 }
 
 fn ufs(ufs: &UfsSpec, claim: Option<&PersistentVolumeClaim>) -> (bool, &'static str, String) {
-    let name = &ufs.claim_name;
+    let name = match ufs.place() {
+        Some(UfsPlace::Claim(name)) => name,
+        // Whether it is there the Jobs tell.
+        Some(UfsPlace::Nfs(server, path)) => {
+            return (true, "Nfs", format!("Jobs mount {server}:{path}"));
+        }
+        Some(UfsPlace::HostPath(path)) => {
+            return (true, "HostPath", format!("Jobs get {path} of their nodes"));
+        }
+        None => {
+            let what = "spec.ufs has to name one of claimName, nfs and hostPath";
+            return (false, "NoUfs", what.to_owned());
+        }
+    };
     let Some(claim) = claim else {
         let what =
             format!("there is no PersistentVolumeClaim {name} in the controller's namespace");
@@ -147,5 +160,19 @@ mod tests {
             (pending.nodes_text.as_str(), bound.nodes_text.as_str()),
             ("1/2", "2/2")
         );
+    }
+
+    #[test]
+    fn ufs_that_is_no_claim_is_the_jobs_business() {
+        for (given, reason, said) in [
+            (json!({"nfs": {"server": "h", "path": "/e"}}), "Nfs", "h:/e"),
+            (json!({"hostPath": "/mnt/ufs"}), "HostPath", "/mnt/ufs"),
+        ] {
+            let given: UfsSpec = serde_json::from_value(given).unwrap();
+            let (bound, why, message) = ufs(&given, None);
+            assert!(bound && message.contains(said), "{message}");
+            assert_eq!(why, reason);
+        }
+        assert!(!ufs(&UfsSpec::default(), None).0);
     }
 }

@@ -49,9 +49,8 @@ struct Cli {
 enum Command {
     /// Turn acceleration on, or change how it is done: what is not named stays as it is.
     Enable {
-        /// The claim for UFS in the controller's namespace
-        #[arg(long, value_name = "NAME")]
-        claim: String,
+        #[command(flatten)]
+        ufs: Ufs,
         /// The Secret with the registries' logins, in the controller's namespace
         #[arg(long, value_name = "NAME")]
         secret: Option<String>,
@@ -133,6 +132,37 @@ enum Command {
     },
 }
 
+/// Where UFS is for the Jobs.
+#[derive(Debug, Clone, clap::Args)]
+#[group(required = true, multiple = false)]
+struct Ufs {
+    /// A claim for UFS in the controller's namespace
+    #[arg(long, value_name = "NAME")]
+    claim: Option<String>,
+    /// An NFS server, and the directory on it
+    #[arg(long, value_name = "SERVER:PATH", value_parser = nfs)]
+    nfs: Option<(String, String)>,
+    /// Where the nodes on which Jobs run have UFS mounted
+    #[arg(long, value_name = "PATH")]
+    host_path: Option<String>,
+}
+
+fn nfs(text: &str) -> Result<(String, String), String> {
+    match text.split_once(":/") {
+        Some((server, path)) if !server.is_empty() => Ok((server.to_owned(), format!("/{path}"))),
+        _ => Err("it is not SERVER:PATH with an absolute path".to_owned()),
+    }
+}
+
+impl Ufs {
+    /// One takes the place of the other.
+    fn spec(&self) -> Value {
+        let nfs = self.nfs.as_ref();
+        let nfs = nfs.map(|(server, path)| json!({"server": server, "path": path}));
+        json!({"claimName": self.claim, "nfs": nfs, "hostPath": self.host_path})
+    }
+}
+
 #[derive(Debug, Clone, Copy, clap::Args)]
 struct Wait {
     /// Come back when it is done, with 1 if it fails
@@ -183,7 +213,7 @@ async fn run(cli: Cli) -> Result<()> {
     let tasks = Tasks(Api::namespaced(client.clone(), &namespace));
     match cli.command {
         Command::Enable {
-            claim,
+            ufs,
             secret,
             push_to,
             plain_http,
@@ -196,7 +226,7 @@ async fn run(cli: Cli) -> Result<()> {
             registry.extend(plain_http.then(|| ("plainHttp".to_owned(), json!(true))));
             let mut jobs = Map::new();
             jobs.extend(limit.map(|limit| ("limit".to_owned(), json!(limit))));
-            let spec = json!({"ufs": {"claimName": claim}, "registry": registry, "jobs": jobs});
+            let spec = json!({"ufs": ufs.spec(), "registry": registry, "jobs": jobs});
             enable(&Api::all(client), &spec, wait).await
         }
         Command::Disable { purge, wait } => disable(&Api::all(client), purge, wait).await,
@@ -505,6 +535,50 @@ impl List {
             api_version: "v1",
             kind: "List",
             items,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ufs_is_named_in_one_way() {
+        let parse = |arguments: &[&str]| {
+            let all = ["accel", "enable"].iter().chain(arguments);
+            match Cli::try_parse_from(all) {
+                Ok(Cli {
+                    command: Command::Enable { ufs, .. },
+                    ..
+                }) => Some(ufs.spec()),
+                _ => None,
+            }
+        };
+        let spec = |claim: Value, nfs: Value, path: Value| {
+            Some(json!({"claimName": claim, "nfs": nfs, "hostPath": path}))
+        };
+        let none = Value::Null;
+        let nfs = json!({"server": "[fd00::1]", "path": "/a"});
+        assert_eq!(
+            parse(&["--claim", "u"]),
+            spec(json!("u"), none.clone(), none.clone())
+        );
+        assert_eq!(
+            parse(&["--nfs", "[fd00::1]:/a"]),
+            spec(none.clone(), nfs, none.clone())
+        );
+        assert_eq!(
+            parse(&["--host-path", "/a"]),
+            spec(none.clone(), none, json!("/a"))
+        );
+        for wrong in [
+            &[][..],
+            &["--claim", "u", "--host-path", "/a"],
+            &["--nfs", "h"],
+            &["--nfs", ":/a"],
+        ] {
+            assert_eq!(parse(wrong), None, "{wrong:?}");
         }
     }
 }

@@ -32,7 +32,8 @@ impl Cluster {
         });
         let spec = ImageAccelerationSpec {
             ufs: UfsSpec {
-                claim_name: "ufs".to_owned(),
+                claim_name: Some("ufs".to_owned()),
+                ..UfsSpec::default()
             },
             registry: Default::default(),
             jobs: Default::default(),
@@ -352,6 +353,9 @@ fn there_are_never_more_jobs_than_the_limit() {
     // One that is at work is not counted against itself.
     cluster.others_at_work = 4;
     assert!(!cluster.plan().waits);
+    assert!(cluster.step().is_empty());
+    assert!(cluster.phase().1.starts_with("its Job has no pod"));
+    cluster.pod_says(&json!({"running": {}}));
     assert!(cluster.step().is_empty());
     assert_eq!(cluster.phase().1, "is being converted");
 }
@@ -829,5 +833,33 @@ fn a_task_has_its_login_from_its_own_namespace() {
         let pod = serde_json::to_value(&cluster.jobs[0]).unwrap();
         let volumes = &pod["spec"]["template"]["spec"]["volumes"];
         assert_eq!(volumes[1]["secret"]["secretName"], name);
+    }
+}
+
+#[test]
+fn jobs_get_ufs_from_where_it_is() {
+    let nfs = json!({"server": "h", "path": "/export"});
+    for (ufs, volume) in [
+        (
+            json!({"claimName": "u"}),
+            json!({"persistentVolumeClaim": {"claimName": "u"}}),
+        ),
+        (json!({"nfs": nfs}), json!({"nfs": nfs})),
+        (
+            json!({"hostPath": "/mnt/ufs"}),
+            json!({"hostPath": {"path": "/mnt/ufs", "type": "Directory"}}),
+        ),
+    ] {
+        let mut cluster = Cluster::new();
+        cluster.step();
+        cluster.service.as_mut().unwrap().spec.ufs = serde_json::from_value(ufs).unwrap();
+        cluster.step();
+        let job = serde_json::to_value(&cluster.jobs[0]).unwrap();
+        let mut expected = volume;
+        expected["name"] = json!("ufs");
+        assert_eq!(
+            job["spec"]["template"]["spec"]["volumes"],
+            json!([expected])
+        );
     }
 }
