@@ -104,12 +104,12 @@ on_ufs() { find "$work/ufs" -name '*.erofs' | wc -l; }
 
 cluster_checks=(
     installs refuses_what_cannot_be waits_for_the_service converts says_what_happened shares_layers runs_lazily
-    tells_errors_in_words keeps_to_the_limit survives_kills
+    takes_ufs_by_its_path tells_errors_in_words keeps_to_the_limit survives_kills
     passes_on_the_lead logs_in
-    labels_nodes_that_can_serve labels_nodes_that_are_meant
+    labels_nodes_that_can_serve labels_nodes_that_are_meant tells_prometheus
     waits_for_who_uses_it removes_what_nobody_needs deletes_while_ufs_is_away asks_for_nodes_that_are_silent
     deletes turns_off
-    obeys_the_plug_in
+    obeys_the_plug_in purges
 )
 
 # The base as it is, with what differs from cluster to cluster.
@@ -170,6 +170,7 @@ YAML
 }
 
 refuses_what_cannot_be() {
+    local spec
     refused() { { k apply --validate=false --dry-run=server -f - 2>&1 || true; } | grep -F "$1"; }
     spec_refused() { # WHAT IT SAYS, SPEC
         printf 'apiVersion: image-accel.io/v1alpha1\nkind: AcceleratedImage\nmetadata: {name: bad}\nspec: %s\n' "$2" | refused "$1"
@@ -178,10 +179,22 @@ refuses_what_cannot_be() {
     spec_refused 'spec.source in body should match' '{source: "h/UPPER:1"}'
     spec_refused 'spec.target in body should match' '{source: "h/a:1", target: "h/a"}'
     spec_refused 'spec.platforms in body should match' '{source: "h/a:1", platforms: [linux]}'
+    spec_refused 'spec.secretName in body should match' '{source: "h/a:1", secretName: other/login}'
     spec_refused 'spec.source: Required value' '{target: "h/a:1"}'
     # The definition knows one name.
     printf 'apiVersion: image-accel.io/v1alpha1\nkind: ImageAcceleration\nmetadata: {name: other}\nspec: {ufs: {claimName: u}}\n' |
         refused 'metadata.name in body should match'
+    # UFS is in one place.
+    ufs_is() { # SPEC
+        printf 'apiVersion: image-accel.io/v1alpha1\nkind: ImageAcceleration\nmetadata: {name: cluster}\nspec: {ufs: %s}\n' "$1"
+    }
+    ufs_is '{}' | refused 'must validate one and only one schema'
+    ufs_is '{claimName: u, hostPath: /u}' | refused 'must validate one and only one schema'
+    ufs_is '{nfs: {server: h, path: u}}' | refused 'spec.ufs.nfs.path in body should match'
+    ufs_is '{hostPath: u}' | refused 'spec.ufs.hostPath in body should match'
+    for spec in '{claimName: u}' '{nfs: {server: h, path: /u}}' '{hostPath: /u}'; do
+        ufs_is "$spec" | k apply --dry-run=server -f -
+    done
     # And none of these fails because of something else.
     printf 'apiVersion: image-accel.io/v1alpha1\nkind: AcceleratedImage\nmetadata: {name: good}\nspec: {source: "h/a:1", platforms: [linux/amd64, all]}\n' |
         k apply --dry-run=server -f -
@@ -238,9 +251,21 @@ runs_lazily() {
     same "$(field fallbacks)" 0
 }
 
+# As nodes have it mounted, and through the claim again.
+takes_ufs_by_its_path() {
+    accel enable --host-path "$work/ufs" --wait
+    same "$(of_service UfsBound reason)" HostPath
+    task by-path "$registry/many/of:4" "target: $registry/many/of:by-path"
+    becomes by-path Ready
+    "$bin/mkfs-accel" verify "docker://$registry/many/of:4" --ufs "$work/ufs"
+    accel enable --claim ufs --wait
+    same "$(k get imageacceleration cluster -o 'jsonpath={.spec.ufs}' | jq -c .)" '{"claimName":"ufs"}'
+}
+
 tells_errors_in_words() {
     task wrong "$registry/team/missing:1"
     becomes wrong CreateError
+    same "$(condition wrong RegistryAccess reason)" NotFound
     of_task wrong message | grep 'the image cannot be had'
     same "$(events_of wrong | sort | xargs)" 'CreateError Creating'
     # It can be looked at.
@@ -316,24 +341,106 @@ passes_on_the_lead() {
     k -n image-accel rollout status deployment/accel-controller --timeout 300s
 }
 
-# With a login that the Jobs have and nobody else, and that is nowhere to be seen.
+access_is() { [ "$(condition "$1" RegistryAccess reason)" = "$2" ]; }
+of_service() { k get imageacceleration cluster -o "jsonpath={.status.conditions[?(@.type==\"$1\")].$2}"; }
+service_access_is() { [ "$(of_service RegistryAccess reason)" = "$1" ]; }
+# logs_in_with SECRET: from now on; registries are asked anew.
+logs_in_with() {
+    k patch imageacceleration cluster --type merge -p '{"spec": {"registry": {"secretName": null}}}'
+    wait_until service_access_is NothingToCheck
+    k patch imageacceleration cluster --type merge -p "{\"spec\": {\"registry\": {\"secretName\": \"$1\"}}}"
+}
+# login_secret NAME REGISTRY PASSWORD [OPTION…]
+login_secret() {
+    local name=$1 registry=$2 password=$3
+    shift 3
+    k "$@" create secret docker-registry "$name" --docker-server "$registry" --docker-username robot \
+        --docker-password "$password" --dry-run=client -o yaml | k "$@" apply -f - >/dev/null
+}
+# is_nowhere PASSWORD: but in Secrets: neither in what the cluster has and says of it, nor in
+# logs, nor among programs' arguments, nor on UFS.
+is_nowhere() {
+    local said=$work/said word
+    {
+        k get acceleratedimages,imageaccelerations,jobs,pods,events,events.events.k8s.io,configmaps,leases \
+            --all-namespaces -o yaml
+        k describe acceleratedimages,imageaccelerations,jobs,pods --all-namespaces
+        k -n image-accel logs --tail -1 -l app.kubernetes.io/name=accel-controller
+        cat /var/log/pods/image-accel_*/*/*.log
+        cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\0' '\n' || true
+        find "$work/ufs" -name '*.json' -exec cat {} +
+    } >"$said"
+    # All of it is there to be looked at.
+    for word in 'kind: AcceleratedImage' RegistryAccess starts accel-controller "$private"; do
+        grep -qF -- "$word" "$said"
+    done
+    # The Secret has it as base64 of USER:PASSWORD, and in base64 as a whole.
+    for word in "$1" "$(printf 'robot:%s' "$1" | base64 | cut -c 1-20)"; do
+        fails grep -F -- "$word" "$said"
+    done
+    rm "$said"
+}
+
+# With logins that the Jobs have and nobody else, and that are nowhere to be seen.
 logs_in() {
-    local password=not-for-everybody registry=$registry private
+    local password=not-for-everybody wrong=and-this-is-wrong registry=$registry private
     registry_login=robot:$password registry_address=$cluster_address start_registry "$work/private"
     private=$registry
     skopeo copy --quiet --dest-tls-verify=false --dest-creds "robot:$password" "oci:$work/made/many:1" "docker://$private/one:1"
     service 'jobs: {limit: 2, retries: 0, memoryMib: 256, cpuMillis: 300}'
     task private "$private/one:1"
     becomes private CreateError
-    of_task private message | grep 'the image cannot be had'
-    k -n image-accel create secret docker-registry login --docker-server "$private" --docker-username robot \
-        --docker-password "$password"
-    k patch imageacceleration cluster --type merge -p '{"spec": {"registry": {"secretName": "login"}}}'
+    access_is private NoLogin
+    condition private RegistryAccess message | grep 'no Secret is named'
+    # It is told without any task what is wrong with it: there is none,
+    logs_in_with login
+    wait_until service_access_is NoSecret
+    of_service Ready message | grep 'Secret login'
+    same "$(of_service Ready status)" False
+    # it has another registry's login,
+    login_secret login elsewhere.example "$password" -n image-accel
+    task private "$private/one:1" "target: $private/one:other"
+    no_login() { condition private RegistryAccess message | grep "the Secret login .* has no login for $private"; }
+    wait_until no_login
+    # or a wrong one.
+    login_secret login "$private" "$wrong" -n image-accel
+    logs_in_with login
+    wait_until service_access_is Unauthorized
+    of_service RegistryAccess message | grep "correct user and password for $private in the Secret login"
+    task private "$private/one:1" "target: $private/one:third"
+    wait_until access_is private Unauthorized
+    # The Job and its log, too.
+    k -n image-accel logs "$(k get acceleratedimage private -o 'jsonpath={.metadata.uid}' | sed 's/.*/job\/accel-&-3-0/')" | grep Unauthorized
+    is_nowhere "$wrong"
+    login_secret login "$private" "$password" -n image-accel
+    logs_in_with login
+    wait_until service_access_is Checked
+    same "$(of_service Ready status)" True
     # Another version of the task: it is tried at once.
     task private "$private/one:1" "target: $private/one:fast"
     becomes private Ready
-    fails sh -c "$(printf '%q ' "${kubectl[@]}") get acceleratedimages,imageaccelerations,jobs,pods,events --all-namespaces -o yaml | grep -F $password"
-    fails sh -c "$(printf '%q ' "${kubectl[@]}") -n image-accel logs --tail -1 -l app.kubernetes.io/name=accel-controller | grep -F $password"
+    access_is private Checked
+    # An address at which there is nothing.
+    login_secret nobody "$cluster_address:1" "$password" -n image-accel
+    logs_in_with nobody
+    wait_until service_access_is Unreachable
+    # A task that has its own, in its own namespace, which lets the controller read it.
+    login_secret mine "$private" "$password"
+    task own "$private/one:1" "target: $private/one:own" 'secretName: mine'
+    wait_until access_is own SecretNotReadable
+    condition own RegistryAccess message | grep 'accel-controller secret-access default mine'
+    "$bin/accel-controller" secret-access default mine | k apply -f -
+    becomes own Ready
+    no_copies() { [ -z "$(k -n image-accel get secrets -l app.kubernetes.io/managed-by=accel-controller -o name)" ]; }
+    wait_until no_copies
+    can() { k auth can-i "$@" --as system:serviceaccount:image-accel:accel-controller; }
+    can get secrets/mine
+    fails can get secrets/mine -n image-accel
+    fails can get secrets/login -n image-accel
+    fails can list secrets
+    logs_in_with login
+    wait_until service_access_is Checked
+    is_nowhere "$password"
 }
 
 # What the node says on UFS.
@@ -413,6 +520,53 @@ labels_nodes_that_are_meant() {
     with_nodes 'null'
     wait_until labelled
     same "$(k get node n1 -o 'jsonpath={.metadata.labels.example\.com/fast}')" ''
+}
+
+# metric NAME[{LABELS}]: as the controller that leads says it.
+metric() {
+    local address
+    address=$(k -n image-accel get pod "$(leader | sed 's/-[0-9]*$//')" -o 'jsonpath={.status.podIP}')
+    curl -sf "http://$address:8080/metrics" | awk -v name="$1" '$1 == name { print $2; found = 1 } END { exit !found }'
+}
+is_more() { [ "$(metric "$1")" -gt "$2" ]; }
+metric_is() { [ "$(metric "$1")" = "$2" ]; }
+
+# What this very controller has done: each number moves.
+tells_prometheus() {
+    local name refused='accel_controller_refusals_total{reason="NotFound"}' ready='accel_controller_conversions_total{result="ready"}'
+    local failed='accel_controller_conversions_total{result="failed"}' removed='accel_controller_removals_total{result="removed"}'
+    local -A before
+    wait_until leads
+    wait_until metric_is accel_controller_leads 1
+    for name in "$ready" "$failed" "$removed" accel_controller_{jobs_started,converted_bytes,written_bytes,looks}_total \
+        accel_controller_conversion_seconds_count; do
+        before[$name]=$(metric "$name")
+    done
+    wait_until metric_is accel_controller_nodes_ready 1
+    wait_until metric_is 'accel_controller_tasks{phase="Ready"}' \
+        "$(k get acceleratedimages -o json | jq '[.items[] | select(.status.phase == "Ready")] | length')"
+    # One waits for the other.
+    service 'jobs: {limit: 1, retries: 0, memoryMib: 256, cpuMillis: 300}'
+    task counted "$registry/many/of:2" "target: $registry/many/of:counted"
+    task counted-later "$registry/many/of:3" "target: $registry/many/of:counted-later"
+    wait_until is_more accel_controller_queue 0
+    wait_until is_more accel_controller_jobs_at_work 0
+    becomes counted Ready
+    becomes counted-later Ready
+    task missed "$registry/team/missing:2"
+    becomes missed CreateError
+    wait_until is_more 'accel_controller_tasks{phase="CreateError"}' 0
+    wait_until is_more "$refused" 0
+    k delete acceleratedimages counted counted-later missed --timeout 300s
+    for name in "${!before[@]}"; do
+        wait_until is_more "$name" "${before[$name]}"
+    done
+    same "$(metric accel_controller_queue)" 0
+    # The other one has nothing to tell.
+    for name in $(k -n image-accel get pods -l app.kubernetes.io/name=accel-controller -o 'jsonpath={.items[*].status.podIP}'); do
+        curl -sf "http://$name:8080/metrics" | grep '^accel_controller_leads'
+    done | sort | xargs | grep -x 'accel_controller_leads 0 accel_controller_leads 1'
+    service 'jobs: {limit: 2, retries: 0, memoryMib: 256, cpuMillis: 300}'
 }
 
 # Two images with two layers in common, and a container runs on the one that has one more.
@@ -550,8 +704,43 @@ obeys_the_plug_in() {
     accel delete "$registry/many/of:4" --wait
     same "$(k get acceleratedimages -o name)" ''
     fails accel delete of-4
+    # All that was made stays,
+    accel create "$registry/many/of:2" --target "$registry/many/of:to-stay" --name stays --wait
     accel disable --wait
     fails accel disable
+    phase_is stays Ready
+    skopeo inspect --tls-verify=false "docker://$registry/many/of:to-stay" >/dev/null
+}
+
+# unless it is to go: not while it is in use, though.
+purges() {
+    local layers layer
+    accel enable --claim ufs --plain-http --wait
+    k patch imageacceleration cluster --type merge -p '{"spec": {"jobs": {"retries": 0, "memoryMib": 256, "cpuMillis": 300}}}'
+    accel create "$registry/team/more:1" --target "$registry/elsewhere/more:purged" --name used --wait
+    k run user --image "$registry/elsewhere/more:purged" --image-pull-policy Always --restart Never --command -- \
+        /bin/sh -c 'while :; do sleep 1; done'
+    k wait --for condition=ready pod/user --timeout 300s
+    wait_until says_used 3
+    layers=$(layers_of "$registry/team/more:1")
+    accel disable --purge
+    purged_says() { of_service Purged message | grep -F "$1"; }
+    wait_until is_gone stays
+    wait_until purged_says 'in use: default/used'
+    not_there many/of to-stay
+    skopeo inspect --tls-verify=false "docker://$registry/elsewhere/more:purged" >/dev/null
+    wait_until not_labelled
+    # One that comes now has made nothing.
+    task later "$registry/many/of:3"
+    becomes later Creating
+    same "$(condition later Accepted reason)" Disabled
+    k delete pod user --grace-period 0 --timeout 120s
+    k wait --for delete imageacceleration/cluster --timeout 300s
+    is_gone used
+    not_there elsewhere/more purged
+    for layer in $layers; do [ ! -e "$work/ufs/$layer" ]; done
+    phase_is later Creating
+    k delete acceleratedimage later --timeout 60s
 }
 
 report_cluster() {

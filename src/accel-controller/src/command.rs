@@ -224,6 +224,7 @@ mod tests {
             source: source.to_owned(),
             target: None,
             platforms: Vec::new(),
+            secret_name: None,
         };
         let mut task = AcceleratedImage::new(name, spec);
         task.metadata.generation = Some(1);

@@ -2,12 +2,12 @@
 //! it.
 
 use crate::reference::Names;
-use crate::resource::{AcceleratedImage, ImageAccelerationSpec};
+use crate::resource::{AcceleratedImage, ImageAccelerationSpec, UfsPlace};
 use k8s_openapi::api::batch::v1::{Job, JobSpec};
 use k8s_openapi::api::core::v1::{
-    Capabilities, Container, KeyToPath, PersistentVolumeClaimVolumeSource, PodSecurityContext,
-    PodSpec, PodTemplateSpec, ResourceRequirements, SeccompProfile, SecretVolumeSource,
-    SecurityContext, Volume, VolumeMount,
+    Capabilities, Container, HostPathVolumeSource, KeyToPath, NFSVolumeSource,
+    PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec,
+    ResourceRequirements, SeccompProfile, SecretVolumeSource, SecurityContext, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -21,6 +21,8 @@ const TASK_NAMESPACE: &str = "image-accel.io/task-namespace";
 const TASK_NAME: &str = "image-accel.io/task-name";
 /// What selects all that the controller makes.
 pub const SELECTOR: &str = "app.kubernetes.io/managed-by=accel-controller";
+/// On Jobs that ask registries whether they take logins.
+pub const CHECK: (&str, &str) = ("app.kubernetes.io/component", "login-check");
 
 const UFS: &str = "/ufs";
 const LOGIN: &str = "/login";
@@ -36,8 +38,8 @@ pub struct Settings {
     pub cluster: String,
 }
 
-/// The longest that a Job may take that removes something, in seconds.
-const REMOVAL_DEADLINE: u32 = 600;
+/// The longest that a Job may take that converts nothing, in seconds.
+const SHORT_DEADLINE: u32 = 600;
 
 /// The name of the Job for a version of a task, when `failures` of them have failed.
 pub fn name(uid: &str, generation: i64, failures: u32) -> String {
@@ -61,6 +63,41 @@ pub fn task_of(job: &Job) -> Option<(&str, &str)> {
     Some((namespace, annotations.get(TASK_NAME)?))
 }
 
+/// Where a Job has its login from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Login<'a> {
+    /// It has none.
+    None,
+    /// This Secret, whether there is one or not: the Job tells.
+    Secret(&'a str),
+    /// A Secret that is called like the Job, and is made for it: a copy of one that is in
+    /// another namespace.
+    Lent,
+}
+
+impl<'a> Login<'a> {
+    /// That of all tasks that name none.
+    pub fn of_service(service: &'a ImageAccelerationSpec) -> Self {
+        match &service.registry.secret_name {
+            Some(name) => Self::Secret(name),
+            None => Self::None,
+        }
+    }
+}
+
+/// Whether a Job waits for a Secret that is made for it.
+pub fn is_lent(job: &Job) -> bool {
+    let pod = job
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.template.spec.as_ref());
+    let volumes = pod.and_then(|pod| pod.volumes.as_ref());
+    volumes.into_iter().flatten().any(|volume| {
+        let secret = volume.secret.as_ref();
+        secret.is_some_and(|secret| secret.secret_name == job.metadata.name)
+    })
+}
+
 /// The Job of that name, which converts.
 pub fn build(
     name: String,
@@ -69,22 +106,60 @@ pub fn build(
     names: &Names,
     settings: &Settings,
 ) -> Job {
+    let login = match task.spec.secret_name {
+        Some(_) => Login::Lent,
+        None => Login::of_service(service),
+    };
     let work = Work {
-        arguments: arguments(task, service, names, settings),
+        arguments: arguments(task, service, names, login, settings),
         retries: service.jobs.retries.into(),
         deadline: service.jobs.deadline_seconds,
+        ufs: true,
+        login,
     };
-    with(name, task, service, work, settings)
+    of_task(with(name, service, work, settings), task)
 }
 
-/// The Job of that name, which removes what the task made. `gone` are nodes that are no more.
+/// The Job of that name, which asks registries whether they take the logins of the service;
+/// `registry` besides those that there are logins for.
+pub fn build_check(
+    name: String,
+    service: &ImageAccelerationSpec,
+    registry: Option<&str>,
+    settings: &Settings,
+) -> Job {
+    let login = Login::of_service(service);
+    let mut arguments = vec!["check".to_owned(), "--json".to_owned()];
+    arguments.extend(registry.map(str::to_owned));
+    arguments.extend(registry_options(service, login));
+    let work = Work {
+        arguments,
+        retries: 0,
+        deadline: service.jobs.deadline_seconds.min(SHORT_DEADLINE),
+        ufs: false,
+        login,
+    };
+    let mut job = with(name, service, work, settings);
+    let check = BTreeMap::from([(CHECK.0.to_owned(), CHECK.1.to_owned())]);
+    label(&mut job, &check);
+    job
+}
+
+/// The Job of that name, which removes what the task made. `gone` are nodes that are no more;
+/// `has_login` says whether the Secret that the task names, if it names one, can be had.
 pub fn build_removal(
     name: String,
     task: &AcceleratedImage,
     service: &ImageAccelerationSpec,
     gone: &[String],
+    has_login: bool,
     settings: &Settings,
 ) -> Job {
+    let login = match task.spec.secret_name {
+        Some(_) if has_login => Login::Lent,
+        // Its namespace may be going, and all that is in it.
+        _ => Login::of_service(service),
+    };
     let mut arguments = vec!["delete".to_owned()];
     let mut add = |option: &str, value: String| arguments.extend([option.to_owned(), value]);
     add("--claim", claim(task, settings));
@@ -92,33 +167,32 @@ pub fn build_removal(
     for node in gone {
         add("--gone", format!("{}/{node}", settings.cluster));
     }
-    arguments.extend(registry_options(service));
+    arguments.extend(registry_options(service, login));
     arguments.push("--json".to_owned());
     let work = Work {
         arguments,
         // What it says when it fails counts: that nodes use it.
         retries: 0,
-        deadline: service.jobs.deadline_seconds.min(REMOVAL_DEADLINE),
+        deadline: service.jobs.deadline_seconds.min(SHORT_DEADLINE),
+        ufs: true,
+        login,
     };
-    with(name, task, service, work, settings)
+    of_task(with(name, service, work, settings), task)
 }
 
 /// What a Job does.
-struct Work {
+struct Work<'a> {
     arguments: Vec<String>,
     retries: i32,
     /// In seconds.
     deadline: u32,
+    /// Whether it gets UFS.
+    ufs: bool,
+    login: Login<'a>,
 }
 
 /// A Job. It may do nothing but read its login and write to UFS.
-fn with(
-    name: String,
-    task: &AcceleratedImage,
-    service: &ImageAccelerationSpec,
-    work: Work,
-    settings: &Settings,
-) -> Job {
+fn with(name: String, service: &ImageAccelerationSpec, work: Work<'_>, settings: &Settings) -> Job {
     let jobs = &service.jobs;
     let labels: BTreeMap<String, String> = [
         ("app.kubernetes.io/name", "mkfs-accel".to_owned()),
@@ -126,20 +200,22 @@ fn with(
             "app.kubernetes.io/managed-by",
             "accel-controller".to_owned(),
         ),
-        (TASK_UID, task.uid().unwrap_or_default()),
     ]
     .map(|(key, value)| (key.to_owned(), value))
     .into();
-    let annotations = [
-        (
-            TASK_NAMESPACE.to_owned(),
-            task.namespace().unwrap_or_default(),
-        ),
-        (TASK_NAME.to_owned(), task.name_any()),
-    ];
-    let (mut volumes, mut mounts) = (vec![ufs_volume(service)], vec![mount("ufs", UFS, false)]);
-    if let Some(secret) = &service.registry.secret_name {
-        volumes.push(login_volume(secret));
+    let (mut volumes, mut mounts) = (Vec::new(), Vec::new());
+    if work.ufs {
+        volumes.push(ufs_volume(service));
+        mounts.push(mount("ufs", UFS, false));
+    }
+    let secret = match work.login {
+        Login::None => None,
+        // The Job says that it is not there, in words; otherwise its pod would wait for it.
+        Login::Secret(secret) => Some(login_volume(secret, true)),
+        Login::Lent => Some(login_volume(&name, false)),
+    };
+    if let Some(secret) = secret {
+        volumes.push(secret);
         mounts.push(mount("login", LOGIN, true));
     }
     let quantity = |name: &str, value: String| (name.to_owned(), Quantity(value));
@@ -201,7 +277,6 @@ fn with(
             name: Some(name),
             namespace: Some(settings.namespace.clone()),
             labels: Some(labels.clone()),
-            annotations: Some(annotations.into()),
             ..ObjectMeta::default()
         },
         spec: Some(JobSpec {
@@ -220,10 +295,33 @@ fn with(
     }
 }
 
+/// Says on a Job and its pods of which task they are.
+fn of_task(mut job: Job, task: &AcceleratedImage) -> Job {
+    let uid = BTreeMap::from([(TASK_UID.to_owned(), task.uid().unwrap_or_default())]);
+    label(&mut job, &uid);
+    let annotations = job.metadata.annotations.get_or_insert_default();
+    let namespace = task.namespace().unwrap_or_default();
+    annotations.insert(TASK_NAMESPACE.to_owned(), namespace);
+    annotations.insert(TASK_NAME.to_owned(), task.name_any());
+    job
+}
+
+fn label(job: &mut Job, more: &BTreeMap<String, String>) {
+    let pod = job
+        .spec
+        .as_mut()
+        .and_then(|spec| spec.template.metadata.as_mut());
+    for metadata in [Some(&mut job.metadata), pod].into_iter().flatten() {
+        let labels = metadata.labels.get_or_insert_default();
+        labels.extend(more.clone());
+    }
+}
+
 fn arguments(
     task: &AcceleratedImage,
     service: &ImageAccelerationSpec,
     names: &Names,
+    login: Login<'_>,
     settings: &Settings,
 ) -> Vec<String> {
     let mut arguments = vec!["convert", &names.source, "--ufs", UFS];
@@ -234,14 +332,14 @@ fn arguments(
     }
     arguments.push("--json-lines");
     let mut arguments: Vec<_> = arguments.into_iter().map(str::to_owned).collect();
-    arguments.extend(registry_options(service));
+    arguments.extend(registry_options(service, login));
     arguments
 }
 
 /// How registries are reached.
-fn registry_options(service: &ImageAccelerationSpec) -> Vec<String> {
+fn registry_options(service: &ImageAccelerationSpec, login: Login<'_>) -> Vec<String> {
     let mut options = Vec::new();
-    if service.registry.secret_name.is_some() {
+    if login != Login::None {
         options.extend([
             "--registry-config".to_owned(),
             format!("{LOGIN}/config.json"),
@@ -263,21 +361,43 @@ fn mount(name: &str, at: &str, read_only: bool) -> VolumeMount {
 }
 
 fn ufs_volume(service: &ImageAccelerationSpec) -> Volume {
-    Volume {
+    let mut volume = Volume {
         name: "ufs".to_owned(),
-        persistent_volume_claim: Some(PersistentVolumeClaimVolumeSource {
-            claim_name: service.ufs.claim_name.clone(),
-            read_only: None,
-        }),
         ..Volume::default()
+    };
+    match service.ufs.place() {
+        Some(UfsPlace::Claim(name)) => {
+            volume.persistent_volume_claim = Some(PersistentVolumeClaimVolumeSource {
+                claim_name: name.to_owned(),
+                read_only: None,
+            });
+        }
+        Some(UfsPlace::Nfs(server, path)) => {
+            volume.nfs = Some(NFSVolumeSource {
+                server: server.to_owned(),
+                path: path.to_owned(),
+                read_only: None,
+            });
+        }
+        Some(UfsPlace::HostPath(path)) => {
+            volume.host_path = Some(HostPathVolumeSource {
+                path: path.to_owned(),
+                // It is not made where it is missing.
+                type_: Some("Directory".to_owned()),
+            });
+        }
+        // No schema lets it through; the pod is refused with the volume's name.
+        None => {}
     }
+    volume
 }
 
-fn login_volume(secret: &str) -> Volume {
+fn login_volume(secret: &str, optional: bool) -> Volume {
     Volume {
         name: "login".to_owned(),
         secret: Some(SecretVolumeSource {
             secret_name: Some(secret.to_owned()),
+            optional: optional.then_some(true),
             items: Some(vec![KeyToPath {
                 key: ".dockerconfigjson".to_owned(),
                 path: "config.json".to_owned(),

@@ -13,9 +13,12 @@
 pub mod command;
 pub mod job;
 pub mod lead;
+pub mod login;
+pub mod metrics;
 pub mod node;
 pub mod nodes;
 pub mod plan;
+pub mod purge;
 pub mod reference;
 pub mod report;
 pub mod resource;

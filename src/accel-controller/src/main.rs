@@ -1,14 +1,17 @@
 //! The controller and its command line.
 
 use accel_controller::job::Settings;
-use accel_controller::{lead, node, resource, run};
+use accel_controller::metrics::Metrics;
+use accel_controller::{lead, login, node, resource, run};
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand};
 use k8s_openapi::api::core::v1::Namespace;
 use kube::{Api, Client, ResourceExt as _};
 use std::io::{IsTerminal as _, Write as _};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use tracing::{error, info};
 use tracing_subscriber::EnvFilter;
 
@@ -35,6 +38,10 @@ enum Command {
         /// What this process is called among several; the pod's name by default.
         #[arg(long, value_name = "NAME")]
         identity: Option<String>,
+        /// Where to answer Prometheus over HTTP (`/metrics`), such as 0.0.0.0:8080: to whoever
+        /// reaches that address
+        #[arg(long, value_name = "ADDR:PORT")]
+        metrics: Option<SocketAddr>,
     },
     /// On a node: tell the cluster how the node is, as `accel-snapshotter agent --health`
     /// has written it down. The cluster is that of KUBECONFIG.
@@ -59,6 +66,19 @@ enum Command {
         #[arg(long, value_name = "NAME", default_value = "image-accel")]
         namespace: String,
     },
+    /// Print what lets the controller read one Secret, which tasks of its namespace can then
+    /// name (spec.secretName), and nothing else, for `kubectl apply -f -`.
+    SecretAccess {
+        /// The Secret's namespace
+        #[arg(value_name = "NAMESPACE")]
+        of: String,
+        /// The Secret
+        #[arg(value_name = "SECRET")]
+        secret: String,
+        /// The controller's namespace
+        #[arg(long, value_name = "NAME", default_value = "image-accel")]
+        namespace: String,
+    },
     /// Print the definitions of the resources, for `kubectl apply -f -`.
     Crds {
         /// Write them to this directory instead, a file each
@@ -79,13 +99,20 @@ fn main() -> ExitCode {
             job_image,
             namespace,
             identity,
-        } => serve(job_image, namespace, identity),
+            metrics,
+        } => serve(job_image, namespace, identity, metrics),
         Command::Node {
             node,
             health,
             namespace,
         } => tell(&node, &health, &namespace),
         Command::NodeAccess { node, namespace } => node::access(&namespace, &node)
+            .and_then(|text| Ok(write!(std::io::stdout(), "{text}")?)),
+        Command::SecretAccess {
+            of,
+            secret,
+            namespace,
+        } => login::access(&namespace, &of, &secret)
             .and_then(|text| Ok(write!(std::io::stdout(), "{text}")?)),
         Command::Crds { out } => crds(out.as_deref()),
     };
@@ -137,7 +164,15 @@ async fn serve(
     job_image: String,
     namespace: Option<String>,
     identity: Option<String>,
+    metrics: Option<SocketAddr>,
 ) -> Result<()> {
+    let told = Arc::new(Metrics::default());
+    if let Some(address) = metrics {
+        let told = Arc::clone(&told);
+        let address = accel_metrics::start(address, move || Some(told.text()))
+            .with_context(|| format!("cannot serve metrics at {address}"))?;
+        info!(%address, "metrics are served at /metrics");
+    }
     let client = Client::try_default()
         .await
         .context("the cluster cannot be found: neither in a pod nor by KUBECONFIG")?;
@@ -161,7 +196,7 @@ async fn serve(
         info!(identity, "leads");
         tokio::select! {
             lost = candidate.keep() => Err(lost),
-            () = run::run(client, settings, identity.clone()) => bail!("the loop has ended"),
+            () = run::run(client, settings, identity.clone(), Arc::clone(&told)) => bail!("the loop has ended"),
         }
     };
     tokio::select! {

@@ -4,6 +4,7 @@ mod delete;
 
 pub use self::delete::{IN_USE, REMOVED};
 use crate::job::{self, Settings};
+use crate::login::{self, ACCESS, Secret, Whose};
 use crate::reference::{Names, SpecError};
 use crate::report::{self, Output, Progress, Report};
 use crate::resource::{
@@ -42,6 +43,8 @@ pub struct Observed<'a> {
     pub pod: Option<&'a Pod>,
     /// That pod's log, or why it cannot be read; `None` if there is no pod.
     pub log: Option<Result<Output, String>>,
+    /// The Secret that the task names.
+    pub secret: Secret,
     /// How many Jobs of other tasks are at work.
     pub others_at_work: usize,
     /// The names of the cluster's nodes, if they have been looked for: they matter for tasks
@@ -62,6 +65,8 @@ pub struct Plan {
     pub steps: Vec<Step>,
     /// When to look again, if nothing happens before.
     pub again: Option<Duration>,
+    /// Whether it waits because as many Jobs are under way as may be.
+    pub waits: bool,
 }
 
 /// Something to be done.
@@ -71,8 +76,16 @@ pub enum Step {
     AddFinalizer,
     /// Let it go.
     RemoveFinalizer,
-    /// Make this Job.
+    /// Make this Job, and what it needs.
     Run(Box<Job>),
+    /// Make the Secret for the Job of this name and UID, unless it is there: a copy of the
+    /// task's.
+    Lend {
+        /// Its name, and the Secret's.
+        job: String,
+        /// With which both go.
+        uid: String,
+    },
     /// Remove the Job of this name and its pods.
     Stop(String),
 }
@@ -99,7 +112,7 @@ pub fn plan(observed: &Observed<'_>) -> Plan {
 }
 
 /// How long to wait after so many failures.
-fn pause(failures: u32) -> Duration {
+pub(crate) fn pause(failures: u32) -> Duration {
     doubled(FIRST_RETRY, LAST_RETRY, failures)
 }
 
@@ -117,6 +130,7 @@ struct Next<'a> {
     status: AcceleratedImageStatus,
     steps: Vec<Step>,
     again: Option<Duration>,
+    waits: bool,
 }
 
 impl<'a> Next<'a> {
@@ -145,6 +159,7 @@ impl<'a> Next<'a> {
             status,
             steps: Vec::new(),
             again: None,
+            waits: false,
         }
     }
 
@@ -154,6 +169,7 @@ impl<'a> Next<'a> {
             status: changed.then_some(self.status),
             steps: self.steps,
             again: self.again,
+            waits: self.waits,
         }
     }
 
@@ -186,7 +202,9 @@ impl<'a> Next<'a> {
             (None, _) => self.start(name, &names, service),
             (Some(job), None) => self.watch(job),
             (Some(_), Some(Ok(()))) => self.finish(),
-            (Some(job), Some(Err((reason, message)))) => self.fail(job, &reason, &message),
+            (Some(job), Some(Err((reason, message)))) => {
+                self.fail(job, service, &reason, &message);
+            }
         }
     }
 
@@ -217,13 +235,21 @@ impl<'a> Next<'a> {
             self.again = Some(SOON);
             return;
         }
+        if let Some((reason, what)) = self.observed.secret.problem(self.observed.task) {
+            self.condition(ACCESS, "False", reason, &what);
+            self.say(Phase::CreateError, &what);
+            self.again = Some(FIRST_RETRY);
+            return;
+        }
         let limit = service.spec.jobs.limit;
         if self.observed.others_at_work >= limit.into() {
             let what = format!("waits: {limit} other Jobs are under way, the limit");
             self.say(Phase::Creating, &what);
             self.again = Some(LATER);
+            self.waits = true;
             return;
         }
+        self.access_is_unknown();
         let job = job::build(
             name,
             self.observed.task,
@@ -240,10 +266,52 @@ impl<'a> Next<'a> {
         self.again = Some(SOON);
     }
 
+    /// What was said of another version of the task is not said of this one.
+    fn access_is_unknown(&mut self) {
+        let mut conditions = self.status.conditions.iter();
+        let said = conditions.find(|condition| condition.type_ == ACCESS);
+        let same = |said: &Condition| said.observed_generation == Some(self.generation);
+        // That the task's own Secret could not be had is over, too.
+        let is_there = self.observed.secret == Secret::There;
+        let without = |said: &Condition| {
+            is_there && ["NoSecret", "SecretNotReadable"].contains(&&*said.reason)
+        };
+        if !said.is_some_and(|said| same(said) && !without(said)) {
+            let what = "is tried before anything is converted";
+            self.condition(ACCESS, "Unknown", "Checking", what);
+        }
+    }
+
+    fn access_is_good(&mut self) {
+        let what = "the source can be pulled, and the target pushed to";
+        self.condition(ACCESS, "True", "Checked", what);
+    }
+
+    /// Sees to it that a Job that has not begun can have its Secret; what it waits for if
+    /// there is none any more.
+    fn lend(&mut self, job: &Job) -> Option<String> {
+        if !job::is_lent(job) || self.observed.log.is_some() {
+            return None;
+        }
+        if let Some((reason, what)) = self.observed.secret.problem(self.observed.task) {
+            self.condition(ACCESS, "False", reason, &what);
+            return Some(what);
+        }
+        let (job, uid) = (job.name_any(), job.uid()?);
+        self.steps.push(Step::Lend { job, uid });
+        None
+    }
+
     /// A Job is at work.
     fn watch(&mut self, job: &Job) {
         self.again = Some(SOON);
         self.stop_all_but(Some(job));
+        let lacks = self.lend(job);
+        if let Some(Ok(output)) = &self.observed.log
+            && (output.checked || output.progress.is_some())
+        {
+            self.access_is_good();
+        }
         if let Some(Ok(Output {
             progress: Some(progress),
             ..
@@ -261,11 +329,16 @@ impl<'a> Next<'a> {
                 self.status.progress = Some(shown);
             }
         }
-        let what = self.observed.pod.and_then(waits_for);
-        self.say(
-            Phase::Creating,
-            what.as_deref().unwrap_or("is being converted"),
-        );
+        let what = match self.observed.pod {
+            Some(pod) => waits_for(pod).unwrap_or_else(|| "is being converted".to_owned()),
+            // Because it has just been made, or nobody lets it have one.
+            None => format!(
+                "its Job has no pod; if that lasts, `kubectl -n {} describe job {}` says why",
+                self.observed.settings.namespace,
+                job.name_any()
+            ),
+        };
+        self.say(Phase::Creating, &lacks.unwrap_or(what));
     }
 
     /// The Job has done its work.
@@ -308,15 +381,29 @@ impl<'a> Next<'a> {
         status.stored = report::bytes(sizes.stored);
         status.progress = None;
         status.finished_at = Some(Time(self.observed.now));
+        self.access_is_good();
         self.say(Phase::Ready, "nodes can start it without downloading it");
     }
 
-    fn fail(&mut self, job: &Job, reason: &str, message: &str) {
+    fn fail(&mut self, job: &Job, service: &ImageAcceleration, reason: &str, message: &str) {
         let ended = self.observed.pod.and_then(terminated);
-        let what = ended.filter(|ended| ended.exit_code != 0).map_or_else(
-            || format!("the Job failed: {reason}: {message}"),
-            |ended| in_words(ended, reason),
-        );
+        let ended = ended.filter(|ended| ended.exit_code != 0);
+        let refused = match &self.observed.log {
+            Some(Ok(output)) => output.refused.as_ref(),
+            _ => None,
+        };
+        let what = match (ended, refused) {
+            (None, _) => format!("the Job failed: {reason}: {message}"),
+            (Some(ended), None) => in_words(ended, reason),
+            (Some(ended), Some(refused)) => {
+                let whose = Whose::of(self.observed.task, &service.spec);
+                let (reason, advice) = login::advice(refused, whose);
+                let said = report::words(ended.message.as_deref().unwrap_or_default());
+                let what = format!("{said} ({advice})");
+                self.condition(ACCESS, "False", reason, &what);
+                what
+            }
+        };
         let pause = self.failed();
         let job = job.name_any();
         let what = format!(
@@ -421,13 +508,13 @@ fn started(pod: &Pod) -> Option<Timestamp> {
 }
 
 /// How the pod's program ended.
-fn terminated(pod: &Pod) -> Option<&ContainerStateTerminated> {
+pub(crate) fn terminated(pod: &Pod) -> Option<&ContainerStateTerminated> {
     let containers = pod.status.as_ref()?.container_statuses.as_ref()?;
     containers.first()?.state.as_ref()?.terminated.as_ref()
 }
 
 /// Why the pod's program does not run yet.
-fn waits_for(pod: &Pod) -> Option<String> {
+pub(crate) fn waits_for(pod: &Pod) -> Option<String> {
     let status = pod.status.as_ref()?;
     let scheduled = status
         .conditions
@@ -456,7 +543,7 @@ fn waits_for(pod: &Pod) -> Option<String> {
 }
 
 /// What went wrong, and what to do.
-fn in_words(ended: &ContainerStateTerminated, job_reason: &str) -> String {
+pub(crate) fn in_words(ended: &ContainerStateTerminated, job_reason: &str) -> String {
     let said = report::words(ended.message.as_deref().unwrap_or_default());
     let reason = ended.reason.as_deref().unwrap_or_default();
     let advice = match (job_reason, reason, ended.exit_code) {

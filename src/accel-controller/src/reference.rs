@@ -114,6 +114,7 @@ mod tests {
             source: source.to_owned(),
             target: target.map(str::to_owned),
             platforms: Vec::new(),
+            secret_name: None,
         };
         let registry = RegistrySpec {
             push_to: push_to.map(str::to_owned),

@@ -2,6 +2,7 @@
 
 use crate::resource::UserStatus;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use std::collections::BTreeMap;
 
 /// How far it was last, and what came out of it.
@@ -9,10 +10,43 @@ use std::collections::BTreeMap;
 pub struct Output {
     /// The last line that told how far the work is.
     pub progress: Option<Progress>,
+    /// Whether the registries let us do what is meant.
+    pub checked: bool,
+    /// Which does not, and why, if that is why it ended.
+    pub refused: Option<Refused>,
     /// The end, when it has gone well.
     pub report: Option<Report>,
     /// What `mkfs-accel delete` says at its end.
     pub removal: Option<Removal>,
+}
+
+/// A registry that does not do what it is asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Refused {
+    /// Which; empty if it is none in particular.
+    pub registry: String,
+    /// Why.
+    pub problem: Problem,
+}
+
+/// Why a registry does not do what it is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub enum Problem {
+    /// It wants a login, and the file with the logins is not there, or is none.
+    NoLoginFile,
+    /// It wants a login, and there is none for it.
+    NoLogin,
+    /// It refuses the login.
+    Unauthorized,
+    /// It takes the login, which may not do this.
+    Forbidden,
+    /// It does not have what is asked for.
+    NotFound,
+    /// It does not answer.
+    Unreachable,
+    /// Something else.
+    #[serde(other)]
+    Other,
 }
 
 /// What was removed, or why not.
@@ -127,7 +161,16 @@ impl Report {
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Line {
-    Progress { progress: Progress },
+    Progress {
+        progress: Progress,
+    },
+    Checked {
+        #[serde(rename = "checked")]
+        _checked: IgnoredAny,
+    },
+    Refused {
+        refused: Refused,
+    },
     Report(Report),
     Removal(Removal),
 }
@@ -138,6 +181,8 @@ pub fn read(log: &str) -> Output {
     for line in log.lines().filter(|line| line.starts_with('{')) {
         match serde_json::from_str(line) {
             Ok(Line::Progress { progress }) => output.progress = Some(progress),
+            Ok(Line::Checked { .. }) => output.checked = true,
+            Ok(Line::Refused { refused }) => output.refused = Some(refused),
             Ok(Line::Report(report)) => output.report = Some(report),
             Ok(Line::Removal(removal)) => output.removal = Some(removal),
             Err(_) => {}
@@ -199,6 +244,18 @@ a warning
         let output = read(cut);
         assert_eq!(output.report, None);
         assert!(output.progress.is_some());
+    }
+
+    #[test]
+    fn what_registries_say_is_told() {
+        let output = read("{\"checked\":{\"source\":\"h/a\",\"targets\":[]}}\n");
+        assert!(output.checked && output.refused.is_none());
+        let refused = |problem: &str| {
+            let line = format!("{{\"refused\":{{\"registry\":\"h\",\"problem\":\"{problem}\"}}}}");
+            read(&line).refused.unwrap().problem
+        };
+        assert_eq!(refused("Forbidden"), Problem::Forbidden);
+        assert_eq!(refused("OfANewerVersion"), Problem::Other);
     }
 
     #[test]

@@ -76,7 +76,7 @@ const KEY: &str =
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ImageAccelerationSpec {
-    /// Where converted layers are kept.
+    /// Where converted layers are kept. Exactly one of these is given.
     pub ufs: UfsSpec,
     /// How registries are reached.
     #[serde(default)]
@@ -87,6 +87,11 @@ pub struct ImageAccelerationSpec {
     /// Which nodes get a label while they can start accelerated images.
     #[serde(default)]
     pub nodes: NodesSpec,
+    /// When this is deleted: delete all tasks as well, and with them what they have made on
+    /// UFS and in registries. It is gone when they are, which wait until no node uses their
+    /// images. Otherwise all of that stays.
+    #[serde(default)]
+    pub purge: bool,
 }
 
 /// Which nodes get a label while they can start accelerated images.
@@ -110,14 +115,61 @@ impl Default for NodesSpec {
     }
 }
 
-/// Where converted layers are kept.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+/// Where converted layers are kept: what nodes read, and the Jobs write. Exactly one of these.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct UfsSpec {
-    /// A PersistentVolumeClaim in the controller's namespace, through which the Jobs write
-    /// what nodes read: ReadWriteMany, unless all Jobs run on one node.
+    /// A PersistentVolumeClaim in the controller's namespace: ReadWriteMany, unless all Jobs
+    /// run on one node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = NAME))]
-    pub claim_name: String,
+    pub claim_name: Option<String>,
+    /// A directory of an NFS server, which the Jobs' nodes mount for them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nfs: Option<NfsSpec>,
+    /// Where the nodes on which Jobs run have it mounted: an absolute path. A node on which it
+    /// is not mounted would keep what is converted for itself: see `jobs.nodeSelector`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^/.*$"), length(max = 1024))]
+    pub host_path: Option<String>,
+}
+
+/// A directory of an NFS server.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct NfsSpec {
+    /// Its name or address.
+    #[schemars(regex(pattern = r"^[a-zA-Z0-9:.\[\]_-]+$"), length(max = 253))]
+    pub server: String,
+    /// What it exports: an absolute path.
+    #[schemars(regex(pattern = r"^/.*$"), length(max = 1024))]
+    pub path: String,
+}
+
+/// What of [`UfsSpec`] is given; the schema lets nothing else through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UfsPlace<'a> {
+    /// The claim of this name.
+    Claim(&'a str),
+    /// A server, and a path on it.
+    Nfs(&'a str, &'a str),
+    /// A path on nodes.
+    HostPath(&'a str),
+}
+
+/// The fields of [`UfsSpec`].
+const UFS_PLACES: [&str; 3] = ["claimName", "nfs", "hostPath"];
+
+impl UfsSpec {
+    /// Where it is, if exactly that is said.
+    pub fn place(&self) -> Option<UfsPlace<'_>> {
+        match (&self.claim_name, &self.nfs, &self.host_path) {
+            (Some(name), None, None) => Some(UfsPlace::Claim(name)),
+            (None, Some(nfs), None) => Some(UfsPlace::Nfs(&nfs.server, &nfs.path)),
+            (None, None, Some(path)) => Some(UfsPlace::HostPath(path)),
+            _ => None,
+        }
+    }
 }
 
 /// How registries are reached.
@@ -186,8 +238,12 @@ impl Default for JobsSpec {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ImageAccelerationStatus {
-    /// `Ready`: tasks are worked on, and `UfsBound`: the claim has a volume.
+    /// `Ready`: tasks are worked on; `UfsBound`: the claim has a volume; `RegistryAccess`:
+    /// registries take the logins. While it is deleted with `purge`, `Purged`: what is left.
     pub conditions: Vec<Condition>,
+    /// How far it is with asking registries whether they take the logins.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub check: Option<CheckStatus>,
     /// Tasks that are Ready.
     pub images: u32,
     /// What their layers take on UFS, those that several of them have counted once for each.
@@ -200,6 +256,22 @@ pub struct ImageAccelerationStatus {
     pub nodes_ready: u32,
     /// Both for people: `READY/ALL`.
     pub nodes_text: String,
+}
+
+/// How far it is with asking registries whether they take the logins.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct CheckStatus {
+    /// Of what: of these settings.
+    pub of: String,
+    /// How often it came to nothing.
+    pub failures: u32,
+    /// When it was tried last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<Time>,
+    /// All of them have taken theirs.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub passed: bool,
 }
 
 /// A task: an image that nodes are to start without downloading it.
@@ -264,6 +336,12 @@ pub struct AcceleratedImageSpec {
         inner(regex(pattern = r"^(all|[a-z0-9]+/[a-z0-9]+(/[a-z0-9.]+)?)$"))
     )]
     pub platforms: Vec<String>,
+    /// A Secret of the type kubernetes.io/dockerconfigjson in the task's own namespace, with
+    /// the logins for pulling and pushing, instead of the one that the ImageAcceleration
+    /// names. `accel-controller secret-access` lets the controller read it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = NAME))]
+    pub secret_name: Option<String>,
 }
 
 /// How far a task is.
@@ -292,8 +370,9 @@ pub struct AcceleratedImageStatus {
     pub phase: Phase,
     /// Of which version of the task all this speaks.
     pub observed_generation: i64,
-    /// `Accepted`: the task can be worked on; `Ready`: as the phase of that name. While it is
-    /// being deleted, `InUse`: nodes use its layers; `Removed`: they are gone.
+    /// `Accepted`: the task can be worked on; `RegistryAccess`: the source can be pulled, and
+    /// the target pushed to; `Ready`: as the phase of that name. While it is being deleted,
+    /// `InUse`: nodes use its layers; `Removed`: they are gone.
     pub conditions: Vec<Condition>,
     /// What it waits for, or what went wrong and what to do.
     pub message: String,
@@ -379,6 +458,14 @@ pub fn definitions() -> Vec<CustomResourceDefinition> {
     }
     for schema in schemas(&mut definitions[0]) {
         name_is(schema, SERVICE_NAME);
+        let spec = schema
+            .properties
+            .as_mut()
+            .and_then(|all| all.get_mut("spec"));
+        let properties = spec.and_then(|spec| spec.properties.as_mut());
+        if let Some(ufs) = properties.and_then(|all| all.get_mut("ufs")) {
+            exactly_one_of(ufs, &UFS_PLACES);
+        }
     }
     definitions
 }
@@ -399,6 +486,20 @@ fn without_defaults(schema: &mut JSONSchemaProps) {
         .flat_map(|all| all.values_mut())
     {
         without_defaults(property);
+    }
+}
+
+/// Has the API server refuse what has none of these fields, or several.
+fn exactly_one_of(schema: &mut JSONSchemaProps, names: &[&str]) {
+    let needs = |name: &&str| JSONSchemaProps {
+        required: Some(vec![(*name).to_owned()]),
+        ..JSONSchemaProps::default()
+    };
+    schema.one_of = Some(names.iter().map(needs).collect());
+    let properties = schema.properties.iter_mut().flatten();
+    for (_, property) in properties.filter(|(name, _)| names.contains(&name.as_str())) {
+        // One that is null would be there.
+        property.nullable = None;
     }
 }
 
@@ -431,4 +532,42 @@ pub fn definitions_yaml() -> Result<Vec<(String, String)>, serde_saphyr::ser::Er
         ))
     };
     definitions().into_iter().map(text).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    #[test]
+    fn ufs_is_in_exactly_one_place() {
+        let definition = serde_json::to_value(&definitions()[0]).unwrap();
+        let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+        let ufs = &schema["properties"]["spec"]["properties"]["ufs"];
+        let one_of =
+            json!([{"required": ["claimName"]}, {"required": ["nfs"]}, {"required": ["hostPath"]}]);
+        assert_eq!(ufs["oneOf"], one_of);
+        let names: Vec<_> = ufs["properties"].as_object().unwrap().iter().collect();
+        assert_eq!(names.len(), UFS_PLACES.len(), "each is one of them");
+        for (name, property) in names {
+            assert_eq!(property.get("nullable"), None, "{name}");
+        }
+        let place = |ufs: Value| -> UfsSpec { serde_json::from_value(ufs).unwrap() };
+        let (server, path) = ("h", "/export");
+        for (ufs, expected) in [
+            (json!({"claimName": "u"}), Some(UfsPlace::Claim("u"))),
+            (
+                json!({"nfs": {"server": server, "path": path}}),
+                Some(UfsPlace::Nfs(server, path)),
+            ),
+            (
+                json!({"hostPath": "/mnt"}),
+                Some(UfsPlace::HostPath("/mnt")),
+            ),
+            (json!({}), None),
+            (json!({"claimName": "u", "hostPath": "/mnt"}), None),
+        ] {
+            assert_eq!(place(ufs).place(), expected);
+        }
+    }
 }

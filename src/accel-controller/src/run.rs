@@ -1,11 +1,18 @@
 //! The loop: looks, and does what was planned.
 
-use crate::job::{self, SELECTOR, Settings, TASK_UID};
+mod logins;
+mod purging;
+
+use crate::job::{self, CHECK, SELECTOR, Settings, TASK_UID};
+use crate::login;
+use crate::metrics::Metrics;
 use crate::nodes::{self, Seen};
 use crate::plan::{self, FINALIZER, Observed, Plan, Step};
+use crate::purge;
 use crate::report::{self, Output};
 use crate::resource::{
-    AcceleratedImage, AcceleratedImageStatus, ImageAcceleration, Phase, SERVICE_NAME,
+    AcceleratedImage, AcceleratedImageStatus, ImageAcceleration, ImageAccelerationStatus, Phase,
+    SERVICE_NAME,
 };
 use crate::service;
 use futures_util::StreamExt as _;
@@ -74,6 +81,7 @@ struct Context {
     recorder: Recorder,
     /// The cluster's nodes.
     known: Mutex<Known>,
+    metrics: Arc<Metrics>,
     /// Nodes that can serve, and all that are meant, when it was looked last.
     ready: std::sync::Mutex<Option<(u32, u32)>>,
     /// Held while Jobs are counted and one is made, so that there are never more than the
@@ -82,7 +90,7 @@ struct Context {
 }
 
 /// Works until the process ends. Only one may at a time: see [`crate::lead`].
-pub async fn run(client: Client, settings: Settings, identity: String) {
+pub async fn run(client: Client, settings: Settings, identity: String, metrics: Arc<Metrics>) {
     let reporter = Reporter {
         controller: NAME.to_owned(),
         instance: Some(identity),
@@ -91,6 +99,7 @@ pub async fn run(client: Client, settings: Settings, identity: String) {
         recorder: Recorder::new(client.clone(), reporter),
         settings,
         known: Mutex::default(),
+        metrics,
         ready: std::sync::Mutex::default(),
         starting: Mutex::new(()),
         client,
@@ -102,6 +111,8 @@ pub async fn run(client: Client, settings: Settings, identity: String) {
     );
     let tasks = tasks.with_config(controller::Config::default().debounce(TOGETHER));
     let (of_ended, known) = (tasks.store(), tasks.store());
+    context.metrics.watch(tasks.store());
+    context.metrics.leads();
     let tasks = tasks
         .watches(context.own::<Job>(), of_jobs, move |job| {
             // One that has ended makes room for those that wait.
@@ -126,7 +137,8 @@ pub async fn run(client: Client, settings: Settings, identity: String) {
         )
         .run(
             |task, context| async move { context.task(&task).await },
-            |task, error, _| {
+            |task, error, context| {
+                context.metrics.error();
                 warn!(task = %task.name_any(), "looked at in vain: {error}");
                 Action::requeue(RETRY)
             },
@@ -138,7 +150,8 @@ pub async fn run(client: Client, settings: Settings, identity: String) {
     )
     .run(
         |service, context| async move { context.service(&service).await },
-        |_, error, _| {
+        |_, error, context| {
+            context.metrics.error();
             warn!("the service's status cannot be made: {error}");
             Action::requeue(RETRY)
         },
@@ -226,14 +239,16 @@ impl Context {
             .all::<ImageAcceleration>()
             .get_opt(SERVICE_NAME)
             .await?;
-        let service = service.filter(|service| service.metadata.deletion_timestamp.is_none());
+        let service = service.filter(|service| purge::serves(service, task));
         let all = self
             .own::<Job>()
             .list(&ListParams::default().labels(SELECTOR))
             .await?;
         let uid = task.uid().unwrap_or_default();
+        // Those that ask registries are short, and wait for nothing.
+        let of_tasks = (all.items.into_iter()).filter(|job| !job.labels().contains_key(CHECK.0));
         let (jobs, others): (Vec<_>, Vec<_>) =
-            (all.items.into_iter()).partition(|job| job.labels().get(TASK_UID) == Some(&uid));
+            of_tasks.partition(|job| job.labels().get(TASK_UID) == Some(&uid));
         let newest = jobs.iter().max_by_key(|job| job.creation_timestamp());
         let pod = match newest {
             Some(job) => self.newest_pod(&job.name_any()).await?,
@@ -243,21 +258,32 @@ impl Context {
             Some(pod) if has_log(pod) => Some(self.log(&pod.name_any()).await),
             _ => None,
         };
+        let is_ready = (task.status.as_ref()).is_some_and(|status| status.phase == Phase::Ready);
+        let secret = match task.metadata.deletion_timestamp {
+            None if is_ready => login::Secret::Unnamed,
+            _ => self.secret(task).await?,
+        };
         let nodes = match task.metadata.deletion_timestamp {
             Some(_) if is_used(task) => Some(self.nodes().await?),
             _ => None,
         };
-        Ok(plan::plan(&Observed {
+        let at_work = |jobs: &[Job]| jobs.iter().filter(|job| job::is_at_work(job)).count();
+        let others_at_work = at_work(&others);
+        let plan = plan::plan(&Observed {
             task,
             nodes: nodes.as_deref(),
+            secret,
             service: service.as_ref(),
             jobs: &jobs,
             pod: pod.as_ref(),
             log,
-            others_at_work: others.iter().filter(|job| job::is_at_work(job)).count(),
+            others_at_work,
             settings: &self.settings,
             now: Timestamp::now(),
-        }))
+        });
+        let jobs = others_at_work + at_work(&jobs);
+        self.metrics.looked(&uid, plan.waits, jobs);
+        Ok(plan)
     }
 
     /// The names of the cluster's nodes.
@@ -333,23 +359,31 @@ impl Context {
             Step::Run(job) => {
                 let name = job.name_any();
                 info!(task = %task.name_any(), job = name, "starts a Job");
-                let apply = PatchParams::apply(NAME).force();
-                self.own::<Job>()
-                    .patch(&name, &apply, &Patch::Apply(job))
-                    .await?;
-                Ok(())
-            }
-            Step::Stop(name) => {
-                // The Job stays until its pods are gone.
-                let deleted = self
-                    .own::<Job>()
-                    .delete(name, &DeleteParams::foreground())
-                    .await;
-                match deleted {
-                    Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-                    deleted => deleted.map(drop),
+                let made = self.run_job(job).await?;
+                self.metrics.job_started();
+                match made.uid() {
+                    Some(uid) if job::is_lent(job) => self.lend(task, &name, &uid).await,
+                    _ => Ok(()),
                 }
             }
+            Step::Lend { job, uid } => self.lend(task, job, uid).await,
+            Step::Stop(name) => self.stop_job(name).await,
+        }
+    }
+
+    async fn run_job(&self, job: &Job) -> Result<Job, kube::Error> {
+        let apply = PatchParams::apply(NAME).force();
+        let jobs = self.own::<Job>();
+        jobs.patch(&job.name_any(), &apply, &Patch::Apply(job))
+            .await
+    }
+
+    async fn stop_job(&self, name: &str) -> Result<(), kube::Error> {
+        // The Job stays until its pods are gone.
+        let jobs = self.own::<Job>();
+        match jobs.delete(name, &DeleteParams::foreground()).await {
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+            deleted => deleted.map(drop),
         }
     }
 
@@ -361,6 +395,7 @@ impl Context {
         step: &Step,
         error: &kube::Error,
     ) -> Result<(), RunError> {
+        self.metrics.error();
         let (phase, what) = match (task.metadata.deletion_timestamp.is_some(), step) {
             (true, _) => (Phase::DeleteError, "the task cannot be removed"),
             (false, Step::Run(_)) => (Phase::CreateError, "no Job can be made"),
@@ -385,6 +420,7 @@ impl Context {
             .patch_status(&task.name_any(), &apply, &Patch::Apply(patch))
             .await?;
         let before = task.status.clone().unwrap_or_default();
+        self.metrics.told(&before, status);
         let told = |status: &AcceleratedImageStatus| {
             let conditions = status.conditions.iter();
             let mut while_deleted: Vec<_> = conditions
@@ -506,41 +542,77 @@ impl Context {
         }
         drop((changed, known));
         let now = Some((ready, labels.nodes));
+        self.metrics.nodes(ready, labels.nodes);
         let before = std::mem::replace(
             &mut *self.ready.lock().unwrap_or_else(PoisonError::into_inner),
             now,
         );
         match service {
-            // Otherwise it would be told with the next look at the service.
-            Some(service) if before != now => self.service(&service).await.map(drop),
+            // Otherwise it would be told with the next look at the service, which may wait for
+            // what has nothing to do with nodes.
+            Some(service) if before != now => self.tell_service(&service, &service).await,
             _ => Ok(()),
         }
     }
 
     async fn service(&self, service: &ImageAcceleration) -> Result<Action, RunError> {
+        // As it is now: what was said last tells how to go on.
+        let services = self.all::<ImageAcceleration>();
+        let known = services.get_opt(&service.name_any()).await?;
+        let Some(service) = &known.filter(|known| known.uid() == service.uid()) else {
+            return Ok(Action::await_change());
+        };
+        if service.metadata.deletion_timestamp.is_some() {
+            return self.purge(service).await;
+        }
+        self.keep_for_purge(service).await?;
+        let checked = self.look_at_logins(service).await?;
+        let mut with_logins = service.clone();
+        login::tell(&checked, &mut with_logins, Timestamp::now());
+        self.tell_service(service, &with_logins).await?;
+        let again = self.go_on_with_logins(&checked).await;
+        let again = again.unwrap_or(SERVICE_PAUSE).min(SERVICE_PAUSE);
+        Ok(Action::requeue(again))
+    }
+
+    async fn tasks(&self) -> Result<Vec<AcceleratedImage>, RunError> {
+        let all = self.all::<AcceleratedImage>();
+        Ok(all.list(&ListParams::default()).await?.items)
+    }
+
+    /// Makes the status from what `known` says already, and writes it unless it is that of
+    /// `service`.
+    async fn tell_service(
+        &self,
+        service: &ImageAcceleration,
+        known: &ImageAcceleration,
+    ) -> Result<(), RunError> {
         let claims = self.own::<PersistentVolumeClaim>();
-        let claim = claims.get_opt(&service.spec.ufs.claim_name).await?;
-        let tasks = self
-            .all::<AcceleratedImage>()
-            .list(&ListParams::default())
-            .await?;
+        let claim = match &service.spec.ufs.claim_name {
+            Some(name) => claims.get_opt(name).await?,
+            None => None,
+        };
+        let tasks = self.tasks().await?;
         let ready = *self.ready.lock().unwrap_or_else(PoisonError::into_inner);
-        let status = service::status(
-            service,
-            claim.as_ref(),
-            &tasks.items,
-            ready,
-            Timestamp::now(),
-        );
-        if service.status.as_ref() != Some(&status) {
+        let now = Timestamp::now();
+        let status = service::status(known, claim.as_ref(), &tasks, ready, now);
+        self.write_service(service, &status).await
+    }
+
+    async fn write_service(
+        &self,
+        service: &ImageAcceleration,
+        status: &ImageAccelerationStatus,
+    ) -> Result<(), RunError> {
+        if service.status.as_ref() != Some(status) {
             let apply = PatchParams::apply(NAME).force();
-            let patch = status_patch(service, &status);
+            let patch = status_patch(service, status);
             let services = self.all::<ImageAcceleration>();
             services
                 .patch_status(&service.name_any(), &apply, &Patch::Apply(patch))
                 .await?;
         }
-        Ok(Action::requeue(SERVICE_PAUSE))
+        Ok(())
     }
 }
 

@@ -1,9 +1,10 @@
 //! What is said of the service, as a pure function of what is observed.
 
+use crate::login::ACCESS;
 use crate::plan::set_condition;
 use crate::report;
 use crate::resource::{
-    AcceleratedImage, ImageAcceleration, ImageAccelerationStatus, Phase, UfsSpec,
+    AcceleratedImage, ImageAcceleration, ImageAccelerationStatus, Phase, UfsPlace, UfsSpec,
 };
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -21,14 +22,23 @@ pub fn status<'a>(
     let mut status = service.status.clone().unwrap_or_default();
     let (bound, reason, message) = ufs(&service.spec.ufs, claim);
     let generation = service.metadata.generation;
-    let ready = match bound {
-        true => ("Working", "tasks are worked on".to_owned()),
-        false => ("UfsNotBound", message.clone()),
+    // Whoever asks registries has said it already.
+    let mut conditions = status.conditions.iter();
+    let access = conditions.find(|condition| condition.type_ == ACCESS);
+    let access = access.filter(|condition| condition.status != "True");
+    let ready = match (bound, access) {
+        (true, None) => ("Working", "tasks are worked on".to_owned()),
+        (true, Some(access)) => (ACCESS, access.message.clone()),
+        (false, _) => ("UfsNotBound", message.clone()),
     };
-    for (type_, (reason, message)) in [("UfsBound", (reason, message)), ("Ready", ready)] {
+    let is_ready = bound && access.is_none();
+    for (type_, is, (reason, message)) in [
+        ("UfsBound", bound, (reason, message)),
+        ("Ready", is_ready, ready),
+    ] {
         let condition = Condition {
             type_: type_.to_owned(),
-            status: if bound { "True" } else { "False" }.to_owned(),
+            status: if is { "True" } else { "False" }.to_owned(),
             reason: reason.to_owned(),
             message,
             observed_generation: generation,
@@ -53,7 +63,20 @@ pub fn status<'a>(
 }
 
 fn ufs(ufs: &UfsSpec, claim: Option<&PersistentVolumeClaim>) -> (bool, &'static str, String) {
-    let name = &ufs.claim_name;
+    let name = match ufs.place() {
+        Some(UfsPlace::Claim(name)) => name,
+        // Whether it is there the Jobs tell.
+        Some(UfsPlace::Nfs(server, path)) => {
+            return (true, "Nfs", format!("Jobs mount {server}:{path}"));
+        }
+        Some(UfsPlace::HostPath(path)) => {
+            return (true, "HostPath", format!("Jobs get {path} of their nodes"));
+        }
+        None => {
+            let what = "spec.ufs has to name one of claimName, nfs and hostPath";
+            return (false, "NoUfs", what.to_owned());
+        }
+    };
     let Some(claim) = claim else {
         let what =
             format!("there is no PersistentVolumeClaim {name} in the controller's namespace");
@@ -137,5 +160,19 @@ mod tests {
             (pending.nodes_text.as_str(), bound.nodes_text.as_str()),
             ("1/2", "2/2")
         );
+    }
+
+    #[test]
+    fn ufs_that_is_no_claim_is_the_jobs_business() {
+        for (given, reason, said) in [
+            (json!({"nfs": {"server": "h", "path": "/e"}}), "Nfs", "h:/e"),
+            (json!({"hostPath": "/mnt/ufs"}), "HostPath", "/mnt/ufs"),
+        ] {
+            let given: UfsSpec = serde_json::from_value(given).unwrap();
+            let (bound, why, message) = ufs(&given, None);
+            assert!(bound && message.contains(said), "{message}");
+            assert_eq!(why, reason);
+        }
+        assert!(!ufs(&UfsSpec::default(), None).0);
     }
 }

@@ -59,6 +59,13 @@ const GRANTS: &[(&str, &str, &str, &str, &str)] = &[
     (
         "ClusterRole",
         "image-accel.io",
+        "acceleratedimages",
+        "delete",
+        "all of them, with a service that is purged",
+    ),
+    (
+        "ClusterRole",
+        "image-accel.io",
         "acceleratedimages/status",
         "patch",
         "phase and progress",
@@ -83,6 +90,13 @@ const GRANTS: &[(&str, &str, &str, &str, &str)] = &[
         "imageaccelerations",
         "watch",
         "the same",
+    ),
+    (
+        "ClusterRole",
+        "image-accel.io",
+        "imageaccelerations",
+        "patch",
+        "the finalizer of one that is to be purged",
     ),
     (
         "ClusterRole",
@@ -162,6 +176,13 @@ const GRANTS: &[(&str, &str, &str, &str, &str)] = &[
         "pods/log",
         "get",
         "how far the work is, and its result",
+    ),
+    (
+        "Role",
+        "",
+        "secrets",
+        "create",
+        "the copy of a task's own, for its Job; none can be read without its namespace's leave",
     ),
     (
         "Role",

@@ -4,6 +4,25 @@ use accel_oci::{Digest, Platform};
 use std::path::PathBuf;
 use std::{fmt, io};
 
+/// Why a registry does not do what it is asked for, in one word, for programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+pub enum Problem {
+    /// It wants a login, and the file that should have one cannot be read.
+    NoLoginFile,
+    /// It wants a login, and there is none for it.
+    NoLogin,
+    /// It refuses the login.
+    Unauthorized,
+    /// It takes the login, which may not do this.
+    Forbidden,
+    /// It does not have what is asked for.
+    NotFound,
+    /// It does not answer.
+    Unreachable,
+    /// Something else: the message says what.
+    Other,
+}
+
 /// Why an image cannot be had.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -77,6 +96,8 @@ pub enum ImageError {
         what: String,
         /// Why it was not had, and what to do.
         why: String,
+        /// The same in one word.
+        problem: Problem,
     },
     /// What a registry answered to a push, or that it did not.
     #[error("cannot push {what} to {registry}: {why}")]
@@ -86,6 +107,26 @@ pub enum ImageError {
         /// What was to be pushed.
         what: String,
         /// Why it was not taken, and what to do.
+        why: String,
+        /// The same in one word.
+        problem: Problem,
+    },
+    /// A registry that does not let us in, or is none.
+    #[error("cannot log in at {registry}: {why}")]
+    Login {
+        /// The registry.
+        registry: String,
+        /// Why not, and what to do.
+        why: String,
+        /// The same in one word.
+        problem: Problem,
+    },
+    /// A file with logins.
+    #[error("the login file {path:?} cannot be used: {why}")]
+    LoginFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
         why: String,
     },
     /// What a registry answered when something was to be removed, or that it did not.
@@ -193,6 +234,25 @@ pub enum ImageError {
         /// Which manifest.
         manifest: Digest,
     },
+}
+
+impl ImageError {
+    /// Which registry does not do what it is asked for, and why, if it is that.
+    pub fn refusal(&self) -> Option<(&str, Problem)> {
+        match self {
+            Self::Registry {
+                registry, problem, ..
+            }
+            | Self::Push {
+                registry, problem, ..
+            }
+            | Self::Login {
+                registry, problem, ..
+            } => Some((registry.as_str(), *problem)),
+            Self::LoginFile { .. } => Some(("", Problem::NoLoginFile)),
+            _ => None,
+        }
+    }
 }
 
 /// A field of a file in a message.

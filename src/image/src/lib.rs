@@ -14,6 +14,7 @@
 //! Attestations in an index are passed over. Media types that are no plain image
 //! (encrypted layers, artifacts, Docker's schema 1) are refused by name.
 //!
+//! [`check_login`] asks a registry whether it takes the login that there is for it.
 //! [`Target`] writes an accelerated image: the same config and layers under a
 //! manifest that says more of the layers; [`remove_tag`] takes one's tag away again.
 
@@ -31,8 +32,8 @@ mod target;
 
 pub use accelerated::{Accelerated, Annotations};
 pub use config::ProcessConfig;
-pub use error::ImageError;
+pub use error::{ImageError, Problem};
 pub use image::{Credentials, Image, Images, Layer, OpenOptions, Platforms, open, open_all};
-pub use registry::Untagged;
+pub use registry::{Untagged, check_login, logins};
 pub use target::Target;
 pub use target::remove_tag;

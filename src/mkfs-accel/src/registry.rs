@@ -1,10 +1,11 @@
 //! How a command reaches registries.
 
-use accel_image::{Credentials, OpenOptions};
+use accel_image::{Credentials, ImageError, OpenOptions, Problem};
 use anyhow::{Context, ensure};
+use serde::Serialize;
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Options that all commands have which reach registries.
 #[derive(Debug, clap::Args)]
@@ -48,6 +49,11 @@ impl RegistryArguments {
         })
     }
 
+    /// The file with the logins, if one is named.
+    pub fn login_file(&self) -> Option<&Path> {
+        self.registry_config.as_deref()
+    }
+
     /// The credentials that the user gives here.
     fn credentials(&self) -> anyhow::Result<Option<Credentials>> {
         let Some(user) = self.username.clone() else {
@@ -69,4 +75,23 @@ impl RegistryArguments {
         ensure!(!password.is_empty(), "the password is empty");
         Ok(Some(Credentials { user, password }))
     }
+}
+
+/// What is told to programs of a registry that does not do what it is asked for.
+#[derive(Debug, Serialize)]
+struct Refused<'a> {
+    /// Empty if it is none in particular.
+    registry: &'a str,
+    problem: Problem,
+}
+
+/// The line of JSON by which programs know what kind of error this is, if a registry is the
+/// reason; people read the error itself.
+pub fn refused(error: &anyhow::Error) -> Option<String> {
+    let (registry, problem) = error
+        .chain()
+        .filter_map(|error| error.downcast_ref::<ImageError>())
+        .find_map(ImageError::refusal)?;
+    let refused = Refused { registry, problem };
+    Some(serde_json::json!({"refused": refused}).to_string())
 }

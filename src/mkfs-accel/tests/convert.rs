@@ -447,6 +447,9 @@ fn lines_of_json_tell_how_far_the_work_is_and_end_with_the_report() {
         said.lines().map(parse).collect()
     };
     let said = lines(&image.source());
+    // First, that the image can be had.
+    let (checked, said) = said.split_first().unwrap();
+    assert_eq!(checked["checked"]["source"], image.source());
     let (report, progress) = said.split_last().unwrap();
     assert_eq!(report["layers"].as_array().unwrap().len(), 3);
     let sizes: u64 = (0..3)

@@ -2,6 +2,8 @@
 
 use accel_controller::command::{self, Waiting};
 use accel_controller::nodes;
+use accel_controller::plan::FINALIZER;
+use accel_controller::purge::PURGED;
 use accel_controller::resource::{
     AcceleratedImage, AcceleratedImageSpec, ImageAcceleration, SERVICE_NAME,
 };
@@ -47,9 +49,8 @@ struct Cli {
 enum Command {
     /// Turn acceleration on, or change how it is done: what is not named stays as it is.
     Enable {
-        /// The claim for UFS in the controller's namespace
-        #[arg(long, value_name = "NAME")]
-        claim: String,
+        #[command(flatten)]
+        ufs: Ufs,
         /// The Secret with the registries' logins, in the controller's namespace
         #[arg(long, value_name = "NAME")]
         secret: Option<String>,
@@ -70,6 +71,10 @@ enum Command {
     },
     /// Turn acceleration off. Images that were converted stay.
     Disable {
+        /// Remove them instead: all tasks, and what they have made on UFS and in registries,
+        /// as soon as no node uses it
+        #[arg(long)]
+        purge: bool,
         #[command(flatten)]
         wait: Wait,
     },
@@ -86,6 +91,10 @@ enum Command {
             help = "Which of its platforms; may be given several times [default: that of the node that converts it]"
         )]
         platform: Vec<String>,
+        /// The Secret with the registries' logins, in the task's namespace, instead of that
+        /// of the ImageAcceleration
+        #[arg(long, value_name = "NAME")]
+        secret: Option<String>,
         /// What the task is called [default: after the image]
         #[arg(long, value_name = "NAME")]
         name: Option<String>,
@@ -121,6 +130,37 @@ enum Command {
         #[arg(short, long, value_enum)]
         output: Option<Output>,
     },
+}
+
+/// Where UFS is for the Jobs.
+#[derive(Debug, Clone, clap::Args)]
+#[group(required = true, multiple = false)]
+struct Ufs {
+    /// A claim for UFS in the controller's namespace
+    #[arg(long, value_name = "NAME")]
+    claim: Option<String>,
+    /// An NFS server, and the directory on it
+    #[arg(long, value_name = "SERVER:PATH", value_parser = nfs)]
+    nfs: Option<(String, String)>,
+    /// Where the nodes on which Jobs run have UFS mounted
+    #[arg(long, value_name = "PATH")]
+    host_path: Option<String>,
+}
+
+fn nfs(text: &str) -> Result<(String, String), String> {
+    match text.split_once(":/") {
+        Some((server, path)) if !server.is_empty() => Ok((server.to_owned(), format!("/{path}"))),
+        _ => Err("it is not SERVER:PATH with an absolute path".to_owned()),
+    }
+}
+
+impl Ufs {
+    /// One takes the place of the other.
+    fn spec(&self) -> Value {
+        let nfs = self.nfs.as_ref();
+        let nfs = nfs.map(|(server, path)| json!({"server": server, "path": path}));
+        json!({"claimName": self.claim, "nfs": nfs, "hostPath": self.host_path})
+    }
 }
 
 #[derive(Debug, Clone, Copy, clap::Args)]
@@ -173,7 +213,7 @@ async fn run(cli: Cli) -> Result<()> {
     let tasks = Tasks(Api::namespaced(client.clone(), &namespace));
     match cli.command {
         Command::Enable {
-            claim,
+            ufs,
             secret,
             push_to,
             plain_http,
@@ -186,25 +226,15 @@ async fn run(cli: Cli) -> Result<()> {
             registry.extend(plain_http.then(|| ("plainHttp".to_owned(), json!(true))));
             let mut jobs = Map::new();
             jobs.extend(limit.map(|limit| ("limit".to_owned(), json!(limit))));
-            let spec = json!({"ufs": {"claimName": claim}, "registry": registry, "jobs": jobs});
+            let spec = json!({"ufs": ufs.spec(), "registry": registry, "jobs": jobs});
             enable(&Api::all(client), &spec, wait).await
         }
-        Command::Disable { wait } => {
-            let services = Api::<ImageAcceleration>::all(client);
-            services
-                .delete(SERVICE_NAME, &DeleteParams::default())
-                .await
-                .map_err(said)?;
-            let deadline = wait.deadline();
-            while wait.wait && services.get_opt(SERVICE_NAME).await?.is_some() {
-                pause(deadline, "acceleration is not off yet").await?;
-            }
-            say(&format!("imageacceleration {SERVICE_NAME} deleted"))
-        }
+        Command::Disable { purge, wait } => disable(&Api::all(client), purge, wait).await,
         Command::Create {
             source,
             target,
             platform,
+            secret,
             name,
             wait,
         } => {
@@ -213,6 +243,7 @@ async fn run(cli: Cli) -> Result<()> {
                 source,
                 target,
                 platforms: platform,
+                secret_name: secret,
             };
             tasks.create(&name, spec, wait).await
         }
@@ -320,6 +351,38 @@ async fn enable(services: &Api<ImageAcceleration>, spec: &Value, wait: Wait) -> 
             None => pause(deadline, "the controller has not said anything").await?,
         }
     }
+}
+
+async fn disable(services: &Api<ImageAcceleration>, purge: bool, wait: Wait) -> Result<()> {
+    let deadline = wait.deadline();
+    // As it is said now, whatever was said before.
+    let patch = Patch::Merge(json!({"spec": {"purge": purge}}));
+    let plain = PatchParams::default();
+    let patched = services.patch(SERVICE_NAME, &plain, &patch).await;
+    patched.map_err(said)?;
+    let is_kept = |service: &ImageAcceleration| {
+        let mut finalizers = service.finalizers().iter();
+        finalizers.any(|name| name == FINALIZER)
+    };
+    // The controller keeps it from now on; deleted before that, it would be gone at once.
+    while purge && !is_kept(&services.get(SERVICE_NAME).await.map_err(said)?) {
+        pause(deadline, "the controller does not answer").await?;
+    }
+    services
+        .delete(SERVICE_NAME, &DeleteParams::default())
+        .await
+        .map_err(said)?;
+    while wait.wait
+        && let Some(service) = services.get_opt(SERVICE_NAME).await?
+    {
+        let conditions = service.status.unwrap_or_default().conditions;
+        let purged = conditions
+            .into_iter()
+            .find(|condition| condition.type_ == PURGED);
+        let left = purged.map_or_else(String::new, |condition| format!(": {}", condition.message));
+        pause(deadline, &format!("acceleration is not off yet{left}")).await?;
+    }
+    say(&format!("imageacceleration {SERVICE_NAME} deleted"))
 }
 
 struct Tasks(Api<AcceleratedImage>);
@@ -472,6 +535,50 @@ impl List {
             api_version: "v1",
             kind: "List",
             items,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ufs_is_named_in_one_way() {
+        let parse = |arguments: &[&str]| {
+            let all = ["accel", "enable"].iter().chain(arguments);
+            match Cli::try_parse_from(all) {
+                Ok(Cli {
+                    command: Command::Enable { ufs, .. },
+                    ..
+                }) => Some(ufs.spec()),
+                _ => None,
+            }
+        };
+        let spec = |claim: Value, nfs: Value, path: Value| {
+            Some(json!({"claimName": claim, "nfs": nfs, "hostPath": path}))
+        };
+        let none = Value::Null;
+        let nfs = json!({"server": "[fd00::1]", "path": "/a"});
+        assert_eq!(
+            parse(&["--claim", "u"]),
+            spec(json!("u"), none.clone(), none.clone())
+        );
+        assert_eq!(
+            parse(&["--nfs", "[fd00::1]:/a"]),
+            spec(none.clone(), nfs, none.clone())
+        );
+        assert_eq!(
+            parse(&["--host-path", "/a"]),
+            spec(none.clone(), none, json!("/a"))
+        );
+        for wrong in [
+            &[][..],
+            &["--claim", "u", "--host-path", "/a"],
+            &["--nfs", "h"],
+            &["--nfs", ":/a"],
+        ] {
+            assert_eq!(parse(wrong), None, "{wrong:?}");
         }
     }
 }

@@ -3,6 +3,7 @@
 
 use super::{LATER, Next, Observed, Plan, SOON, Step, in_words, terminated, waits_for};
 use crate::job;
+use crate::login::Secret;
 use crate::report::{Output, Removal};
 use crate::resource::{ImageAcceleration, Phase, UserStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -53,7 +54,8 @@ impl Next<'_> {
         match job.map(|job| (job, job::end(job))) {
             Some((job, None)) => {
                 self.stop_all_but(Some(job));
-                let what = self.observed.pod.and_then(waits_for);
+                let lacks = self.lend(job);
+                let what = lacks.or_else(|| self.observed.pod.and_then(waits_for));
                 let what = what.unwrap_or_else(|| "is being removed".to_owned());
                 if self.status.used_by.is_empty() {
                     self.say(Phase::Deleting, &what);
@@ -132,6 +134,7 @@ impl Next<'_> {
                 self.say(Phase::Deleting, &what);
             }
             self.again = Some(LATER);
+            self.waits = true;
             return;
         }
         self.start_removal(name, service);
@@ -143,6 +146,7 @@ impl Next<'_> {
             self.observed.task,
             &service.spec,
             &self.gone(),
+            self.observed.secret == Secret::There,
             self.observed.settings,
         );
         self.steps.push(Step::Run(Box::new(job)));

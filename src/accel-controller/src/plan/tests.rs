@@ -1,5 +1,5 @@
 use super::*;
-use crate::report::{Accelerated, Erofs, Image, Layer, Removal};
+use crate::report::{Accelerated, Erofs, Image, Layer, Problem, Refused, Removal};
 use crate::resource::{ImageAccelerationSpec, UfsSpec, UserStatus};
 use serde_json::json;
 use std::sync::LazyLock;
@@ -19,6 +19,7 @@ struct Cluster {
     log: Option<Result<Output, String>>,
     others_at_work: usize,
     nodes: Option<Vec<String>>,
+    secret: Secret,
     now: i64,
 }
 
@@ -31,11 +32,13 @@ impl Cluster {
         });
         let spec = ImageAccelerationSpec {
             ufs: UfsSpec {
-                claim_name: "ufs".to_owned(),
+                claim_name: Some("ufs".to_owned()),
+                ..UfsSpec::default()
             },
             registry: Default::default(),
             jobs: Default::default(),
             nodes: Default::default(),
+            purge: false,
         };
         Self {
             task: serde_json::from_value(task).unwrap(),
@@ -45,6 +48,7 @@ impl Cluster {
             log: None,
             others_at_work: 0,
             nodes: None,
+            secret: Secret::Unnamed,
             now: 1_700_000_000,
         }
     }
@@ -58,6 +62,7 @@ impl Cluster {
             log: self.log.clone(),
             others_at_work: self.others_at_work,
             nodes: self.nodes.as_deref(),
+            secret: self.secret,
             settings: &SETTINGS,
             now: Timestamp::from_second(self.now).unwrap(),
         })
@@ -85,6 +90,7 @@ impl Cluster {
                 self.jobs.push(*job);
                 format!("run {name}")
             }
+            Step::Lend { job, uid } => format!("lend {job} {uid}"),
             Step::Stop(name) => {
                 self.jobs.retain(|job| job.name_any() != name);
                 format!("stop {name}")
@@ -142,7 +148,6 @@ fn report() -> Output {
         },
     };
     Output {
-        progress: None,
         report: Some(Report {
             manifest: "sha256:aa".to_owned(),
             images: vec![Image {
@@ -152,7 +157,7 @@ fn report() -> Output {
                 manifest: "sha256:bb".to_owned(),
             }],
         }),
-        removal: None,
+        ..Output::default()
     }
 }
 
@@ -342,10 +347,15 @@ fn there_are_never_more_jobs_than_the_limit() {
             "waits: 4 other Jobs are under way, the limit"
         )
     );
+    assert!(cluster.plan().waits);
     cluster.others_at_work = 3;
     assert_eq!(cluster.step(), ["run accel-u-1-0"]);
     // One that is at work is not counted against itself.
     cluster.others_at_work = 4;
+    assert!(!cluster.plan().waits);
+    assert!(cluster.step().is_empty());
+    assert!(cluster.phase().1.starts_with("its Job has no pod"));
+    cluster.pod_says(&json!({"running": {}}));
     assert!(cluster.step().is_empty());
     assert_eq!(cluster.phase().1, "is being converted");
 }
@@ -647,5 +657,209 @@ fn jobs_may_do_little_and_are_told_no_secret() {
         "--plain-http",
     ];
     assert_eq!(container["args"], json!(arguments));
-    assert_eq!(pod["volumes"][1]["secret"]["secretName"], "login");
+    let secret = &pod["volumes"][1]["secret"];
+    // Whether there is one the Job tells.
+    assert_eq!(
+        (&secret["secretName"], &secret["optional"]),
+        (&json!("login"), &json!(true))
+    );
+}
+
+/// What the Job says of a registry, and that it has failed.
+fn refused(problem: Problem) -> Output {
+    let registry = "h".to_owned();
+    Output {
+        refused: Some(Refused { registry, problem }),
+        ..Output::default()
+    }
+}
+
+#[test]
+fn a_registry_that_does_not_let_us_is_a_condition_with_what_to_do() {
+    for (problem, secret, reason, advice) in [
+        (
+            Problem::Unauthorized,
+            Some("login"),
+            "Unauthorized",
+            "password for h in the Secret login",
+        ),
+        (
+            Problem::Forbidden,
+            Some("login"),
+            "Forbidden",
+            "the right at h",
+        ),
+        (
+            Problem::NoLogin,
+            Some("login"),
+            "NoLogin",
+            "login in the controller's namespace",
+        ),
+        (Problem::NoLogin, None, "NoLogin", "no Secret is named"),
+        (
+            Problem::NoLoginFile,
+            Some("login"),
+            "NoSecret",
+            "is not there",
+        ),
+        (
+            Problem::NotFound,
+            None,
+            "NotFound",
+            "the image cannot be had",
+        ),
+        (Problem::Unreachable, None, "Unreachable", "plainHttp"),
+        (Problem::Other, None, "Failed", "answer"),
+    ] {
+        let mut cluster = Cluster::new();
+        cluster.step();
+        let service = cluster.service.as_mut().unwrap();
+        service.spec.registry.secret_name = secret.map(str::to_owned);
+        cluster.step();
+        assert_eq!(cluster.condition(ACCESS).status, "Unknown");
+        cluster.end_job("Failed", "BackoffLimitExceeded");
+        cluster.pod_says(&json!({"terminated": {"exitCode": 4, "reason": "Error",
+            "message": "{\"refused\":{}}\nmkfs-accel: it says no\n"}}));
+        cluster.log = Some(Ok(refused(problem)));
+        cluster.step();
+        let access = cluster.condition(ACCESS).clone();
+        assert_eq!((&*access.status, &*access.reason), ("False", reason));
+        assert!(
+            access.message.starts_with("it says no ("),
+            "{}",
+            access.message
+        );
+        assert!(access.message.contains(advice), "{}", access.message);
+        assert_eq!(cluster.phase().0, Phase::CreateError);
+        assert!(
+            cluster.phase().1.starts_with(&access.message),
+            "{:?}",
+            cluster.phase()
+        );
+        // It stands until there is something better to say.
+        (cluster.pod, cluster.log) = (None, None);
+        cluster.now += 60;
+        cluster.step();
+        assert_eq!(cluster.step(), ["run accel-u-1-1"]);
+        assert_eq!(cluster.condition(ACCESS).reason, reason);
+        cluster.log = Some(Ok(Output {
+            checked: true,
+            ..Output::default()
+        }));
+        cluster.step();
+        assert_eq!(cluster.condition(ACCESS).status, "True");
+        // Of another version of the task nothing is known.
+        cluster.edit("h/b:v1");
+        cluster.step();
+        cluster.step();
+        assert_eq!(cluster.condition(ACCESS).status, "Unknown");
+    }
+}
+
+#[test]
+fn a_task_has_its_login_from_its_own_namespace() {
+    let mut cluster = Cluster::new();
+    cluster.task.spec.secret_name = Some("mine".to_owned());
+    cluster.service.as_mut().unwrap().spec.registry.secret_name = Some("login".to_owned());
+    cluster.step();
+    for (secret, reason, said) in [
+        (
+            Secret::Missing,
+            "NoSecret",
+            "no Secret mine in the namespace team",
+        ),
+        (Secret::OtherType, "NoSecret", ".dockerconfigjson"),
+        (
+            Secret::Forbidden,
+            "SecretNotReadable",
+            "secret-access team mine",
+        ),
+    ] {
+        cluster.secret = secret;
+        assert!(cluster.step().is_empty());
+        let access = cluster.condition(ACCESS);
+        assert_eq!((&*access.status, &*access.reason), ("False", reason));
+        assert!(access.message.starts_with("spec.secretName: "));
+        assert!(access.message.contains(said), "{}", access.message);
+        assert_eq!(cluster.phase().0, Phase::CreateError);
+        assert_eq!(cluster.plan().again, Some(FIRST_RETRY));
+    }
+    cluster.secret = Secret::There;
+    assert_eq!(cluster.step(), ["run accel-u-1-0"]);
+    assert_eq!(cluster.condition(ACCESS).status, "Unknown");
+    let job = cluster.jobs.last_mut().unwrap();
+    job.metadata.uid = Some("j".to_owned());
+    let pod = serde_json::to_value(job.spec.as_ref().unwrap().template.spec.as_ref()).unwrap();
+    // It waits for its own copy, which has its own name.
+    let login = &pod["volumes"][1]["secret"];
+    assert_eq!(
+        (&login["secretName"], login.get("optional")),
+        (&json!("accel-u-1-0"), None)
+    );
+    assert!(
+        cluster
+            .arguments()
+            .contains(&"--registry-config".to_owned())
+    );
+    // Whoever made the Job may have been killed before the copy was there.
+    assert_eq!(cluster.step(), ["lend accel-u-1-0 j"]);
+    // It has gone before that.
+    cluster.secret = Secret::Missing;
+    assert!(cluster.step().is_empty());
+    assert_eq!(cluster.condition(ACCESS).reason, "NoSecret");
+    assert!(cluster.phase().1.contains("no Secret mine"));
+    cluster.secret = Secret::There;
+    cluster.log = Some(Ok(Output::default()));
+    assert!(cluster.step().is_empty());
+    cluster.end_job("Complete", "");
+    cluster.log = Some(Ok(report()));
+    cluster.step();
+    cluster.step();
+    assert_eq!(cluster.condition(ACCESS).status, "True");
+    (cluster.pod, cluster.log) = (None, None);
+    // What is removed needs it, too, if it is still there.
+    for (secret, name) in [
+        (Secret::There, "accel-u-delete-0"),
+        (Secret::Missing, "login"),
+    ] {
+        let mut cluster = Cluster {
+            task: cluster.task.clone(),
+            service: cluster.service.clone(),
+            secret,
+            ..Cluster::new()
+        };
+        cluster.delete();
+        assert_eq!(cluster.step(), ["run accel-u-delete-0"]);
+        let pod = serde_json::to_value(&cluster.jobs[0]).unwrap();
+        let volumes = &pod["spec"]["template"]["spec"]["volumes"];
+        assert_eq!(volumes[1]["secret"]["secretName"], name);
+    }
+}
+
+#[test]
+fn jobs_get_ufs_from_where_it_is() {
+    let nfs = json!({"server": "h", "path": "/export"});
+    for (ufs, volume) in [
+        (
+            json!({"claimName": "u"}),
+            json!({"persistentVolumeClaim": {"claimName": "u"}}),
+        ),
+        (json!({"nfs": nfs}), json!({"nfs": nfs})),
+        (
+            json!({"hostPath": "/mnt/ufs"}),
+            json!({"hostPath": {"path": "/mnt/ufs", "type": "Directory"}}),
+        ),
+    ] {
+        let mut cluster = Cluster::new();
+        cluster.step();
+        cluster.service.as_mut().unwrap().spec.ufs = serde_json::from_value(ufs).unwrap();
+        cluster.step();
+        let job = serde_json::to_value(&cluster.jobs[0]).unwrap();
+        let mut expected = volume;
+        expected["name"] = json!("ufs");
+        assert_eq!(
+            job["spec"]["template"]["spec"]["volumes"],
+            json!([expected])
+        );
+    }
 }

@@ -2,7 +2,7 @@
 
 use super::http::Http;
 use super::login::Login;
-use crate::ImageError;
+use crate::{ImageError, Problem};
 use reqwest::header::{HeaderMap, RETRY_AFTER};
 use reqwest::{Response, StatusCode};
 use std::time::{Duration, SystemTime};
@@ -57,6 +57,19 @@ pub(super) fn pause(attempt: u32) -> Duration {
 }
 
 impl Http {
+    /// What a failure is in one word.
+    pub fn problem(&self, failure: &Failure) -> Problem {
+        match failure {
+            Failure::Connection(_) => Problem::Unreachable,
+            Failure::Refused(_) => self.login.problem().unwrap_or(Problem::Unauthorized),
+            Failure::Status { code, .. } => match code.as_u16() {
+                403 => self.login.problem().unwrap_or(Problem::Forbidden),
+                404 => Problem::NotFound,
+                _ => Problem::Other,
+            },
+        }
+    }
+
     /// What a failure means, and what to do about it.
     pub fn explain(&self, failure: &Failure) -> String {
         match failure {
@@ -130,13 +143,14 @@ impl Http {
             registry: self.registry.clone(),
             what: what.to_owned(),
             why,
+            problem: self.problem(failure),
         }
     }
 }
 
 /// What an answer says for people: the messages of an error as the distribution
-/// specification has it, or its first line.
-pub(super) async fn said(mut response: Response) -> String {
+/// specification has it, or its first line; without the password, which some answer with.
+pub(super) async fn said(mut response: Response, login: &Login) -> String {
     let mut body = Vec::new();
     while let Ok(Some(piece)) = response.chunk().await {
         body.extend_from_slice(&piece);
@@ -157,8 +171,8 @@ pub(super) async fn said(mut response: Response) -> String {
         errors.iter().filter_map(message).collect::<Vec<_>>()
     });
     match messages {
-        Some(messages) if !messages.is_empty() => first_line(&messages.join("; ")),
-        _ => first_line(&text),
+        Some(messages) if !messages.is_empty() => first_line(&login.hidden(messages.join("; "))),
+        _ => first_line(&login.hidden(text.into_owned())),
     }
 }
 

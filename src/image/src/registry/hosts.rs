@@ -11,7 +11,7 @@
 //! with a misspelt field is a mirror that nobody uses.
 
 use super::hosts_file;
-use crate::ImageError;
+use crate::{ImageError, Problem};
 use reqwest::Url;
 use reqwest::header::{HeaderName, HeaderValue};
 use std::fs;
@@ -151,6 +151,7 @@ impl Host {
                 registry: registry.to_owned(),
                 what: "anything".to_owned(),
                 why: format!("{host:?} is no host: {error}"),
+                problem: Problem::Other,
             })?,
             itself: true,
             can: Capabilities::ALL,

@@ -123,10 +123,16 @@ impl Http {
         let client = client.map_err(|error| ImageError::Setup(chain(&error)))?;
         // Docker Hub's names without a slash are short.
         let repository = match registry {
-            "docker.io" if !repository.contains('/') => format!("library/{repository}"),
+            "docker.io" if !repository.contains('/') && !repository.is_empty() => {
+                format!("library/{repository}")
+            }
             _ => repository.to_owned(),
         };
-        let base = host.base.join(&format!("{repository}/"));
+        // Without one it is the registry itself that is asked.
+        let base = match repository.is_empty() {
+            true => Ok(host.base.clone()),
+            false => host.base.join(&format!("{repository}/")),
+        };
         let base = base.map_err(|error| ImageError::Setup(error.to_string()))?;
         let mirror_of = (!host.itself).then(|| registry.to_owned());
         Ok(Self {
@@ -306,12 +312,15 @@ impl Http {
                         code if code.is_success() => return Ok(Answer::Good(response)),
                         StatusCode::UNAUTHORIZED => {
                             let headers = response.headers().clone();
-                            return Ok(Answer::Unauthorized(headers, said(response).await));
+                            return Ok(Answer::Unauthorized(
+                                headers,
+                                said(response, &self.login).await,
+                            ));
                         }
                         code => Failure::Status {
                             code,
                             wait: retry_after(response.headers()),
-                            said: said(response).await,
+                            said: said(response, &self.login).await,
                         },
                     }
                 }
@@ -386,20 +395,26 @@ impl Http {
             )));
         }
         let service = parameter("service").unwrap_or_default();
-        let scope =
-            parameter("scope").unwrap_or_else(|| format!("repository:{}:pull", self.repository));
+        // Of a token that is for nothing no scope is said.
+        let scope = parameter("scope").or_else(|| {
+            let named = !self.repository.is_empty();
+            named.then(|| format!("repository:{}:pull", self.repository))
+        });
         let identity = match &self.login {
-            Login::IdentityToken(token) => Some([
-                ("grant_type", "refresh_token"),
-                ("refresh_token", token.as_str()),
-                ("client_id", "image-accel"),
-                ("service", service.as_str()),
-                ("scope", scope.as_str()),
-            ]),
+            Login::IdentityToken(token) => {
+                let mut form = vec![
+                    ("grant_type", "refresh_token"),
+                    ("refresh_token", token.as_str()),
+                    ("client_id", "image-accel"),
+                    ("service", service.as_str()),
+                ];
+                form.extend(scope.as_deref().map(|scope| ("scope", scope)));
+                Some(form)
+            }
             _ => {
                 let mut query = url.query_pairs_mut();
                 query.append_pair("service", &service);
-                query.append_pair("scope", &scope);
+                query.extend_pairs(scope.as_deref().map(|scope| ("scope", scope)));
                 drop(query);
                 None
             }

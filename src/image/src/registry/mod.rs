@@ -9,6 +9,7 @@ mod hosts;
 mod hosts_file;
 mod http;
 mod login;
+mod login_check;
 mod push;
 mod remove;
 
@@ -16,10 +17,11 @@ use self::failure::{Failure, pause, told};
 use self::hosts::Capabilities;
 use self::http::Http;
 use self::login::Login;
+pub use self::login_check::{check_login, logins};
 pub use self::remove::Untagged;
 use crate::image::{MAX_MANIFEST, Origin, Start};
 use crate::manifest::{ACCEPTED, Pointer};
-use crate::{ImageError, OpenOptions};
+use crate::{ImageError, OpenOptions, Problem};
 use accel_oci::{RegistryReference, Version};
 use futures_util::StreamExt;
 use futures_util::future::{self, Either};
@@ -161,6 +163,9 @@ fn nobody_gave(registry: &str, what: &str, failures: &[(&Http, Failure)]) -> Ima
         registry: name.to_owned(),
         what: what.to_owned(),
         why,
+        problem: failures
+            .last()
+            .map_or(Problem::Other, |(host, failure)| host.problem(failure)),
     }
 }
 

@@ -4,9 +4,9 @@
 use super::Registry;
 use super::failure::{Failure, pause};
 use super::http::Http;
-use crate::ImageError;
 use crate::accelerated::Document;
 use crate::image::{Image, Layer};
+use crate::{ImageError, Problem};
 use accel_oci::{Digest, RegistryReference, Version};
 use bytes::Bytes;
 use futures_util::stream;
@@ -148,6 +148,7 @@ impl Registry {
                 registry: self.source.registry.clone(),
                 what: format!("to {:?}", self.source.repository),
                 why: "hosts.toml has no host with the capability \"push\" for it".to_owned(),
+                problem: Problem::Other,
             })
     }
 }

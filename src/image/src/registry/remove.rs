@@ -44,7 +44,8 @@ impl Registry {
             let json = match host.get(&path, &accept, 0).await {
                 Ok(response) => http::read(response, most).await?,
                 Err(failure) if failure.is_absent() => return Ok(Untagged::Absent),
-                Err(failure) => return Err(failure),
+                Err(failure) if failure.may_pass() => return Err(failure),
+                Err(failure) => return Ok(Untagged::Refused(host.explain_removal(&failure))),
             };
             let manifest: Value = serde_json::from_slice(&json).unwrap_or_default();
             let original = manifest["annotations"][key].as_str();

@@ -4,9 +4,9 @@
 use crate::layers::{self, Done, Fate, Tell};
 use crate::output::{Bytes, Seconds, say};
 use crate::published::Published;
-use crate::registry::RegistryArguments;
+use crate::registry::{RegistryArguments, refused};
 use crate::{interrupt, jobs};
-use accel_image::{Accelerated, Image, Images, Platforms, Target};
+use accel_image::{Accelerated, Image, Images, OpenOptions, Platforms, Target};
 use accel_oci::{Digest, ImageSource, Platform, PlatformError};
 use accel_ufs::UfsError;
 use accel_ufs::annotations::{IMAGE_KEY, LayerAnnotations, ORIGINAL_KEY};
@@ -71,8 +71,8 @@ pub struct Arguments {
     /// Print one JSON object instead of lines
     #[arg(long)]
     json: bool,
-    /// Print lines of JSON instead: how far the work is, every two seconds at least, and
-    /// at the end what --json prints
+    /// Print lines of JSON instead: that the registries let us, or why one does not; how far
+    /// the work is, every two seconds at least; and at the end what --json prints
     #[arg(long, conflicts_with = "json")]
     json_lines: bool,
 }
@@ -192,34 +192,27 @@ impl<'a> LayerReport<'a> {
 }
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let done = work(arguments);
+    if let (Err(error), Tell::Programs) = (&done, arguments.tell())
+        && let Some(line) = refused(error)
+    {
+        say!("{line}")?;
+    }
+    done
+}
+
+fn work(arguments: &Arguments) -> anyhow::Result<()> {
     let started = Instant::now();
     let ufs = Ufs::open(&arguments.ufs)?;
     interrupt::on_interrupt(ufs.closer());
     let source = canonical(&arguments.source)?;
     let options = arguments.registry.options()?;
-    let found = accel_image::open_all(&source, &options, &arguments.platforms())?;
-    for image in &found.images {
-        let layers = image.layers.len();
-        ensure!(
-            layers <= record::MAX_LAYERS,
-            "the image {} has {layers} layers; overlayfs stacks at most {}",
-            image.manifest,
-            record::MAX_LAYERS,
-        );
+    let (found, targets) = open(arguments, &source, &options)?;
+    if arguments.tell() == Tell::Programs {
+        let targets: Vec<_> = targets.iter().map(|(name, _)| name).collect();
+        let checked = serde_json::json!({"source": source.to_string(), "targets": targets});
+        say!("{}", serde_json::json!({"checked": checked}))?;
     }
-    let tell = arguments.tell();
-    if tell == Tell::People {
-        tell_of_others(&found)?;
-    }
-
-    // Before any work is done: what cannot be written must not cost hours.
-    let targets = [&arguments.out, &arguments.push].into_iter().flatten();
-    let targets = targets
-        .map(|target| {
-            let opened = Target::open(target, &options, &source)?;
-            Ok((target.to_string(), opened))
-        })
-        .collect::<anyhow::Result<Vec<_>>>()?;
 
     // Before it is looked what is there: who deletes looks in the other order.
     let claimed = claim(&ufs, arguments, &source, &found)?;
@@ -236,6 +229,35 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         give_up(&ufs, &claimed);
     }
     done
+}
+
+/// The source's manifests, and where the result goes, which takes it: before any work is done,
+/// because what cannot be written must not cost hours.
+fn open(
+    arguments: &Arguments,
+    source: &ImageSource,
+    options: &OpenOptions,
+) -> anyhow::Result<(Images, Vec<(String, Target)>)> {
+    let found = accel_image::open_all(source, options, &arguments.platforms())?;
+    for image in &found.images {
+        let layers = image.layers.len();
+        ensure!(
+            layers <= record::MAX_LAYERS,
+            "the image {} has {layers} layers; overlayfs stacks at most {}",
+            image.manifest,
+            record::MAX_LAYERS,
+        );
+    }
+    if arguments.tell() == Tell::People {
+        tell_of_others(&found)?;
+    }
+    let targets = [&arguments.out, &arguments.push].into_iter().flatten();
+    let targets = targets.map(|target| {
+        let opened = Target::open(target, options, source)?;
+        Ok((target.to_string(), opened))
+    });
+    let targets = targets.collect::<anyhow::Result<Vec<_>>>()?;
+    Ok((found, targets))
 }
 
 fn convert(

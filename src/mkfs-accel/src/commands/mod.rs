@@ -1,5 +1,6 @@
 //! The commands, one module each.
 
+mod check;
 mod convert;
 mod delete;
 mod gc;
@@ -32,6 +33,8 @@ pub struct Cli {
 enum Command {
     /// Convert an image: every layer that is not on UFS yet
     Convert(Box<convert::Arguments>),
+    /// Check whether registries take the logins that there are for them
+    Check(check::Arguments),
     /// Convert a single layer's tar into an EROFS image and its chunk index
     Layer(layer::Arguments),
     /// List the images on UFS
@@ -82,6 +85,7 @@ impl Cli {
     pub fn run(&self) -> anyhow::Result<Verdict> {
         match &self.command {
             Command::Convert(arguments) => convert::run(arguments),
+            Command::Check(arguments) => check::run(arguments),
             Command::Layer(arguments) => layer::run(arguments),
             Command::List(arguments) => images::run(arguments),
             Command::Inspect(arguments) => inspect::run(arguments),

@@ -4,20 +4,17 @@
 //! nothing of it waits for a source. Labels are bounded: sources are named at start,
 //! and of more than [`MOST_DEVICES`] devices the rest is only in the sums.
 
-mod http;
-mod text;
-
-pub use http::start;
+pub use accel_metrics::start;
 
 use crate::admin;
 use crate::engine::Totals;
 use crate::registry::Counted;
 use crate::remake::Remake;
 use crate::serve::Daemon;
-use accel_source::DiskCache;
+use accel_metrics::{Exposition, Histogram};
+use accel_source::{DiskCache, LATENCY_BOUNDS, Latencies};
 use std::fs;
 use std::sync::atomic::Ordering::Relaxed;
-use text::Exposition;
 
 /// Devices with series of their own.
 pub const MOST_DEVICES: usize = 256;
@@ -95,6 +92,14 @@ fn lookups(totals: &Totals) -> [(&'static str, u64); 3] {
     ]
 }
 
+fn times(latencies: &Latencies) -> Histogram<'_> {
+    Histogram {
+        bounds: &LATENCY_BOUNDS,
+        counts: &latencies.counts,
+        nanoseconds: latencies.nanoseconds,
+    }
+}
+
 fn totals(text: &mut Exposition, totals: &Totals) {
     for (name, help, value) in [
         (
@@ -143,13 +148,13 @@ fn totals(text: &mut Exposition, totals: &Totals) {
         "image_accel_request_wait_seconds",
         "Requests that waited for a source: from then until they were answered.",
         &[],
-        &totals.waited,
+        times(&totals.waited),
     );
     text.histogram(
         "image_accel_request_cached_seconds",
         "One in 64 of the requests served from memory: from the queue to the answer.",
         &[],
-        &totals.from_memory,
+        times(&totals.from_memory),
     );
 }
 
@@ -204,7 +209,7 @@ fn devices(text: &mut Exposition, exports: &[Counted]) {
             "image_accel_device_request_wait_seconds",
             "Requests that waited for a source, by device.",
             &labels,
-            &totals.waited,
+            times(&totals.waited),
         );
     }
 }
@@ -332,7 +337,7 @@ fn sources(text: &mut Exposition, daemon: &Daemon) {
             "image_accel_source_read_seconds",
             "From asking the source until it answered, well or not.",
             &labels,
-            &tally.latency.snapshot(),
+            times(&tally.latency.snapshot()),
         );
     }
 }

@@ -1,0 +1,394 @@
+//! Logins for registries: which Secret counts, whether registries take what is in it, and
+//! what is said if not. No login is ever seen here, only what became of one.
+//!
+//! The Secret that the service names is in the controller's namespace: Jobs get it as a file,
+//! and the controller does not read it. One that a task names is in the task's namespace,
+//! where a Job cannot have it from; the controller reads it if that namespace lets it
+//! ([`access`]), and makes a copy that belongs to the Job and goes with it.
+
+use crate::job::{self, CHECK, Settings};
+use crate::plan::{Step, in_words, pause, set_condition, terminated, waits_for};
+use crate::report::{Output, Problem, Refused};
+use crate::resource::{AcceleratedImage, CheckStatus, ImageAcceleration, ImageAccelerationSpec};
+use accel_oci::Digest;
+use anyhow::Result;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, OwnerReference, Time};
+use k8s_openapi::jiff::Timestamp;
+use kube::{Resource as _, ResourceExt};
+use serde_json::json;
+use std::time::Duration;
+
+/// The condition that registries let us do what is meant.
+pub const ACCESS: &str = "RegistryAccess";
+/// The type of Secrets that have logins.
+pub const SECRET_TYPE: &str = "kubernetes.io/dockerconfigjson";
+/// What of such a Secret has them.
+pub const SECRET_KEY: &str = ".dockerconfigjson";
+
+/// How soon to look again while a Job is at work.
+const SOON: Duration = Duration::from_secs(3);
+
+/// The Secret that a task names, as far as the controller can see.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Secret {
+    /// It names none.
+    #[default]
+    Unnamed,
+    /// It can be had.
+    There,
+    /// There is none.
+    Missing,
+    /// There is one, of another type.
+    OtherType,
+    /// The controller may not read it.
+    Forbidden,
+}
+
+impl Secret {
+    /// Why the task's Secret cannot be had, if so, and what to do: a condition's reason and
+    /// message.
+    pub fn problem(self, task: &AcceleratedImage) -> Option<(&'static str, String)> {
+        let namespace = task.namespace().unwrap_or_default();
+        let name = task.spec.secret_name.as_deref().unwrap_or_default();
+        match self {
+            Self::Unnamed | Self::There => None,
+            Self::Missing => Some((
+                "NoSecret",
+                format!(
+                    "spec.secretName: there is no Secret {name} in the namespace {namespace}: make it (kubectl create secret docker-registry), or name another"
+                ),
+            )),
+            Self::OtherType => Some((
+                "NoSecret",
+                format!(
+                    "spec.secretName: the Secret {name} in the namespace {namespace} has no {SECRET_KEY}: it has to be of the type {SECRET_TYPE}"
+                ),
+            )),
+            Self::Forbidden => Some((
+                "SecretNotReadable",
+                format!(
+                    "spec.secretName: the controller may not read the Secret {name} in the namespace {namespace}: let it with `accel-controller secret-access {namespace} {name} | kubectl apply -f -`"
+                ),
+            )),
+        }
+    }
+}
+
+/// Which Secret a Job has its login from, for people.
+#[derive(Debug, Clone, Copy)]
+pub enum Whose<'a> {
+    /// The task's.
+    Task(&'a AcceleratedImage),
+    /// The service's.
+    Service(&'a ImageAccelerationSpec),
+}
+
+impl<'a> Whose<'a> {
+    /// That of a task.
+    pub fn of(task: &'a AcceleratedImage, service: &'a ImageAccelerationSpec) -> Self {
+        match task.spec.secret_name {
+            Some(_) => Self::Task(task),
+            None => Self::Service(service),
+        }
+    }
+
+    fn name(self) -> Option<String> {
+        match self {
+            Self::Task(task) => {
+                let name = task.spec.secret_name.as_ref()?;
+                Some(format!("the Secret {name} (spec.secretName)"))
+            }
+            Self::Service(service) => {
+                let name = service.registry.secret_name.as_ref()?;
+                Some(format!(
+                    "the Secret {name} in the controller's namespace (spec.registry.secretName of the ImageAcceleration)"
+                ))
+            }
+        }
+    }
+}
+
+/// Why a registry did not do what it was asked for, and what to do: a condition's reason, and
+/// the advice for its message.
+pub fn advice(refused: &Refused, whose: Whose<'_>) -> (&'static str, String) {
+    let registry = match refused.registry.as_str() {
+        "" => "the registry",
+        registry => registry,
+    };
+    let secret = whose.name();
+    let secret = secret.as_deref();
+    match (refused.problem, secret) {
+        (Problem::NoLoginFile, Some(secret)) => (
+            "NoSecret",
+            format!(
+                "{secret} is not there, or is not of the type {SECRET_TYPE}: make it (kubectl create secret docker-registry)"
+            ),
+        ),
+        (Problem::NoLogin, Some(secret)) => (
+            "NoLogin",
+            format!("{secret} has no login for {registry}: add one"),
+        ),
+        (Problem::NoLogin | Problem::NoLoginFile, None) => (
+            "NoLogin",
+            format!(
+                "no Secret is named that could have a login for {registry}: spec.secretName of the task, or spec.registry.secretName of the ImageAcceleration"
+            ),
+        ),
+        (Problem::Unauthorized, secret) => (
+            "Unauthorized",
+            format!(
+                "correct user and password for {registry} in {}",
+                secret.unwrap_or("the Secret")
+            ),
+        ),
+        (Problem::Forbidden, secret) => (
+            "Forbidden",
+            format!(
+                "give the user of {} the right at {registry}, or name one who has it",
+                secret.unwrap_or("the Secret")
+            ),
+        ),
+        (Problem::NotFound, _) => (
+            "NotFound",
+            "the image cannot be had: look at its name, and whether the user may see it".to_owned(),
+        ),
+        (Problem::Unreachable, _) => (
+            "Unreachable",
+            format!(
+                "is {registry} its name, does the network of the Jobs lead there, and does it speak TLS, or spec.registry.plainHttp of the ImageAcceleration say that it does not?"
+            ),
+        ),
+        (Problem::Other, _) => (
+            "Failed",
+            "the registry's answer says what is wrong".to_owned(),
+        ),
+    }
+}
+
+/// What is observed for the service.
+#[derive(Debug)]
+pub struct Checking<'a> {
+    /// It.
+    pub service: &'a ImageAcceleration,
+    /// All Jobs that ask registries.
+    pub jobs: &'a [Job],
+    /// The newest pod of the newest of them.
+    pub pod: Option<&'a Pod>,
+    /// That pod's log, or why it cannot be read.
+    pub log: Option<Result<Output, String>>,
+    /// What the controller was told.
+    pub settings: &'a Settings,
+    /// The time.
+    pub now: Timestamp,
+}
+
+/// What is to be said and done then.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Checked {
+    /// `True`, `False` or `Unknown`, the reason, the message.
+    pub says: (&'static str, String, String),
+    /// For the status.
+    pub check: Option<CheckStatus>,
+    /// To be done when the status is written.
+    pub steps: Vec<Step>,
+    /// When to look again.
+    pub again: Option<Duration>,
+}
+
+/// Decides how to go on with asking registries whether they take the logins of the service:
+/// once for all of its settings, and again after a while if one does not. `last` is what was
+/// said before.
+pub fn check(observed: &Checking<'_>) -> Checked {
+    let service = observed.service;
+    let registry = &service.spec.registry;
+    let said = service.status.as_ref();
+    let stop_all = || {
+        let names = observed.jobs.iter().map(ResourceExt::name_any);
+        names.map(Step::Stop).collect::<Vec<_>>()
+    };
+    if registry.secret_name.is_none() && registry.push_to.is_none() {
+        let what = "no Secret is named, and no registry: what a task needs is tried with it";
+        return Checked {
+            says: ("True", "NothingToCheck".to_owned(), what.to_owned()),
+            check: None,
+            steps: stop_all(),
+            again: None,
+        };
+    }
+    let of = fingerprint(service);
+    let last = said.and_then(|status| status.check.clone());
+    let mut state = last.filter(|check| check.of == of).unwrap_or(CheckStatus {
+        of: of.clone(),
+        ..CheckStatus::default()
+    });
+    // What was said of these settings stays until there is something else to say.
+    let before = said.and_then(|status| {
+        let mut conditions = status.conditions.iter();
+        conditions.find(|condition| condition.type_ == ACCESS)
+    });
+    let says = |state: &CheckStatus, what: &str| match before {
+        Some(before) if state.failures > 0 => {
+            ("False", before.reason.clone(), before.message.clone())
+        }
+        _ => ("Unknown", "Checking".to_owned(), what.to_owned()),
+    };
+    if state.passed {
+        let message = before.map_or_else(String::new, |before| before.message.clone());
+        return Checked {
+            says: ("True", "Checked".to_owned(), message),
+            check: Some(state),
+            steps: stop_all(),
+            again: None,
+        };
+    }
+    let name = format!("accel-check-{of}-{}", state.failures);
+    let job = observed.jobs.iter().find(|job| job.name_any() == name);
+    let (says, steps, again) = match (job, job.and_then(job::end)) {
+        (None, _) => {
+            let waited = state.finished_at.as_ref().map(|Time(last)| {
+                Duration::try_from(observed.now.duration_since(*last)).unwrap_or_default()
+            });
+            let due = waited.and_then(|waited| pause(state.failures).checked_sub(waited));
+            match due.filter(|due| !due.is_zero()) {
+                // The failed Job stays that long for whoever wants to look at it.
+                Some(due) => (says(&state, ""), Vec::new(), Some(due)),
+                None => {
+                    let mut steps = stop_all();
+                    if steps.is_empty() {
+                        steps.push(Step::Run(Box::new(job_for(observed, name))));
+                    }
+                    (says(&state, "a Job is being started"), steps, Some(SOON))
+                }
+            }
+        }
+        (Some(_), None) => {
+            let what = observed.pod.and_then(waits_for);
+            let what = what.unwrap_or_else(|| "registries are asked".to_owned());
+            (says(&state, &what), Vec::new(), Some(SOON))
+        }
+        (Some(_), Some(Ok(()))) => {
+            state.passed = true;
+            state.finished_at = Some(Time(observed.now));
+            let what = "the registries take the logins".to_owned();
+            let says = ("True", "Checked".to_owned(), what);
+            (says, Vec::new(), Some(Duration::ZERO))
+        }
+        (Some(job), Some(Err((reason, message)))) => {
+            let (reason, what) = failure(observed, &reason, &message);
+            state.failures = state.failures.saturating_add(1);
+            state.finished_at = Some(Time(observed.now));
+            let pause = pause(state.failures);
+            let job = job.name_any();
+            let minutes = pause.as_secs() / 60;
+            let what = format!("{what} (Job {job}; it is tried again after {minutes} minutes)");
+            (("False", reason, what), Vec::new(), Some(pause))
+        }
+    };
+    Checked {
+        says,
+        check: Some(state),
+        steps,
+        again,
+    }
+}
+
+/// Of the settings that matter: others are another check.
+fn fingerprint(service: &ImageAcceleration) -> String {
+    let spec = &service.spec;
+    let text = json!([
+        service.uid(),
+        spec.registry,
+        spec.jobs.user,
+        spec.jobs.node_selector
+    ]);
+    let digest = Digest::of(text.to_string().as_bytes());
+    digest.hex()[..16].to_owned()
+}
+
+fn job_for(observed: &Checking<'_>, name: String) -> Job {
+    let service = observed.service;
+    let push_to = service.spec.registry.push_to.as_deref();
+    let registry = push_to.and_then(|prefix| prefix.split('/').next());
+    let mut job = job::build_check(name, &service.spec, registry, observed.settings);
+    let owner = OwnerReference {
+        block_owner_deletion: None,
+        controller: None,
+        ..service.owner_ref(&()).unwrap_or_default()
+    };
+    // It goes with the service.
+    job.metadata.owner_references = Some(vec![owner]);
+    job
+}
+
+/// Reason and message of a Job that has failed.
+fn failure(observed: &Checking<'_>, reason: &str, message: &str) -> (String, String) {
+    let ended = observed.pod.and_then(terminated);
+    let Some(ended) = ended.filter(|ended| ended.exit_code != 0) else {
+        let what = format!("the Job failed: {reason}: {message}");
+        return ("Failed".to_owned(), what);
+    };
+    let refused = match &observed.log {
+        Some(Ok(output)) => output.refused.as_ref(),
+        _ => None,
+    };
+    let Some(refused) = refused else {
+        return ("Failed".to_owned(), in_words(ended, reason));
+    };
+    let (reason, advice) = advice(refused, Whose::Service(&observed.service.spec));
+    let said = crate::report::words(ended.message.as_deref().unwrap_or_default());
+    (reason.to_owned(), format!("{said} ({advice})"))
+}
+
+/// Writes it into a status.
+pub fn tell(checked: &Checked, service: &mut ImageAcceleration, now: Timestamp) {
+    let observed_generation = service.metadata.generation;
+    let status = service.status.get_or_insert_default();
+    status.check.clone_from(&checked.check);
+    let (is, reason, message) = checked.says.clone();
+    let condition = Condition {
+        type_: ACCESS.to_owned(),
+        status: is.to_owned(),
+        reason,
+        message,
+        observed_generation,
+        last_transition_time: Time(now),
+    };
+    set_condition(&mut status.conditions, condition);
+}
+
+/// What a namespace gives the controller, which is in `controller`, so that it can read one of
+/// its Secrets: that one, and nothing else. As YAML documents.
+///
+/// # Errors
+/// None is known: all that they consist of can be written.
+pub fn access(controller: &str, namespace: &str, secret: &str) -> Result<String> {
+    let name = format!("accel-controller-{secret}");
+    let meta = json!({"name": name, "namespace": namespace});
+    let group = "rbac.authorization.k8s.io";
+    let version = format!("{group}/v1");
+    let documents = [
+        json!({"apiVersion": version, "kind": "Role", "metadata": meta,
+            "rules": [{"apiGroups": [""], "resources": ["secrets"],
+                "resourceNames": [secret], "verbs": ["get"]}]}),
+        json!({"apiVersion": version, "kind": "RoleBinding", "metadata": meta,
+            "roleRef": {"apiGroup": group, "kind": "Role", "name": name},
+            "subjects": [{"kind": "ServiceAccount", "name": "accel-controller",
+                "namespace": controller}]}),
+    ];
+    let mut text = String::new();
+    for document in documents {
+        text += "---\n";
+        text += &serde_saphyr::to_string(&document)?;
+    }
+    Ok(text)
+}
+
+/// What selects the Jobs that ask registries.
+pub fn selector() -> String {
+    format!("{}={}", CHECK.0, CHECK.1)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,127 @@
+//! Secrets of tasks, and Jobs that ask registries whether they take logins.
+
+use super::{Context, RETRY, RunError, has_log};
+use crate::job;
+use crate::login::{self, Checked, Checking, SECRET_KEY, SECRET_TYPE, Secret};
+use crate::plan::Step;
+use crate::resource::{AcceleratedImage, ImageAcceleration};
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt as _;
+use kube::api::{Api, ListParams, PostParams};
+use std::time::Duration;
+use tracing::warn;
+
+impl Context {
+    fn secret_of(&self, task: &AcceleratedImage) -> Option<(Api<v1::Secret>, String)> {
+        let name = task.spec.secret_name.clone()?;
+        let namespace = task.namespace().unwrap_or_default();
+        Some((Api::namespaced(self.client.clone(), &namespace), name))
+    }
+
+    /// How it is with the Secret that a task names. What is in it is not kept.
+    pub(super) async fn secret(&self, task: &AcceleratedImage) -> Result<Secret, RunError> {
+        let Some((secrets, name)) = self.secret_of(task) else {
+            return Ok(Secret::Unnamed);
+        };
+        match secrets.get_opt(&name).await {
+            Ok(Some(secret)) => {
+                let data = secret.data.unwrap_or_default();
+                Ok(match data.contains_key(SECRET_KEY) {
+                    true => Secret::There,
+                    false => Secret::OtherType,
+                })
+            }
+            Ok(None) => Ok(Secret::Missing),
+            Err(kube::Error::Api(status)) if status.code == 403 => Ok(Secret::Forbidden),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Copies the task's Secret for a Job, with which it goes.
+    pub(super) async fn lend(
+        &self,
+        task: &AcceleratedImage,
+        job: &str,
+        uid: &str,
+    ) -> Result<(), kube::Error> {
+        let Some((secrets, name)) = self.secret_of(task) else {
+            return Ok(());
+        };
+        let Some(secret) = secrets.get_opt(&name).await? else {
+            // That is told when the Job fails.
+            return Ok(());
+        };
+        let mut data = secret.data.unwrap_or_default();
+        data.retain(|key, _| key == SECRET_KEY);
+        let owner = OwnerReference {
+            api_version: "batch/v1".to_owned(),
+            kind: "Job".to_owned(),
+            name: job.to_owned(),
+            uid: uid.to_owned(),
+            ..OwnerReference::default()
+        };
+        let (key, value) = job::SELECTOR.split_once('=').unwrap_or_default();
+        let copy = v1::Secret {
+            metadata: ObjectMeta {
+                name: Some(job.to_owned()),
+                labels: Some([(key.to_owned(), value.to_owned())].into()),
+                owner_references: Some(vec![owner]),
+                ..ObjectMeta::default()
+            },
+            type_: Some(SECRET_TYPE.to_owned()),
+            data: Some(data),
+            ..v1::Secret::default()
+        };
+        let copies = self.own::<v1::Secret>();
+        match copies.create(&PostParams::default(), &copy).await {
+            // From when it was looked last.
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+            made => made.map(drop),
+        }
+    }
+
+    /// Observes and plans how to go on with asking registries for the service.
+    pub(super) async fn look_at_logins(
+        &self,
+        service: &ImageAcceleration,
+    ) -> Result<Checked, RunError> {
+        let of_checks = ListParams::default().labels(&login::selector());
+        let jobs = self.own::<Job>().list(&of_checks).await?.items;
+        let newest = jobs.iter().max_by_key(|job| job.creation_timestamp());
+        let pod = match newest {
+            Some(job) => self.newest_pod(&job.name_any()).await?,
+            None => None,
+        };
+        let log = match &pod {
+            Some(pod) if has_log(pod) => Some(self.log(&pod.name_any()).await),
+            _ => None,
+        };
+        Ok(login::check(&Checking {
+            service,
+            jobs: &jobs,
+            pod: pod.as_ref(),
+            log,
+            settings: &self.settings,
+            now: Timestamp::now(),
+        }))
+    }
+
+    /// Does what was planned. How long to wait for the next look.
+    pub(super) async fn go_on_with_logins(&self, checked: &Checked) -> Option<Duration> {
+        for step in &checked.steps {
+            let done = match step {
+                Step::Run(job) => self.run_job(job).await.map(drop),
+                Step::Stop(name) => self.stop_job(name).await,
+                _ => Ok(()),
+            };
+            if let Err(error) = done {
+                warn!("registries cannot be asked about the logins: {error}");
+                return Some(RETRY);
+            }
+        }
+        checked.again
+    }
+}
