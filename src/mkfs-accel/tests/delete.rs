@@ -334,20 +334,19 @@ fn who_converts_and_who_deletes_do_not_harm_each_other() {
 }
 
 /// Three layers, of which the last cannot be converted until its blob is put back.
-fn half_converted(ufs: &Ufs) -> (Image, Vec<u8>) {
+fn half_converted(ufs: &Ufs, more: &[&str]) -> (Image, Vec<u8>) {
     let tars: Vec<_> = (10..13).map(sample_tar).collect();
     let image = Image::gzipped(&tars);
     let path = image.blob_path(&image.layer(2));
     let blob = fs::read(&path).unwrap();
     fs::write(&path, &blob[1..]).unwrap();
-    common::bad(&[
-        &"convert",
-        &image.source(),
-        &"--jobs",
-        &"1",
-        &"--ufs",
-        &ufs.path(),
-    ]);
+    let failed = mkfs_accel()
+        .args(["convert", &image.source(), "--jobs", "1", "--ufs"])
+        .arg(ufs.path())
+        .args(more)
+        .output()
+        .unwrap();
+    assert!(common::failed(failed.status), "{failed:?}");
     (image, blob)
 }
 
@@ -372,7 +371,7 @@ fn what_a_failed_conversion_had_finished_is_named_and_goes_when_asked() {
     ufs.convert(&one.source());
     ufs.convert_with(&other.source(), &["--claim", "c/other"]);
     let before = there(&ufs);
-    let (image, blob) = half_converted(&ufs);
+    let (image, blob) = half_converted(&ufs, &[]);
     let half = there(&ufs);
     let kept = |report: &Value| report["kept"].as_array().unwrap().len();
     let report = collected(&ufs, &[]);
@@ -416,7 +415,7 @@ fn what_a_failed_conversion_had_finished_is_named_and_goes_when_asked() {
 #[test]
 fn a_damaged_claim_is_in_the_way_of_unclaimed_alone() {
     let ufs = Ufs::new();
-    half_converted(&ufs);
+    half_converted(&ufs, &[]);
     fs::create_dir_all(ufs.path().join("claims")).unwrap();
     fs::write(ufs.path().join("claims/c.one.0123456789abcdef.json"), "{").unwrap();
     let half = there(&ufs);
@@ -428,11 +427,25 @@ fn a_damaged_claim_is_in_the_way_of_unclaimed_alone() {
     assert_eq!(there(&ufs), half);
 }
 
+/// A cluster tries again: what it has claimed is its own, with or without an image.
+#[test]
+fn what_is_claimed_is_not_unclaimed_when_its_conversion_fails() {
+    let ufs = Ufs::new();
+    half_converted(&ufs, &["--claim", "c/one"]);
+    let half = there(&ufs);
+    assert_eq!(collected(&ufs, &[])["kept"], serde_json::json!([]));
+    let report = collected(&ufs, &["--unclaimed", "--settle", "0"]);
+    assert_eq!(report["unclaimed"]["layers"], 0, "{report}");
+    assert_eq!(there(&ufs), half);
+    let report = deleted(&ufs, &["--claim", "c/one"]);
+    assert_eq!(report["removed"]["layers"], 2, "{report}");
+}
+
 /// A snapshot that was unpacked before may be mounted from a layer that no image has.
 #[test]
 fn unclaimed_layers_that_a_node_uses_stay() {
     let ufs = Ufs::new();
-    half_converted(&ufs);
+    half_converted(&ufs, &[]);
     let half = there(&ufs);
     let index = half
         .iter()
