@@ -6,6 +6,7 @@
 //! | [`reads`] | an exported device has the bytes of the published file, however it is read |
 //! | [`damage`] | bytes that changed on UFS are I/O errors, and nothing else is |
 //! | [`lifecycle`] | unmounting and stopping leave nothing behind; a killed daemon is not noticed |
+//! | [`limits`] | too little of what a daemon needs harms nothing that runs |
 //! | [`fio`] | neither does fio notice, which verifies what it reads |
 //! | [`snapshots`] | what the snapshotter answers is what a plain model says, whatever dies meanwhile |
 //! | [`trust`] | which layers it takes on the word of UFS |
@@ -21,6 +22,7 @@ use crate::{Setting, fixture};
 pub mod damage;
 pub mod fio;
 pub mod lifecycle;
+pub mod limits;
 pub mod mounting;
 pub mod native;
 pub mod reads;
@@ -80,8 +82,8 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             lifecycle::removal_of_a_device_in_use_is_taken_back,
         ),
         (
-            "lifecycle::reads_go_on_when_memory_is_short",
-            lifecycle::reads_go_on_when_memory_is_short,
+            "limits::reads_go_on_when_memory_is_short",
+            limits::reads_go_on_when_memory_is_short,
         ),
         ("fio::verifies_through_kills", fio::verifies_through_kills),
         (
@@ -89,12 +91,12 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             fio::sees_damage_and_lost_devices,
         ),
         (
-            "lifecycle::attach_without_descriptors_is_refused",
-            lifecycle::attach_without_descriptors_is_refused,
+            "limits::attach_without_descriptors_is_refused",
+            limits::attach_without_descriptors_is_refused,
         ),
         (
-            "lifecycle::limit_of_devices_is_no_limit_or_named",
-            lifecycle::limit_of_devices_is_no_limit_or_named,
+            "limits::limit_of_devices_is_no_limit_or_named",
+            limits::limit_of_devices_is_no_limit_or_named,
         ),
         (
             "lifecycle::lost_device_in_use_is_in_nobodys_way",

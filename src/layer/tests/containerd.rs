@@ -6,7 +6,7 @@
 //! Left out is the time of what containerd makes on its own account (the root,
 //! implied directories, whiteouts): it is that of the unpacking.
 
-#[path = "common/cases.rs"]
+#[path = "common/cases/mod.rs"]
 mod cases;
 mod common;
 #[path = "common/containerd.rs"]

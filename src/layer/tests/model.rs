@@ -37,7 +37,7 @@ enum Node {
     Whiteout(usize),
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Model {
     tree: BTreeMap<String, Node>,
     /// Whiteouts that a hard link was made to: it gives them its attributes.
@@ -46,10 +46,8 @@ struct Model {
 
 /// The tree, or nothing if an entry has no place in it.
 fn model(entries: &[(String, Entry)]) -> Option<Model> {
-    let Model {
-        mut tree,
-        mut linked,
-    } = Model::default();
+    let mut tree: BTreeMap<String, Node> = BTreeMap::new();
+    let mut linked = BTreeSet::new();
     for (number, (path, entry)) in entries.iter().enumerate() {
         for (end, _) in path.match_indices('/') {
             let above = tree

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Tar, assert_tree, convert, header, picture, refusal};
+use common::{Tar, assert_tree, convert, header, picture, refusal, sparse_0_0, sparse_1_0};
 
 #[test]
 fn long_names_in_every_form() {
@@ -205,16 +205,7 @@ fn expect_holes(tar: &mut Tar) {
 #[test]
 fn sparse_files_of_pax() {
     let version = |minor| [("GNU.sparse.major", &b"0"[..]), ("GNU.sparse.minor", minor)];
-    let zero_zero: Vec<(&str, &[u8])> = [
-        ("GNU.sparse.size", &b"30"[..]),
-        ("GNU.sparse.numblocks", b"2"),
-        ("GNU.sparse.offset", b"10"),
-        ("GNU.sparse.numbytes", b"5"),
-        ("GNU.sparse.offset", b"20"),
-        ("GNU.sparse.numbytes", b"5"),
-    ]
-    .into();
-    expect_holes(Tar::default().pax(&zero_zero).file("holes", b"aaaaabbbbb"));
+    expect_holes(&mut sparse_0_0());
 
     let mut zero_one: Vec<(&str, &[u8])> = version(b"1").into();
     zero_one.extend([
@@ -228,20 +219,7 @@ fn sparse_files_of_pax() {
             .file("GNUSparseFile.1/holes", b"aaaaabbbbb"),
     );
 
-    let one_zero: &[(&str, &[u8])] = &[
-        ("GNU.sparse.major", b"1"),
-        ("GNU.sparse.minor", b"0"),
-        ("GNU.sparse.name", b"holes"),
-        ("GNU.sparse.realsize", b"30"),
-    ];
-    let mut data = b"3\n10\n5\n20\n5\n30\n0\n".to_vec();
-    data.resize(512, 0);
-    data.extend_from_slice(b"aaaaabbbbb");
-    expect_holes(
-        Tar::default()
-            .pax(one_zero)
-            .file("GNUSparseFile.1/holes", &data),
-    );
+    expect_holes(&mut sparse_1_0());
 }
 
 #[test]

@@ -27,7 +27,12 @@ fn delete(ufs: &Ufs, more: &[&str]) -> Output {
 
 #[track_caller]
 fn deleted(ufs: &Ufs, more: &[&str]) -> Value {
-    let output = delete(ufs, more);
+    report(&delete(ufs, more))
+}
+
+/// What a command that has done it says.
+#[track_caller]
+fn report(output: &Output) -> Value {
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{error}");
     serde_json::from_slice(&output.stdout).unwrap()
@@ -45,6 +50,11 @@ fn in_use(ufs: &Ufs, more: &[&str]) -> (Value, String) {
 fn there(ufs: &Ufs) -> BTreeSet<PathBuf> {
     let mut all: BTreeSet<_> = files(ufs.path()).into_keys().collect();
     all.retain(|path| !path.starts_with("leases") && !path.starts_with("nodes"));
+    all
+}
+
+fn without(room: &str, mut all: BTreeSet<PathBuf>) -> BTreeSet<PathBuf> {
+    all.retain(|path| !path.starts_with(room));
     all
 }
 
@@ -76,13 +86,11 @@ fn exactly_what_no_other_image_needs_goes() {
     let report = deleted(&ufs, &["--claim", "c/one"]);
     assert_eq!(report["removed"]["layers"], 1, "{report}");
     assert_eq!(report["removed"]["kept"], 1, "{report}");
-    let names = |all: BTreeSet<PathBuf>| -> Vec<_> {
-        // Names of sources have the time.
-        all.into_iter()
-            .filter(|path| !path.starts_with("names"))
-            .collect()
-    };
-    assert_eq!(names(there(&ufs)), names(there(&alone)));
+    // Names of sources have the time.
+    assert_eq!(
+        without("names", there(&ufs)),
+        without("names", there(&alone))
+    );
     verify(&ufs, &other);
     let error = common::bad(&[&"verify", &one.source(), &"--ufs", &ufs.path()]);
     assert!(error.contains("is not on UFS"), "{error}");
@@ -326,20 +334,19 @@ fn who_converts_and_who_deletes_do_not_harm_each_other() {
 }
 
 /// Three layers, of which the last cannot be converted until its blob is put back.
-fn half_converted(ufs: &Ufs) -> (Image, Vec<u8>) {
+fn half_converted(ufs: &Ufs, more: &[&str]) -> (Image, Vec<u8>) {
     let tars: Vec<_> = (10..13).map(sample_tar).collect();
     let image = Image::gzipped(&tars);
     let path = image.blob_path(&image.layer(2));
     let blob = fs::read(&path).unwrap();
     fs::write(&path, &blob[1..]).unwrap();
-    common::bad(&[
-        &"convert",
-        &image.source(),
-        &"--jobs",
-        &"1",
-        &"--ufs",
-        &ufs.path(),
-    ]);
+    let failed = mkfs_accel()
+        .args(["convert", &image.source(), "--jobs", "1", "--ufs"])
+        .arg(ufs.path())
+        .args(more)
+        .output()
+        .unwrap();
+    assert!(common::failed(failed.status), "{failed:?}");
     (image, blob)
 }
 
@@ -354,10 +361,7 @@ fn gc(ufs: &Ufs, more: &[&str]) -> Output {
 
 #[track_caller]
 fn collected(ufs: &Ufs, more: &[&str]) -> Value {
-    let output = gc(ufs, more);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(0), "{error}");
-    serde_json::from_slice(&output.stdout).unwrap()
+    report(&gc(ufs, more))
 }
 
 #[test]
@@ -367,7 +371,7 @@ fn what_a_failed_conversion_had_finished_is_named_and_goes_when_asked() {
     ufs.convert(&one.source());
     ufs.convert_with(&other.source(), &["--claim", "c/other"]);
     let before = there(&ufs);
-    let (image, blob) = half_converted(&ufs);
+    let (image, blob) = half_converted(&ufs, &[]);
     let half = there(&ufs);
     let kept = |report: &Value| report["kept"].as_array().unwrap().len();
     let report = collected(&ufs, &[]);
@@ -398,22 +402,50 @@ fn what_a_failed_conversion_had_finished_is_named_and_goes_when_asked() {
     common::bad(&[&"convert", &image.source(), &"--ufs", &ufs.path()]);
     let report = collected(&ufs, &["--unclaimed", "--settle", "0"]);
     assert_eq!(removed(&report), Some(2), "{report}");
-    let blobs = |all: BTreeSet<PathBuf>| -> BTreeSet<_> {
-        // What was learnt of blobs stays.
-        all.into_iter()
-            .filter(|path| !path.starts_with("by-digest"))
-            .collect()
-    };
-    assert_eq!(blobs(there(&ufs)), blobs(before));
+    // What was learnt of blobs stays.
+    assert_eq!(
+        without("by-digest", there(&ufs)),
+        without("by-digest", before)
+    );
     verify(&ufs, &one);
     verify(&ufs, &other);
+}
+
+/// Who needs what is not known then; everything else that `gc` does has nothing to do with it.
+#[test]
+fn a_damaged_claim_is_in_the_way_of_unclaimed_alone() {
+    let ufs = Ufs::new();
+    half_converted(&ufs, &[]);
+    fs::create_dir_all(ufs.path().join("claims")).unwrap();
+    fs::write(ufs.path().join("claims/c.one.0123456789abcdef.json"), "{").unwrap();
+    let half = there(&ufs);
+    assert_eq!(collected(&ufs, &[])["kept"], serde_json::json!([]));
+    let output = gc(&ufs, &["--unclaimed", "--settle", "0"]);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(common::failed(output.status), "{error}");
+    assert!(error.contains("c.one.0123456789abcdef.json"), "{error}");
+    assert_eq!(there(&ufs), half);
+}
+
+/// A cluster tries again: what it has claimed is its own, with or without an image.
+#[test]
+fn what_is_claimed_is_not_unclaimed_when_its_conversion_fails() {
+    let ufs = Ufs::new();
+    half_converted(&ufs, &["--claim", "c/one"]);
+    let half = there(&ufs);
+    assert_eq!(collected(&ufs, &[])["kept"], serde_json::json!([]));
+    let report = collected(&ufs, &["--unclaimed", "--settle", "0"]);
+    assert_eq!(report["unclaimed"]["layers"], 0, "{report}");
+    assert_eq!(there(&ufs), half);
+    let report = deleted(&ufs, &["--claim", "c/one"]);
+    assert_eq!(report["removed"]["layers"], 2, "{report}");
 }
 
 /// A snapshot that was unpacked before may be mounted from a layer that no image has.
 #[test]
 fn unclaimed_layers_that_a_node_uses_stay() {
     let ufs = Ufs::new();
-    half_converted(&ufs);
+    half_converted(&ufs, &[]);
     let half = there(&ufs);
     let index = half
         .iter()
@@ -429,12 +461,7 @@ fn unclaimed_layers_that_a_node_uses_stay() {
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(6), "{error}");
     assert!(error.contains("n1 of cluster c"), "{error}");
-    let claims = |all: BTreeSet<PathBuf>| -> BTreeSet<_> {
-        all.into_iter()
-            .filter(|path| !path.starts_with("claims"))
-            .collect()
-    };
-    assert_eq!(claims(there(&ufs)), half);
+    assert_eq!(without("claims", there(&ufs)), half);
     node.say(BTreeSet::new(), BTreeSet::new()).unwrap();
     let report = collected(&ufs, &ask);
     assert_eq!(report["unclaimed"]["layers"], 2, "{report}");

@@ -139,15 +139,14 @@ impl LayerName {
         Uuid::of(self.digest())
     }
 
-    /// The layer whose index is called `file`, in a directory of `room`.
-    pub(crate) fn of_index(room: &str, file: &str) -> Option<Self> {
-        let hex = file.strip_suffix(".idx")?;
-        let digest: Digest = format!("sha256:{hex}").parse().ok()?;
-        match room {
-            LAYERS => Some(Self::Layer(DiffId(digest))),
-            CHAINS => Some(Self::Chain(ChainId(digest))),
-            _ => None,
-        }
+    /// The layer whose index is at `path`.
+    pub(crate) fn of_index(path: &RelPath) -> Option<Self> {
+        let (_, file) = path.as_str().rsplit_once('/')?;
+        let digest: Digest = format!("sha256:{}", file.strip_suffix(".idx")?)
+            .parse()
+            .ok()?;
+        let names = [Self::Layer(DiffId(digest)), Self::Chain(ChainId(digest))];
+        names.into_iter().find(|name| name.index() == *path)
     }
 }
 

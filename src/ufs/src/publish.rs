@@ -345,6 +345,22 @@ impl Ufs {
         Ok(names)
     }
 
+    /// The files of all layers, published or not; through no symlink.
+    pub fn layer_files(&self) -> Result<Vec<RelPath>, UfsError> {
+        let mut found = Vec::new();
+        for room in [names::LAYERS, names::CHAINS] {
+            let room = self.rel(&format!("{room}/sha256"))?;
+            for shard in self.list_beneath(&room)? {
+                let Ok(shard) = format!("{room}/{shard}").parse() else {
+                    continue;
+                };
+                let files = self.list_beneath(&shard)?.into_iter();
+                found.extend(files.filter_map(|file| format!("{shard}/{file}").parse().ok()));
+            }
+        }
+        Ok(found)
+    }
+
     /// Renames `path`, in `directory`, into the quarantine; its new path.
     fn quarantine(&self, directory: &OwnedFd, path: &Path) -> Result<PathBuf, UfsError> {
         let room = self.root.join(QUARANTINE);

@@ -20,7 +20,7 @@ use crate::index::{Header, Page, Root};
 use crate::names::{self, LayerName, RelPath};
 use crate::node::NodeName;
 use crate::publish::Ufs;
-use crate::record::{ImageRecord, NameRecord};
+use crate::record::NameRecord;
 use accel_oci::Digest;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -119,11 +119,19 @@ impl Needs {
         }
     }
 
-    fn record(&mut self, record: &ImageRecord) {
-        for layer in &record.layers {
-            self.layers.extend(layer.name());
-            self.blobs.insert(layer.digest);
+    /// All images on UFS but some.
+    fn records(&mut self, ufs: &Ufs, but: &BTreeSet<Digest>) -> Result<(), UfsError> {
+        for manifest in ufs.images()? {
+            if but.contains(&manifest) {
+                continue;
+            }
+            let record = ufs.image_record(&manifest)?;
+            for layer in record.iter().flat_map(|record| &record.layers) {
+                self.layers.extend(layer.name());
+                self.blobs.insert(layer.digest);
+            }
         }
+        Ok(())
     }
 
     fn has(&self, item: &Item) -> bool {
@@ -222,13 +230,7 @@ impl<'a> Removal<'a> {
         let going = ours.iter().filter(|image| !needs.images.contains(**image));
         let going: BTreeSet<Digest> = going.map(|image| **image).collect();
         items.extend(going.iter().copied().map(Item::Image));
-        for manifest in self.ufs.images()? {
-            if !going.contains(&manifest)
-                && let Some(record) = self.ufs.image_record(&manifest)?
-            {
-                needs.record(&record);
-            }
-        }
+        needs.records(self.ufs, &going)?;
         for claim in &self.own {
             for source in &claim.record.names {
                 items.extend(self.names_of(source, &ours)?);
@@ -341,11 +343,7 @@ impl<'a> Removal<'a> {
         let mut needs = Needs::default();
         self.look_at_claims(|claim| claim.going)?;
         self.others().for_each(|claim| needs.claim(claim));
-        for manifest in self.ufs.images()? {
-            if let Some(record) = self.ufs.image_record(&manifest)? {
-                needs.record(&record);
-            }
-        }
+        needs.records(self.ufs, &BTreeSet::new())?;
         let users = self.users_of(&roots)?;
         let mut removed = Removed {
             kept: layers(&kept),
@@ -418,28 +416,11 @@ impl Ufs {
     /// finished. Those that a removal is at work on are not among them.
     pub fn unclaimed_layers(&self) -> Result<Vec<LayerName>, UfsError> {
         // First: a layer that is there by then was claimed before.
-        let mut layers = Vec::new();
-        for room in [names::LAYERS, names::CHAINS] {
-            let directory = self.rel(&format!("{room}/sha256"))?;
-            for shard in self.list_beneath(&directory)? {
-                let Ok(shard) = format!("{directory}/{shard}").parse() else {
-                    continue;
-                };
-                let files = self.list_beneath(&shard)?;
-                layers.extend(
-                    files
-                        .iter()
-                        .filter_map(|file| LayerName::of_index(room, file)),
-                );
-            }
-        }
+        let files = self.layer_files()?;
+        let mut layers: Vec<_> = files.iter().filter_map(LayerName::of_index).collect();
         let mut needs = Needs::default();
         self.claims()?.iter().for_each(|claim| needs.claim(claim));
-        for manifest in self.images()? {
-            if let Some(record) = self.image_record(&manifest)? {
-                needs.record(&record);
-            }
-        }
+        needs.records(self, &BTreeSet::new())?;
         layers.retain(|layer| !needs.layers.contains(layer));
         Ok(layers)
     }

@@ -119,6 +119,51 @@ impl Tar {
     }
 }
 
+/// Symbolic links, and entries whose paths lead through them.
+pub fn through_symlinks() -> Tar {
+    let mut tar = Tar::default();
+    tar.dir("usr", 0o755)
+        .dir("usr/lib", 0o755)
+        .symlink("lib", "usr/lib")
+        .file("lib/f", b"1")
+        .symlink("out", "/../../usr")
+        .file("out/g", b"2")
+        .symlink("dangling", "new/place")
+        .file("dangling/h", b"3");
+    tar
+}
+
+/// A sparse file "holes" of 30 bytes as PAX 0.0 has it: "aaaaa" at 10 and "bbbbb" at 20.
+pub fn sparse_0_0() -> Tar {
+    let mut tar = Tar::default();
+    tar.pax(&[
+        ("GNU.sparse.size", b"30"),
+        ("GNU.sparse.numblocks", b"2"),
+        ("GNU.sparse.offset", b"10"),
+        ("GNU.sparse.numbytes", b"5"),
+        ("GNU.sparse.offset", b"20"),
+        ("GNU.sparse.numbytes", b"5"),
+    ])
+    .file("holes", b"aaaaabbbbb");
+    tar
+}
+
+/// The same as PAX 1.0 has it.
+pub fn sparse_1_0() -> Tar {
+    let mut data = b"3\n10\n5\n20\n5\n30\n0\n".to_vec();
+    data.resize(512, 0);
+    data.extend_from_slice(b"aaaaabbbbb");
+    let mut tar = Tar::default();
+    tar.pax(&[
+        ("GNU.sparse.major", b"1"),
+        ("GNU.sparse.minor", b"0"),
+        ("GNU.sparse.name", b"holes"),
+        ("GNU.sparse.realsize", b"30"),
+    ])
+    .file("GNUSparseFile.1/holes", &data);
+    tar
+}
+
 pub type Converted<T> = Result<T, LayerError<Infallible>>;
 
 pub fn convert_with(

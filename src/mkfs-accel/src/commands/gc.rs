@@ -15,13 +15,13 @@
 //! when it failed. The next attempt will use it, so it is only named, unless it is asked
 //! for (`--unclaimed`); then it goes in the way of `mkfs-accel delete`.
 
-use super::delete::InUse;
+use super::InUse;
 use crate::interrupt;
 use crate::output::{Bytes, say};
 use accel_ufs::UfsError;
 use accel_ufs::claim::{BY_HAND, ClaimName, ClaimRecord};
 use accel_ufs::lease::{EXPIRY, FoundLease, Owner, Sign};
-use accel_ufs::names::{CHAINS, LAYERS, LayerName};
+use accel_ufs::names::LayerName;
 use accel_ufs::publish::Ufs;
 use accel_ufs::removal::{Outcome, Removal, Removed};
 use serde::Serialize;
@@ -149,19 +149,21 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             sweep.file(&path, size, Err(INDEXLESS))?;
         }
     }
-    let unclaimed = ufs.unclaimed_layers()?;
     if arguments.unclaimed && !arguments.dry_run {
-        sweep.report.unclaimed = Some(remove_unclaimed(&ufs, &unclaimed, arguments.settle)?);
+        let layers = ufs.unclaimed_layers()?;
+        sweep.report.unclaimed = Some(remove_unclaimed(&ufs, &layers, arguments.settle)?);
     } else {
         let judgement = match arguments.unclaimed {
             true => Err(Remove("a layer that no image has")),
             false => Ok(Keep(UNCLAIMED)),
         };
-        for layer in &unclaimed {
-            for file in [layer.image(), layer.index()] {
-                let size = ufs.regular_file(&file)?.unwrap_or_default();
-                sweep.file(&ufs.path(&file), size, judgement)?;
+        match ufs.unclaimed_layers() {
+            Ok(layers) => sweep.layers(&ufs, &layers, judgement)?,
+            // Everything else is done, and needs no claim or image that is whole.
+            Err(error) if !arguments.unclaimed => {
+                tracing::warn!(%error, "which layers no image has is not known");
             }
+            Err(error) => return Err(error.into()),
         }
     }
     sweep.finish()
@@ -232,24 +234,14 @@ fn is_old(modified: Option<SystemTime>, clock: SystemTime) -> bool {
 /// Images without an index that have been lying there for long, with their sizes.
 fn indexless(ufs: &Ufs, clock: SystemTime) -> anyhow::Result<Vec<(PathBuf, u64)>> {
     let mut found = Vec::new();
-    for room in [LAYERS, CHAINS] {
-        let room: accel_ufs::names::RelPath = format!("{room}/sha256").parse()?;
-        for shard in ufs.list(&room)? {
-            let Ok(shard) = format!("{room}/{shard}").parse() else {
-                continue;
-            };
-            for name in ufs.list(&shard)? {
-                let path = ufs.path(&shard).join(name);
-                if path.extension() != Some("erofs".as_ref())
-                    || path.with_extension("idx").try_exists()?
-                {
-                    continue;
-                }
-                let metadata = fs::metadata(&path).map_err(UfsError::io("look at", &path))?;
-                if is_old(metadata.modified().ok(), clock) {
-                    found.push((path, metadata.len()));
-                }
-            }
+    for file in ufs.layer_files()? {
+        let path = ufs.path(&file);
+        if path.extension() != Some("erofs".as_ref()) || path.with_extension("idx").try_exists()? {
+            continue;
+        }
+        let metadata = fs::metadata(&path).map_err(UfsError::io("look at", &path))?;
+        if is_old(metadata.modified().ok(), clock) {
+            found.push((path, metadata.len()));
         }
     }
     Ok(found)
@@ -288,6 +280,22 @@ impl Sweep {
         }
         if self.lines {
             say!("{done} {} ({}): {why}", path.display(), Bytes(size))?;
+        }
+        Ok(())
+    }
+
+    fn layers(
+        &mut self,
+        ufs: &Ufs,
+        layers: &[LayerName],
+        judgement: Judgement,
+    ) -> anyhow::Result<()> {
+        for file in layers
+            .iter()
+            .flat_map(|layer| [layer.image(), layer.index()])
+        {
+            let size = ufs.regular_file(&file)?.unwrap_or_default();
+            self.file(&ufs.path(&file), size, judgement)?;
         }
         Ok(())
     }

@@ -244,25 +244,15 @@ fn clear_unfinished(ufs: &Ufs) -> anyhow::Result<()> {
 /// Removes the layers whose image is not to be kept; gives the bytes of the others.
 fn clear_layers(ufs: &Ufs, keep: &HashSet<RelPath>) -> anyhow::Result<u64> {
     let mut bytes = 0;
-    for room in ["layers/sha256", "chains/sha256"] {
-        for shard in ufs.list_beneath(&room.parse()?)? {
-            let Ok(shard) = format!("{room}/{shard}").parse::<RelPath>() else {
-                continue;
-            };
-            for file in ufs.list_beneath(&shard)? {
-                let Ok(path) = format!("{shard}/{file}").parse::<RelPath>() else {
-                    continue;
-                };
-                let image = match file.strip_suffix(".idx") {
-                    Some(stem) => format!("{shard}/{stem}.erofs").parse()?,
-                    None => path.clone(),
-                };
-                let path = ufs.path(&path);
-                match keep.contains(&image) {
-                    true => bytes += fs::symlink_metadata(&path).map_or(0, |m| m.len()),
-                    false => remove(&path)?,
-                }
-            }
+    for path in ufs.layer_files()? {
+        let image = match path.as_str().strip_suffix(".idx") {
+            Some(stem) => format!("{stem}.erofs").parse()?,
+            None => path.clone(),
+        };
+        let path = ufs.path(&path);
+        match keep.contains(&image) {
+            true => bytes += fs::symlink_metadata(&path).map_or(0, |m| m.len()),
+            false => remove(&path)?,
         }
     }
     Ok(bytes)

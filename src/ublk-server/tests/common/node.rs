@@ -301,3 +301,44 @@ pub fn await_that(what: impl Fn() -> bool) {
     }
     panic!("it did not happen");
 }
+
+/// Between two looks.
+pub fn nap() {
+    std::thread::sleep(std::time::Duration::from_millis(20));
+}
+
+/// A node with the image of eight large files mounted.
+pub fn mounted() -> (Node, String, String, Vec<Vec<u8>>) {
+    let mut made = None;
+    let node = Node::start(|ufs| made = Some(big(ufs)));
+    let (image, files) = made.unwrap();
+    let root = node.directory("root");
+    node.ask(&["mount", &image, &root]);
+    (node, image, root, files)
+}
+
+fn status_of(pid: &str) -> String {
+    fs::read_to_string(format!("/proc/{pid}/status")).unwrap()
+}
+
+/// A line of `/proc/PID/status`.
+pub fn field(pid: &str, name: &str) -> String {
+    let status = status_of(pid);
+    let mut lines = status.lines().filter_map(|line| line.split_once(':'));
+    let (_, value) = lines.find(|(key, _)| *key == name).unwrap();
+    value.trim().to_owned()
+}
+
+/// The processes that a process has begun.
+pub fn children(pid: &str) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    let texts =
+        tasks.map(|task| fs::read_to_string(task.path().join("children")).unwrap_or_default());
+    texts
+        .flat_map(|text| {
+            text.split_whitespace()
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        })
+        .collect()
+}
