@@ -139,7 +139,8 @@ pub enum Reply<T> {
     Ok(T),
     /// It did not.
     Error(String),
-    /// It did not, because another program is taking the daemon's place: ask that.
+    /// It did not, and may soon: another program is taking the daemon's place, or memory is
+    /// short.
     Again(String),
 }
 

@@ -22,16 +22,23 @@ const CLIENT_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Answers one client, on a thread of its own.
 pub fn serve(daemon: &Arc<Daemon>, stream: UnixStream) {
-    let daemon = Arc::clone(daemon);
-    let spawned = std::thread::Builder::new()
-        .name("admin".to_owned())
-        .spawn(move || {
+    let stream = Arc::new(stream);
+    let spawned = std::thread::Builder::new().name("admin".to_owned()).spawn({
+        let (daemon, stream) = (Arc::clone(daemon), Arc::clone(&stream));
+        move || {
             if let Err(error) = answer(&daemon, &stream) {
                 tracing::debug!(error = format!("{error:#}"), "a client went away");
             }
-        });
+        }
+    });
     if let Err(error) = spawned {
-        tracing::warn!(%error, "cannot answer a client");
+        // Memory is short for now. What it asked for was not begun.
+        tracing::warn!(%error, "no thread for a client, which is to ask again");
+        let again = format!("the daemon cannot start a thread: {error}");
+        // The buffer of a new connection takes it.
+        if let Err(error) = wire::send(&stream, &Reply::<()>::Again(again), None) {
+            tracing::debug!(error = format!("{error:#}"), "a client went away");
+        }
     }
 }
 

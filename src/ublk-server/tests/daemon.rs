@@ -4,10 +4,10 @@
 mod common;
 
 use common::node::{
-    Node, PROGRAM, await_that, base, big, check_big, drop_caches, kill, serve, serve_with,
+    Node, PROGRAM, await_that, base, big, check_big, drop_caches, field, kill, serve, serve_with,
 };
 use common::{Entry, Stalled, name_index, publish_image, publish_tree};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -625,4 +625,37 @@ fn who_waits_for_a_stalled_ufs_holds_up_nobody_else() {
     node.ask(&["unmount", &third]);
     node.stop();
     assert!(!client.wait().unwrap().success());
+}
+
+/// Memory may be too short for the stack of a thread.
+#[test]
+fn clients_ask_again_while_no_thread_can_be_made() {
+    let node = Node::start(|ufs| {
+        base(ufs);
+    });
+    let daemon = node.processes()[0];
+    let number = |name: &str| -> u64 {
+        let text = field(&daemon.to_string(), name);
+        text.trim_end_matches(" kB").trim().parse().unwrap()
+    };
+    // Stacks of threads that have ended are kept and used again; these clients have them all.
+    let before = number("Threads");
+    let idle: Vec<_> = (0..64)
+        .map(|_| UnixStream::connect(node.path("socket")).unwrap())
+        .collect();
+    await_that(|| number("Threads") >= before + 64);
+    let limit = |current| {
+        let pid = Pid::from_raw(i32::try_from(daemon).unwrap());
+        let maximum = getrlimit(Resource::As).maximum;
+        prlimit(pid, Resource::As, Rlimit { current, maximum }).unwrap();
+    };
+    // Half a stack is left, for everything else.
+    limit(Some((number("VmSize") << 10) + (1 << 20)));
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| node.status());
+        await_that(|| node.log().contains("which is to ask again"));
+        limit(None);
+        assert_eq!(asked.join().unwrap()["transport"], "fuse");
+    });
+    drop(idle);
 }
