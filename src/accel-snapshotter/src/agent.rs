@@ -48,10 +48,10 @@ pub struct Options {
     /// The shared file system's directory
     #[arg(long, value_name = "DIR")]
     ufs: PathBuf,
-    /// UFS is a file system that is mounted there, or above: while none is, the node cannot
-    /// serve, and nothing is written to what is there instead
-    #[arg(long)]
-    must_be_mounted: bool,
+    /// UFS is a file system that is mounted there, or at this directory above: while none is,
+    /// the node cannot serve, and nothing is written to what is there instead
+    #[arg(long, value_name = "MOUNT POINT", num_args = 0..=1, require_equals = true)]
+    must_be_mounted: Option<Option<PathBuf>>,
     /// What the node is called in its cluster
     #[arg(long, value_name = "NAME")]
     node: String,
@@ -118,7 +118,10 @@ pub fn run(options: &Options) -> Result<()> {
     )?;
     let ufs = UfsPlace {
         path: options.ufs.clone(),
-        mounted: options.must_be_mounted,
+        mount_point: options
+            .must_be_mounted
+            .clone()
+            .map(|point| point.unwrap_or_else(|| options.ufs.clone())),
     };
     if let Some(file) = &options.health {
         let watch = Watch {

@@ -24,8 +24,11 @@ use std::time::Duration;
 
 /// Who holds the canary.
 pub const HOLDER: &str = "accel-agent canary";
-/// How long the daemon may take to export it.
+/// How long others may be at work.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long the daemon may take to export it. Pulls and containers that come or go wait
+/// meanwhile. What it exports afterwards goes with the next canary.
+const EXPORT: Duration = Duration::from_secs(3);
 
 /// Where canaries come from and go.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,7 +124,7 @@ impl Places {
             size: canary.size,
             holder: HOLDER.to_owned(),
         };
-        let attached = match wire::ask_within(&server.socket, &command, PATIENCE)? {
+        let attached = match wire::ask_within(&server.socket, &command, EXPORT)? {
             LayerAnswer::Attached(attached) => attached,
             LayerAnswer::Absent => bail!(
                 "ublk-server does not find the canary: does it read the UFS {}?",

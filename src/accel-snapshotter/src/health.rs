@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How many checks in a row have to go well before a node is taken for healthy, or have to
 /// fail before it is not any more: one alone may be chance.
@@ -92,36 +92,35 @@ impl<T: Default + Send + 'static> Watched<T> {
         Self(State::Idle(T::default()))
     }
 
-    /// What came of a check, which may take so long. One that takes longer has failed; as
-    /// long as it hangs no other is begun and each call fails, and what comes of it at last
-    /// says nothing any more.
+    /// What came of a check, which may take so long. One that takes longer has failed. What
+    /// comes of it at last says nothing any more: as soon as it has ended another is begun, in
+    /// what is left of the patience; as long as it hangs each call fails.
     pub fn check(
         &mut self,
         check: impl FnOnce(&mut T) -> Result<(), String> + Send + 'static,
         patience: Duration,
     ) -> Result<(), String> {
-        let (answer, hung) = match std::mem::replace(&mut self.0, State::Idle(T::default())) {
-            State::Hanging(answer) => (answer, true),
-            State::Idle(mut what) => {
-                let (sender, answer) = mpsc::channel();
-                let checking = thread::Builder::new().name("check".to_owned());
-                let spawned = checking.spawn(move || {
-                    let checked = check(&mut what);
-                    // Nobody hears it if the process ends.
-                    let _ = sender.send((what, checked));
-                });
-                spawned.map_err(|error| format!("cannot start a thread: {error}"))?;
-                (answer, false)
-            }
-        };
+        let until = Instant::now() + patience;
         let late = Err(format!(
-            "UFS or ublk-server does not answer: a read of the canary takes longer than {} s",
+            "UFS or ublk-server does not answer: a check takes longer than {} s",
             patience.as_secs()
         ));
-        match answer.recv_timeout(patience) {
+        let what = match std::mem::replace(&mut self.0, State::Idle(T::default())) {
+            State::Idle(what) => what,
+            State::Hanging(answer) => match answer.recv_timeout(patience) {
+                Ok((what, _)) => what,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.0 = State::Hanging(answer);
+                    return late;
+                }
+                Err(RecvTimeoutError::Disconnected) => T::default(),
+            },
+        };
+        let answer = begin(what, check)?;
+        match answer.recv_timeout(until.saturating_duration_since(Instant::now())) {
             Ok((what, checked)) => {
                 self.0 = State::Idle(what);
-                if hung { late } else { checked }
+                checked
             }
             Err(RecvTimeoutError::Timeout) => {
                 self.0 = State::Hanging(answer);
@@ -130,6 +129,21 @@ impl<T: Default + Send + 'static> Watched<T> {
             Err(RecvTimeoutError::Disconnected) => Err("a check has ended by itself".to_owned()),
         }
     }
+}
+
+fn begin<T: Send + 'static>(
+    mut what: T,
+    check: impl FnOnce(&mut T) -> Result<(), String> + Send + 'static,
+) -> Result<Receiver<Checked<T>>, String> {
+    let (sender, answer) = mpsc::channel();
+    let checking = thread::Builder::new().name("check".to_owned());
+    let spawned = checking.spawn(move || {
+        let checked = check(&mut what);
+        // Nobody hears it if the process ends.
+        let _ = sender.send((what, checked));
+    });
+    spawned.map_err(|error| format!("cannot start a thread: {error}"))?;
+    Ok(answer)
 }
 
 impl<T: Default + Send + 'static> Default for Watched<T> {
@@ -188,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_check_that_hangs_has_failed_and_so_has_what_comes_of_it_later() {
+    fn a_check_that_hangs_has_failed_and_another_begins_once_it_has_ended() {
         let mut watched = Watched::<u32>::new();
         let begun = Arc::new(AtomicUsize::new(0));
         let (let_go, gate) = mpsc::channel::<()>();
@@ -210,10 +224,9 @@ mod tests {
             assert!(failed.contains("does not answer"), "{failed}");
         }
         assert!(begun.load(Relaxed) <= 1, "more than one hangs");
+        // What was checked is there again once it has ended, and the next check counts: one
+        // that was slow is one failure.
         let_go.send(()).unwrap();
-        let failed = watched.check(hanging(), LONG).unwrap_err();
-        assert!(failed.contains("does not answer"), "{failed}");
-        // What was checked is there again, and the next check counts.
         let seen = |what: &mut u32| Err(format!("seen {what}"));
         assert_eq!(watched.check(seen, LONG), Err("seen 1".to_owned()));
         assert_eq!(watched.check(|_| Ok(()), LONG), Ok(()));

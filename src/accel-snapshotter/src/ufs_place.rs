@@ -11,9 +11,9 @@ use std::path::PathBuf;
 pub struct UfsPlace {
     /// Its path.
     pub path: PathBuf,
-    /// Whether it has to be on a file system that is mounted: else it is taken for the
-    /// directory on the local disk that such a one is mounted at.
-    pub mounted: bool,
+    /// What has to be a mount point, if anything: while nothing is mounted there the path is
+    /// one on the local disk.
+    pub mount_point: Option<PathBuf>,
 }
 
 impl UfsPlace {
@@ -22,14 +22,14 @@ impl UfsPlace {
     /// # Errors
     /// It is not.
     pub fn open(&self) -> Result<Ufs> {
-        if self.mounted {
-            let path = fs::canonicalize(&self.path)
-                .with_context(|| format!("cannot open UFS {}", self.path.display()))?;
+        if let Some(point) = &self.mount_point {
+            let point = fs::canonicalize(point)
+                .with_context(|| format!("cannot open UFS {}", point.display()))?;
             let mounts = mountinfo::read().context("cannot read the list of mounts")?;
             ensure!(
-                mountinfo::has_mount_of_its_own(&mounts, &path),
+                mountinfo::is_mount_point(&mounts, &point),
                 "UFS is not mounted at {}",
-                path.display()
+                point.display()
             );
         }
         Ok(Ufs::open(&self.path)?)
@@ -42,13 +42,14 @@ mod tests {
 
     #[test]
     fn a_directory_where_nothing_is_mounted_is_refused_if_something_has_to_be() {
-        let place = |path: &str, mounted| UfsPlace {
+        let place = |path: &str, point: Option<&str>| UfsPlace {
             path: path.into(),
-            mounted,
+            mount_point: point.map(PathBuf::from),
         };
-        place("/", false).open().unwrap();
-        let refused = place("/", true).open().unwrap_err();
+        place("/usr", None).open().unwrap();
+        place("/proc/self", Some("/proc")).open().unwrap();
+        // What is mounted above is something else.
+        let refused = place("/proc/self", Some("/proc/self")).open().unwrap_err();
         assert!(refused.to_string().contains("not mounted"), "{refused}");
-        place("/proc/self", true).open().unwrap();
     }
 }

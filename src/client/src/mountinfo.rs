@@ -56,13 +56,9 @@ fn kinds_in(text: &str, path: &Path) -> Vec<String> {
     text.lines().filter_map(at).collect()
 }
 
-/// Whether something other than the root file system is mounted at `path` (a real path), or
-/// at a directory above it, in a text that [`read`] gave.
-pub fn has_mount_of_its_own(text: &str, path: &Path) -> bool {
-    text.lines().any(|line| {
-        let point = line.split(' ').nth(4).map(unescape);
-        point.is_some_and(|point| point != Path::new("/") && path.starts_with(point))
-    })
+/// Whether something is mounted at `path` (a real path), in a text that [`read`] gave.
+pub fn is_mount_point(text: &str, path: &Path) -> bool {
+    !kinds_in(text, path).is_empty()
 }
 
 /// Mount points of this kind in a text that [`read`] gave, each with what is mounted
@@ -134,11 +130,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_beneath_a_mount_is_told_from_the_root_file_system() {
+    fn what_is_beneath_a_mount_is_no_mount_point() {
         let text = "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
                     40 22 0:50 / /mnt/a\\040b rw - nfs h:/x rw\n";
-        let has = |path| has_mount_of_its_own(text, Path::new(path));
-        assert!(has("/mnt/a b") && has("/mnt/a b/ufs"));
-        assert!(!has("/mnt") && !has("/mnt/a b2") && !has("/"));
+        let is = |path| is_mount_point(text, Path::new(path));
+        assert!(is("/mnt/a b") && is("/"));
+        assert!(!is("/mnt") && !is("/mnt/a b2") && !is("/mnt/a b/ufs"));
     }
 }

@@ -2,9 +2,11 @@
 
 mod common;
 
+use accel_ufs::node::{NodeLease, NodeName};
+use accel_ufs::publish::Ufs as Opened;
 use common::{Image, Tar, Ufs, bad, files, good, mkfs_accel, noise, sample_tar};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -252,6 +254,31 @@ fn gc_removes_images_without_an_index_unless_somebody_is_at_work() {
     let report = gc(shop.path(), &[]);
     assert_eq!(report["removed"].as_array().unwrap().len(), 1);
     assert!(!orphan.exists() && young.exists() && whole.exists());
+}
+
+/// Nodes that come and go leave what they read to see whether they can.
+#[test]
+fn gc_removes_canaries_of_nodes_that_are_gone() {
+    let ufs = Ufs::new();
+    let opened = Opened::open(ufs.path()).unwrap();
+    let node = |name: &str| NodeName::new("c", name).unwrap();
+    opened.put_canary(&node("gone")).unwrap();
+    let all = files(&ufs.path().join("nodes"));
+    assert_eq!(all.len(), 3);
+    for name in all.keys() {
+        let path = ufs.path().join("nodes").join(name);
+        let file = File::options().write(true).open(path).unwrap();
+        let yesterday = SystemTime::now() - Duration::from_hours(25);
+        file.set_modified(yesterday).unwrap();
+    }
+    let mut lease = NodeLease::open(opened.clone(), node("gone")).unwrap();
+    lease.say(BTreeSet::new(), BTreeSet::new()).unwrap();
+    opened.put_canary(&node("here")).unwrap();
+    gc(ufs.path(), &[]);
+    let left = files(&ufs.path().join("nodes"));
+    assert!(!left.keys().any(|name| all.contains_key(name)), "{left:?}");
+    // The other node's, and what a node says that it uses.
+    assert_eq!(left.len(), 3 + 1, "{left:?}");
 }
 
 /// Runs a script in which `$mkfs` converts onto `$ufs`, a tmpfs of `size` that

@@ -15,16 +15,16 @@
 use crate::error::UfsError;
 use crate::index::{ByteRange, CHUNK_SIZE, ChunkNo, ImageSize, IndexBuilder, Root};
 use crate::names::LayerName;
-use crate::node::NodeName;
+use crate::node::{NODES, NodeName};
 use crate::publish::Ufs;
 use crate::removal::unlink;
 use accel_oci::Digest;
 use rustix::fs::Advice;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
-use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Bytes of a read.
 pub const READ: usize = 4096;
@@ -38,6 +38,8 @@ const LOOKED_AT: u64 = 2;
 /// Reads jump by so many slots, so that nobody takes them for the beginning of a long one. Has
 /// no divisor in common with the number of slots that are read.
 const STRIDE: u64 = 97;
+/// After how long a canary is nobody's any more: a living node has another one within the hour.
+const ABANDONED: Duration = Duration::from_hours(24);
 /// How often a canary can be read.
 pub const READS: u64 = SLOTS - 2 * LOOKED_AT;
 
@@ -155,6 +157,35 @@ impl Ufs {
         }
         unlink(&note)
     }
+
+    /// Files of canaries, and notes of them, that nodes have left which are no more; with
+    /// their sizes on UFS, bytes. `clock` is UFS's ([`Ufs::clock`]).
+    ///
+    /// # Errors
+    /// UFS does not answer.
+    pub fn abandoned_canaries(&self, clock: SystemTime) -> Result<Vec<(PathBuf, u64)>, UfsError> {
+        let mut found = Vec::new();
+        for name in self.list(&self.rel(NODES)?)? {
+            let path = self.root().join(NODES).join(&name);
+            if !matches!(path.extension(), Some(kind) if kind == "canary" || kind == "canary-idx") {
+                continue;
+            }
+            let metadata = match fs::symlink_metadata(&path) {
+                Ok(metadata) => metadata,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(UfsError::io("look at", &path)(error)),
+            };
+            let age = metadata
+                .modified()
+                .ok()
+                .map(|made| clock.duration_since(made));
+            if matches!(age, Some(Ok(age)) if age >= ABANDONED) {
+                found.push((path, metadata.blocks() * 512));
+            }
+        }
+        found.sort();
+        Ok(found)
+    }
 }
 
 /// Makes a file that is complete, on stable storage, and not in this machine's memory.
@@ -178,7 +209,6 @@ mod tests {
     use super::*;
     use crate::index::Layout;
     use std::collections::HashSet;
-    use std::os::unix::fs::MetadataExt as _;
 
     #[test]
     fn nothing_is_read_twice_nor_what_others_look_at() {

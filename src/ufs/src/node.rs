@@ -240,7 +240,6 @@ impl Ufs {
 
     /// Forgets what a node that is no more has said, and what it has left.
     pub fn forget_node(&self, name: &NodeName) -> Result<(), UfsError> {
-        self.remove_canary(name)?;
         for file in self.list_now(&self.rel(NODES)?)? {
             match NodeName::of_file(&file) {
                 Some((found, number)) if found == *name => {
@@ -249,7 +248,7 @@ impl Ufs {
                 _ => {}
             }
         }
-        Ok(())
+        self.remove_canary(name)
     }
 }
 

@@ -11,6 +11,9 @@
 //! begins just then and meets the image looks after it again once its index is
 //! there.)
 //!
+//! What nodes read to see whether they can (`accel_ufs::canary`) goes when its node has had
+//! no other for a day.
+//!
 //! A layer that no image has and nobody has claimed is whole: a conversion had finished it
 //! when it failed. The next attempt will use it, so it is only named, unless it is asked
 //! for (`--unclaimed`); then it goes in the way of `mkfs-accel delete`.
@@ -93,6 +96,7 @@ const SILENT: Remove = Remove("the process that made it, on another machine, was
 const OWNERLESS: Remove = Remove("nobody's, and unchanged for long");
 const INDEXLESS: Remove = Remove("an image without its index, which nobody works on");
 const UNCLAIMED: &str = "a layer that no image has: the next conversion that needs it will use it, and --unclaimed removes it";
+const ABANDONED: Remove = Remove("the canary of a node that is gone");
 const DAMAGED: Remove = Remove("was damaged, and replaced by mkfs-accel repair");
 const ALIVE: Keep = Keep("the process that makes it is at work");
 const YOUNG: Keep = Keep("nobody's that is known, but changed not long ago");
@@ -138,6 +142,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     }
     for (path, size) in ufs.quarantined()? {
         sweep.file(&path, size, Err(DAMAGED))?;
+    }
+    for (path, size) in ufs.abandoned_canaries(clock)? {
+        sweep.file(&path, size, Err(ABANDONED))?;
     }
     let is_dead = |lease: &FoundLease| {
         let owner = lease.owner.as_ref();
