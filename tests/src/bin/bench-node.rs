@@ -259,8 +259,29 @@ fn detach(socket: &Path, layer: &Layer) -> Result<()> {
     ask(socket, &request).map(drop)
 }
 
-/// Resident kilobytes, threads and open files of the daemon.
-fn resources(pid: u32) -> Result<(u64, u64, usize)> {
+/// What the daemon has.
+#[derive(Debug, Clone, Copy)]
+struct Resources {
+    /// Resident memory, kilobytes.
+    memory: u64,
+    /// How much of it is the cache's, kilobytes.
+    cache: u64,
+    threads: u64,
+    files: usize,
+}
+
+impl Resources {
+    /// As columns of a table.
+    fn columns(&self) -> String {
+        let (all, cache) = (self.memory >> 10, self.cache >> 10);
+        format!(
+            "{all} MiB | {cache} MiB | {} | {}",
+            self.threads, self.files
+        )
+    }
+}
+
+fn resources(pid: u32) -> Result<Resources> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let field = |name: &str| -> Result<u64> {
         let line = status.lines().find_map(|line| line.strip_prefix(name));
@@ -268,16 +289,21 @@ fn resources(pid: u32) -> Result<(u64, u64, usize)> {
         Ok(number.with_context(|| format!("no {name}"))?.parse()?)
     };
     let files = fs::read_dir(format!("/proc/{pid}/fd"))?.count();
-    Ok((field("VmRSS:")?, field("Threads:")?, files))
+    Ok(Resources {
+        memory: field("VmRSS:")?,
+        cache: field("RssShmem:")?,
+        threads: field("Threads:")?,
+        files,
+    })
 }
 
 /// The same once there are as few threads as there were: those that answered who asked
 /// last may be counted a moment longer.
-fn settled(pid: u32, idle_threads: u64) -> Result<(u64, u64, usize)> {
+fn settled(pid: u32, idle_threads: u64) -> Result<Resources> {
     let started = Instant::now();
     loop {
         let found = resources(pid)?;
-        if found.1 == idle_threads || started.elapsed() > Duration::from_secs(30) {
+        if found.threads == idle_threads || started.elapsed() > Duration::from_secs(30) {
             return Ok(found);
         }
         std::thread::sleep(Duration::from_millis(100));
@@ -317,26 +343,25 @@ fn many(setting: &Setting, ufs: &Path, count: usize) -> Result<()> {
     // The first one loads what then stays.
     attach(&socket, &layers[0])?;
     detach(&socket, &layers[0])?;
-    let (idle_memory, idle_threads, idle_files) = resources(pid)?;
-    println!("| devices | attach: p50 | p99 | resident | threads | open files |");
-    println!("|---|---|---|---|---|---|");
+    let idle = resources(pid)?;
     println!(
-        "| 0 | – | – | {} MiB | {idle_threads} | {idle_files} |",
-        idle_memory >> 10
+        "| devices | attach: p50 | p99 | resident | of it cached data | threads | open files |"
     );
+    println!("|---|---|---|---|---|---|---|");
+    println!("| 0 | – | – | {} |", idle.columns());
     let (mut devices, mut times) = (Vec::new(), Vec::new());
     for (number, layer) in (1..).zip(layers) {
         let start = Instant::now();
         devices.push(attach(&socket, layer)?);
         times.push(micros(start.elapsed()));
         if number % 100 == 0 || number == count || number == 10 {
-            let (memory, threads, files) = settled(pid, idle_threads)?;
-            ensure!(threads == idle_threads, "{threads} threads");
+            let found = settled(pid, idle.threads)?;
+            ensure!(found.threads == idle.threads, "{} threads", found.threads);
             println!(
-                "| {number} | {} ms | {} ms | {} MiB | {threads} | {files} |",
+                "| {number} | {} ms | {} ms | {} |",
                 quantile(&mut times.clone(), 500),
                 quantile(&mut times.clone(), 990),
-                memory >> 10
+                found.columns()
             );
         }
     }
@@ -378,13 +403,16 @@ fn many(setting: &Setting, ufs: &Path, count: usize) -> Result<()> {
         "{} devices are left",
         devices_left()?
     );
-    let (memory, threads, files) = settled(pid, idle_threads)?;
+    let left = settled(pid, idle.threads)?;
     println!(
-        "Then {} MiB resident, {threads} threads, {files} open files; no device is left.",
-        memory >> 10
+        "Then {} MiB resident, {} MiB of it cached data, {} threads, {} open files; no device is left.",
+        left.memory >> 10,
+        left.cache >> 10,
+        left.threads,
+        left.files
     );
     ensure!(
-        (threads, files) == (idle_threads, idle_files),
+        (left.threads, left.files) == (idle.threads, idle.files),
         "something is left"
     );
     let together = &layers[..count.min(50)];
