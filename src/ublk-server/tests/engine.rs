@@ -684,3 +684,26 @@ fn each_read_of_a_canary_goes_to_the_source() {
     }
     assert_eq!(counters.hits.load(Relaxed), 0);
 }
+
+#[test]
+fn a_canary_that_is_missing_is_missed_at_once_and_held_against_no_source() {
+    let [ufs, replica] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let node = NodeName::new("c", "n").unwrap();
+    let opened = Ufs::open(ufs.path()).unwrap();
+    let canary = opened.put_canary(&node).unwrap();
+    let layer = Layer {
+        name: LayerName::Canary(canary.digest),
+        root: canary.root,
+        size: canary.size,
+    };
+    let setup = setup_two([ufs.path(), replica.path()], 512, 32);
+    let reader = setup.open(&layer);
+    opened.remove_canary(&node).unwrap();
+    // Not after the ten minutes that a file of an image is waited for.
+    let at = usize::try_from(Canary::offset(0)).unwrap();
+    let error = read(&reader, at, canary::READ).unwrap_err();
+    assert!(error.contains(".canary"), "{error}");
+    for standing in setup.sources.standings() {
+        assert_eq!(standing.times, 0, "{standing:?}");
+    }
+}

@@ -45,6 +45,7 @@ use accel_source::{
     Arena, Filled, Operation, Patience, Rejected, Request, Slot, Source, SourceError,
 };
 use accel_ufs::index::{ChunkValue, PAGE_SIZE, PageValue, Step};
+use accel_ufs::names::LayerName;
 use around::Around;
 use content::{ChunkLoad, Content, PageLoad};
 use counters::Ledger;
@@ -282,6 +283,18 @@ impl Engine {
         }
     }
 
+    /// What is waited for. Only UFS itself has what a node put there: that a replica lacks it
+    /// says nothing of the replica, and whoever reads it wants to know at once that it is gone.
+    const fn patience_with(&self, layer: &LayerName) -> Patience {
+        match layer {
+            LayerName::Canary(_) => Patience {
+                await_file: false,
+                ..self.patience
+            },
+            LayerName::Layer(_) | LayerName::Chain(_) => self.patience,
+        }
+    }
+
     /// Reads what a load is for, but not what was rejected.
     fn load<C: Content>(self: &Arc<Self>, load: Load<C::Key, Slot, C>, rejected: Rejected) {
         let Load { key, slot, what } = load;
@@ -297,7 +310,12 @@ impl Engine {
             id: what.request(),
             rejected: rejected.clone(),
             content: Some(C::identity(key)),
-            ..Request::new(file, operation, slot, self.patience)
+            ..Request::new(
+                file,
+                operation,
+                slot,
+                self.patience_with(&what.export().name),
+            )
         };
         let engine = Arc::clone(self);
         self.source.submit(
