@@ -281,7 +281,7 @@ class Ours(Target):
         self.transport, self.name = transport, name or f"ours, {transport}"
         self.program = f"{options.programs}/{program}"
         self.socket = f"{scratch}/{re.sub('[^a-z0-9]+', '-', self.name)}.socket"
-        self.environment = {}
+        self.environment, self.arguments = {}, []
 
     def client(self, command, *arguments):
         return run(self.program, command, "--socket", self.socket, *arguments)
@@ -290,7 +290,8 @@ class Ours(Target):
         log = open(f"{self.socket}.log", "a")
         self.process = subprocess.Popen(
             [self.program, "serve", "--ufs", ufs or self.options.ufs, "--socket", self.socket, "--transport", self.transport,
-             "--cache-size", self.options.cache_size, *self.options.serve],
+             "--cache-size", self.options.cache_size, *self.options.serve,
+             *self.arguments],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "RUST_LOG": "warn", **self.environment})
         for _ in range(600):
             if os.path.exists(self.socket) and subprocess.run(
@@ -333,6 +334,8 @@ def targets_of(options, scratch):
             # The first word names another program.
             program = settings.pop(0) if settings and "=" not in settings[0] else ""
             target = Ours(options, scratch, name, program or "ublk-server", word)
+            target.arguments = [setting for setting in settings if setting.startswith("--")]
+            settings = [setting for setting in settings if setting not in target.arguments]
             target.environment = dict(setting.split("=", 1) for setting in settings)
         else:
             target = made[name]()

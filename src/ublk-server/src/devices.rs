@@ -56,13 +56,15 @@ impl fmt::Debug for Devices {
 }
 
 impl Devices {
-    /// Starts the transport that is wanted, or the best one that works here. Without
+    /// Starts the transport that is wanted, or the best one that works here. Over ublk,
+    /// threads look for requests for at most `poll` before they sleep. Without
     /// `recovery`, block devices end with the daemon: for a test.
-    pub fn start(wanted: Wanted, paths: &Paths, recovery: bool) -> Result<Self> {
+    pub fn start(wanted: Wanted, paths: &Paths, poll: Duration, recovery: bool) -> Result<Self> {
         let Choice { transport, reason } = accel_transport::choose(wanted)?;
         let mark = orphans::mark(&paths.run);
         let kind = match transport {
             Transport::Ublk => Kind::Ublk(UblkTransport::start(UblkOptions {
+                poll,
                 recovery,
                 mark,
                 ..UblkOptions::default()

@@ -66,6 +66,12 @@ enum Command {
         /// How layers reach the kernel.
         #[arg(long, value_name = "auto|ublk|fuse", default_value = "auto")]
         transport: Wanted,
+        /// How long a thread that serves block devices looks for the next request before
+        /// it sleeps, in microseconds, at most; it does so while requests follow each
+        /// other closely, and all together for at most a quarter of the processors'
+        /// time. 0: never. FUSE has none of this.
+        #[arg(long, value_name = "N", default_value = "50", value_parser = clap::value_parser!(u64).range(0..=1000))]
+        poll_us: u64,
         /// Where to answer Prometheus over HTTP (`/metrics`), such as
         /// 127.0.0.1:9599; not at all unless given. Whoever reaches it may read it.
         #[arg(long, value_name = "ADDR:PORT")]
@@ -230,6 +236,7 @@ fn run(command: Command) -> Result<()> {
             disk_cache,
             remake,
             transport,
+            poll_us,
             metrics,
             without_recovery,
             inherited,
@@ -244,6 +251,7 @@ fn run(command: Command) -> Result<()> {
             disk_cache,
             remake,
             transport,
+            poll: Duration::from_micros(poll_us),
             metrics,
             recovery: !without_recovery,
             paths: place.into(),

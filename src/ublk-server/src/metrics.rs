@@ -13,6 +13,7 @@ use crate::remake::Remake;
 use crate::serve::Daemon;
 use accel_metrics::{Exposition, Histogram};
 use accel_source::{DiskCache, LATENCY_BOUNDS, Latencies};
+use accel_transport::ublk::Polls;
 use std::fs;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -28,6 +29,9 @@ pub fn render(daemon: &Daemon) -> String {
     devices(&mut text, &exports);
     cache(&mut text, daemon);
     sources(&mut text, daemon);
+    if let Some(transport) = daemon.registry.devices().ublk() {
+        polls(&mut text, transport.polls());
+    }
     if let Some(cache) = &daemon.disk_cache {
         disk_cache(&mut text, cache);
     }
@@ -340,6 +344,23 @@ fn sources(text: &mut Exposition, daemon: &Daemon) {
             times(&tally.latency.snapshot()),
         );
     }
+}
+
+fn polls(text: &mut Exposition, polls: Polls) {
+    for (result, value) in [("found", polls.found), ("missed", polls.missed)] {
+        text.counter(
+            "image_accel_polls_total",
+            "How often threads looked for a request before they slept, and whether one came.",
+            &[("result", result)],
+            value,
+        );
+    }
+    text.counter(
+        "image_accel_poll_seconds_total",
+        "How long threads looked for requests.",
+        &[],
+        polls.spent.as_secs_f64(),
+    );
 }
 
 fn disk_cache(text: &mut Exposition, cache: &DiskCache) {

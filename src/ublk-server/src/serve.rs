@@ -59,6 +59,8 @@ pub struct Options {
     pub remake: RemakeOptions,
     /// Which transport.
     pub transport: Wanted,
+    /// How long its threads look for requests before they sleep.
+    pub poll: Duration,
     /// Where Prometheus is answered over HTTP, if it is.
     pub metrics: Option<SocketAddr>,
     /// Whether block devices outlive the daemon; not only for a test.
@@ -368,7 +370,12 @@ fn start(
         ..Patience::DATA
     };
     let engine = Engine::start(shared, arena, patience).context("cannot start the verifiers")?;
-    let devices = Devices::start(options.transport, &options.paths, options.recovery)?;
+    let devices = Devices::start(
+        options.transport,
+        &options.paths,
+        options.poll,
+        options.recovery,
+    )?;
     let mut registry = Registry::new(Arc::clone(&engine), devices, journal, ufs.to_owned())?;
     registry.make_again_with(remake.clone());
     Ok(Arc::new(Daemon {

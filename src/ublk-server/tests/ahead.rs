@@ -159,7 +159,7 @@ fn node() -> Node {
     let image = publish_image(ufs.path(), &layers);
     let (engine, reads) = engine(ufs.path(), |_, _| Fault::None);
     let paths = Paths::new(&run.path().join("socket"), Some(run.path().to_owned()));
-    let devices = Devices::start(Wanted::Fuse, &paths, true).unwrap();
+    let devices = Devices::start(Wanted::Fuse, &paths, Duration::ZERO, true).unwrap();
     let journal = Journal::open(&paths.run, ufs.path()).unwrap();
     let served = Arc::clone(&engine);
     let registry = Registry::new(served, devices, journal, ufs.path().to_owned());

@@ -70,13 +70,18 @@ fn metrics(node: &Node) -> Metrics {
 }
 
 /// The metrics that the documentation lists, without those of the parts that only
-/// options bring: a disk cache, layers that are made again.
+/// options bring: a disk cache, layers that are made again, block devices.
 fn documented(optional: &[&str]) -> BTreeSet<String> {
     let text = include_str!("../../../ARCHITECTURE.md");
     let rows = text.lines().filter_map(|line| {
         let name = line.strip_prefix("| `")?.split('`').next()?;
         let ours = name.starts_with("image_accel_") || name.starts_with("process_");
-        let mut parts = ["image_accel_disk_cache_", "image_accel_rema"].iter();
+        let mut parts = [
+            "image_accel_disk_cache_",
+            "image_accel_rema",
+            "image_accel_poll",
+        ]
+        .iter();
         let part = parts.find(|part| name.starts_with(**part));
         let there = part.is_none_or(|part| optional.contains(part));
         (ours && there).then(|| name.to_owned())

@@ -8,7 +8,7 @@ mod common;
 
 use accel_client::paths::Paths;
 use accel_transport::ublk::probe;
-use common::node::{Node, base, big, check_big, drop_caches, kill};
+use common::node::{Node, await_that, base, big, check_big, drop_caches, kill};
 use common::{Entry, noise, publish_image, publish_tree};
 use rustix::fs::OFlags;
 use rustix::process::Signal;
@@ -54,6 +54,7 @@ over!(fuse:
 over!(ublk:
     memory_with_100_devices_is_bounded_and_a_cache_of_16_mib_serves_them,
     an_idle_daemon_uses_no_cpu,
+    requests_that_follow_closely_are_looked_for,
     a_slow_chunk_does_not_hold_up_what_is_in_memory,
 );
 
@@ -230,6 +231,63 @@ fn an_idle_daemon_uses_no_cpu(transport: &str) {
     assert!(used <= 1, "{used} ticks of 10 ms in 4 s");
     node.ask(&["unmount", &root]);
     node.stop();
+}
+
+/// Only if it is told to; and the metrics say so, as documented.
+fn requests_that_follow_closely_are_looked_for(transport: &str) {
+    let names = [
+        "image_accel_polls_total{result=\"found\"}",
+        "image_accel_polls_total{result=\"missed\"}",
+        "image_accel_poll_seconds_total",
+    ];
+    let documentation = include_str!("../../../ARCHITECTURE.md");
+    for name in names {
+        let name = name.split('{').next().unwrap();
+        assert!(
+            documentation.contains(&format!("| `{name}` | counter |")),
+            "{name}"
+        );
+    }
+    // An emulated machine is slow.
+    for longest in ["1000", "0"] {
+        let mut made = None;
+        let further = ["--transport", transport, "--poll-us", longest].map(OsStr::new);
+        let node = Node::start_with(&further, |ufs| made = Some(base(ufs).0));
+        let layer = made.unwrap().name.digest().to_string();
+        let device = node.ask(&["attach", &layer]);
+        let mut options = File::options();
+        options
+            .read(true)
+            .custom_flags(OFlags::DIRECT.bits().cast_signed());
+        let device = options.open(device.trim()).unwrap();
+        let read = || {
+            let mut room = vec![0; 8192];
+            let from = room.as_ptr().align_offset(4096);
+            for _ in 0..500 {
+                device
+                    .read_exact_at(&mut room[from..from + 4096], 0)
+                    .unwrap();
+            }
+            let text = node.ask(&["metrics"]);
+            let value = |name| -> f64 {
+                let line = text.lines().find(|line| line.starts_with(name));
+                line.unwrap().rsplit(' ').next().unwrap().parse().unwrap()
+            };
+            names.map(value)
+        };
+        if longest == "0" {
+            assert_eq!(read(), [0.0; 3]);
+        } else {
+            await_that(|| {
+                let [found, missed, seconds] = read();
+                println!("found {found}, missed {missed}, in {seconds} s");
+                found > 0.0 && seconds > 0.0
+            });
+        }
+        drop(device);
+        node.ask(&["detach", &layer]);
+        node.stop();
+    }
 }
 
 fn nothing_is_left_of_1000_attaches(transport: &str) {

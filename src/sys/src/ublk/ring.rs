@@ -234,6 +234,8 @@ impl QueueRing {
         let ring = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
+            // Says in the ring that something has come: see `is_ready`.
+            .setup_taskrun_flag()
             .setup_cqsize(4096)
             .build(256)?;
         // Saves a look-up of the ring's descriptor in every system call; kernels
@@ -276,6 +278,12 @@ impl QueueRing {
         self.push(&entry)
     }
 
+    /// Whether a [`turn`](Self::turn) finds something without waiting; costs no system
+    /// call.
+    pub fn is_ready(&mut self) -> bool {
+        self.ring.submission().taskrun() || !self.ring.completion().is_empty()
+    }
+
     /// Submits what is queued, waits for at least one event if `sleep`, and
     /// collects what has come.
     ///
@@ -287,7 +295,7 @@ impl QueueRing {
         sleep: bool,
         events: &mut Vec<QueueEvent>,
     ) -> io::Result<()> {
-        match self.ring.submit_and_wait(usize::from(sleep)) {
+        match self.enter(u32::from(sleep)) {
             Ok(_) => {}
             Err(error) if retry(&error) => {}
             Err(error) => return Err(error),
@@ -314,6 +322,17 @@ impl QueueRing {
             self.push(&wake.poll())?;
         }
         Ok(())
+    }
+
+    /// Not `submit_and_wait`: that does not look at what has come if it is not to wait.
+    fn enter(&mut self, least: u32) -> io::Result<usize> {
+        /// IORING_ENTER_GETEVENTS.
+        const GET_EVENTS: u32 = 1;
+        let queued = u32::try_from(self.ring.submission().len()).unwrap_or(u32::MAX);
+        let submitter = self.ring.submitter();
+        // SAFETY: there is no argument that could be wrong. What is submitted refers to no
+        // memory.
+        unsafe { submitter.enter::<libc::sigset_t>(queued, least, GET_EVENTS, None) }
     }
 }
 

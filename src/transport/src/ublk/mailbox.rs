@@ -86,6 +86,11 @@ impl Mailbox {
         mem::take(&mut mail.orders)
     }
 
+    /// Whether something was left.
+    pub fn has_mail(&self) -> bool {
+        self.full.load(Ordering::SeqCst)
+    }
+
     /// Whether the queue thread may wait in its ring: if so, who leaves something from
     /// here on wakes it.
     pub fn may_sleep(&self) -> bool {

@@ -25,6 +25,7 @@ mod control;
 mod error;
 mod inventory;
 mod mailbox;
+mod pace;
 mod probe;
 mod queue;
 mod unfinished;
@@ -44,12 +45,14 @@ use rustix::io::Errno;
 pub use accel_sys::ublk::{DeviceInfo, DeviceState, Features};
 pub use error::{OpName, UblkError, Unavailable};
 pub use inventory::Inventory;
+pub use pace::Polls;
 pub use probe::probe;
 pub use queue::UblkRequest;
 
 use crate::request::Reader;
 use accel_sys::ublk::{ControlOp, Geometry, MAX_DEVICE_ID, NewDevice, Payload};
 use control::{Control, Pending};
+use pace::Polling;
 use queue::{Queue, Served};
 
 /// How a [`UblkTransport`] works.
@@ -57,6 +60,11 @@ use queue::{Queue, Served};
 pub struct UblkOptions {
     /// Threads that serve queues; each serves many devices.
     pub queue_threads: usize,
+    /// How long a queue thread looks for the next request before it sleeps, at most and
+    /// while requests follow each other closely; zero: it does not. All threads together
+    /// look on at most half of the processors that the process may use, and for at most a
+    /// quarter of their time.
+    pub poll: Duration,
     /// How long a control command may take, and a device file to appear.
     pub control_timeout: Duration,
     /// How long [`remove`](UblkTransport::remove) waits for reads under way.
@@ -76,6 +84,7 @@ impl Default for UblkOptions {
     fn default() -> Self {
         UblkOptions {
             queue_threads: 2,
+            poll: Duration::from_micros(50),
             control_timeout: Duration::from_secs(30),
             drain_timeout: Duration::from_secs(30),
             recovery_timeout: Duration::from_secs(60),
@@ -150,6 +159,7 @@ pub enum Removal {
 pub struct UblkTransport<R> {
     // The queues end before the control thread, which is the order of fields.
     queues: Vec<Queue<R>>,
+    polling: Polling,
     devices: Mutex<HashMap<u32, Arc<Served>>>,
     control: Control,
     features: Features,
@@ -178,11 +188,15 @@ impl<R: Reader> UblkTransport<R> {
     pub fn start(options: UblkOptions) -> Result<Self, UblkError> {
         let control = Control::open()?;
         let features = probe::usable(&control)?;
+        // Cgroups that give less than one count as one.
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        let polling = Polling::new(options.poll, processors);
         let queues = (0..options.queue_threads.max(1))
-            .map(Queue::start)
+            .map(|index| Queue::start(index, &polling))
             .collect::<Result<_, _>>()?;
         Ok(UblkTransport {
             queues,
+            polling,
             devices: Mutex::default(),
             control,
             features,
@@ -193,6 +207,11 @@ impl<R: Reader> UblkTransport<R> {
     /// What the driver can do.
     pub fn features(&self) -> Features {
         self.features
+    }
+
+    /// How often queue threads have looked for requests before they slept.
+    pub fn polls(&self) -> Polls {
+        self.polling.allowance.polls()
     }
 
     /// Flags that a new device will be asked to have.

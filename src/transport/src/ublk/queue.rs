@@ -14,6 +14,10 @@
 //! other tags that came out with it. A result from another thread lies in the mailbox,
 //! and wakes the queue thread only if it waits.
 //!
+//! While requests follow each other closely the thread looks for the next one before it
+//! waits ([`pace`](super::pace)): step 3 is then without the wait, and with it only if
+//! nothing came meanwhile.
+//!
 //! # Invariant
 //!
 //! A tag is either with the driver (its command is under way), or with the
@@ -35,6 +39,7 @@ use rustix::thread::CapabilitySet;
 
 use super::error::{UblkError, Unavailable};
 use super::mailbox::{Done, Mailbox, Own, lock};
+use super::pace::{Pace, Polling};
 use crate::request::{ReadError, Reader, Request};
 use accel_sys::ublk::{self as driver, Ask};
 use accel_sys::ublk::{Descriptors, QueueEvent, QueueRing};
@@ -271,13 +276,14 @@ pub(super) struct Queue<R> {
 }
 
 impl<R: Reader> Queue<R> {
-    pub fn start(index: usize) -> Result<Self, Unavailable> {
+    pub fn start(index: usize, polling: &Polling) -> Result<Self, Unavailable> {
         let ring_error = |source| Unavailable::Ring { source };
         let mailbox = Arc::new(Mailbox::new().map_err(ring_error)?);
         let devices = Arc::new(AtomicUsize::new(0));
         let (orders, inbox) = mpsc::channel();
         let (ready, started) = mpsc::sync_channel(1);
         let (its_mailbox, its_devices) = (Arc::clone(&mailbox), Arc::clone(&devices));
+        let polling = polling.clone();
         let thread = thread::Builder::new()
             .name(format!("ublk-queue-{index}"))
             .spawn(move || match give_up_admin().and_then(|()| QueueRing::new(&its_mailbox.wake)) {
@@ -288,6 +294,8 @@ impl<R: Reader> Queue<R> {
                         ring,
                         slots: Vec::new(),
                         devices: its_devices,
+                        pace: polling.pace(),
+                        polling,
                     };
                     if let Err(error) = worker.run(&inbox) {
                         tracing::error!(%error, "a ublk queue thread cannot use its ring and ends");
@@ -382,6 +390,8 @@ struct Worker<R> {
     slots: Vec<Option<Slot<R>>>,
     mailbox: Arc<Mailbox>,
     devices: Arc<AtomicUsize>,
+    pace: Pace,
+    polling: Polling,
 }
 
 impl<R> Drop for Worker<R> {
@@ -419,10 +429,10 @@ impl<R: Reader> Worker<R> {
                     }
                 }
             }
-            let sleep = !orders && self.mailbox.may_sleep();
-            self.ring.turn(&self.mailbox.wake, sleep, &mut events)?;
-            if sleep {
-                self.mailbox.awake();
+            if orders {
+                self.ring.turn(&self.mailbox.wake, false, &mut events)?;
+            } else {
+                self.wait(&mut events)?;
             }
             for event in events.drain(..) {
                 match event {
@@ -431,6 +441,60 @@ impl<R: Reader> Worker<R> {
                 }
             }
         }
+    }
+
+    /// Hands over what is queued and waits for something to happen, which may be that
+    /// there is mail.
+    fn wait(&mut self, events: &mut Vec<QueueEvent>) -> io::Result<()> {
+        if self.pace.is_off() {
+            return self.sleep(events);
+        }
+        let mut since = None;
+        if let Some(window) = self.pace.window() {
+            self.ring.turn(&self.mailbox.wake, false, events)?;
+            if !events.is_empty() || self.mailbox.has_mail() {
+                // There is no pause between requests that one could look into.
+                return Ok(());
+            }
+            let begun = self.polling.now();
+            since = Some(begun);
+            if self.polling.allowance.begin(begun) && self.look(begun, window) {
+                return self.ring.turn(&self.mailbox.wake, false, events);
+            }
+        }
+        let since = since.unwrap_or_else(|| self.polling.now());
+        self.sleep(events)?;
+        let waited = self.polling.now().saturating_sub(since);
+        self.pace.slept(waited);
+        Ok(())
+    }
+
+    /// Looks for what comes next, for as long as `window`; says whether something came.
+    fn look(&mut self, begun: u64, window: u64) -> bool {
+        loop {
+            let found = self.ring.is_ready() || self.mailbox.has_mail();
+            let now = self.polling.now();
+            let looked = now.saturating_sub(begun);
+            if found || looked >= window {
+                self.polling.allowance.end(now, looked, found);
+                match found {
+                    true => self.pace.found(looked),
+                    false => self.pace.missed(),
+                }
+                return found;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Hands over what is queued and sleeps until something comes, unless there is mail.
+    fn sleep(&mut self, events: &mut Vec<QueueEvent>) -> io::Result<()> {
+        let sleep = self.mailbox.may_sleep();
+        self.ring.turn(&self.mailbox.wake, sleep, events)?;
+        if sleep {
+            self.mailbox.awake();
+        }
+        Ok(())
     }
 
     fn attach(

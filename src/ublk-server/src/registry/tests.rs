@@ -7,6 +7,7 @@ use accel_ufs::index::ImageSize;
 use accel_ufs::names::LayerName;
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 const ROOT: Root = Root([7; 32]);
 
@@ -28,7 +29,7 @@ fn registry(paths: &Paths) -> Registry {
         Patience::DATA,
     );
     let engine = engine.unwrap();
-    let devices = Devices::start(Wanted::Fuse, paths, true).unwrap();
+    let devices = Devices::start(Wanted::Fuse, paths, Duration::ZERO, true).unwrap();
     let journal = Journal::open(&paths.run, Path::new("/ufs")).unwrap();
     let name = LayerName::Layer(DiffId(Digest::of(b"layer")));
     let size = ImageSize::new(4096).unwrap();
