@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -296,6 +297,69 @@ fn writes_are_refused_and_dropped_requests_fail() {
     assert!(!waiting.is_finished());
     reader.drop_held();
     assert!(waiting.join().unwrap().is_err());
+    remove(&transport, device.id);
+}
+
+/// Notes which threads bring requests, and takes its time, so that several are there at
+/// once.
+struct Noting {
+    reader: PatternReader,
+    /// Of requests of 256 KiB and more, and of others.
+    threads: Mutex<[BTreeSet<String>; 2]>,
+}
+
+impl Reader for Noting {
+    fn size(&self) -> u64 {
+        self.reader.size()
+    }
+
+    fn read<R: Request>(&self, offset: u64, len: usize, request: R) {
+        let name = thread::current().name().unwrap_or_default().to_owned();
+        let small = usize::from(len < 256 << 10);
+        self.threads.lock().unwrap()[small].insert(name);
+        thread::sleep(Duration::from_millis(2));
+        self.reader.read(offset, len, request);
+    }
+}
+
+#[test]
+fn large_requests_of_one_device_are_served_by_several_threads() {
+    let Some(_machine) = machine() else { return };
+    if thread::available_parallelism().unwrap().get() < 2 {
+        println!("skipped: there is one processor");
+        return;
+    }
+    let transport: UblkTransport<Noting> = UblkTransport::start(UblkOptions::default()).unwrap();
+    let (seed, size) = (11, 32 * CHUNK);
+    let reader = Arc::new(Noting {
+        reader: PatternReader::new(seed, size, Answers::InlineGathered),
+        threads: Mutex::default(),
+    });
+    let device = transport
+        .add(&UblkSpec::default(), Arc::clone(&reader), |_| Ok(()))
+        .unwrap();
+    let since = Instant::now();
+    let names = || reader.threads.lock().unwrap().clone();
+    thread::scope(|scope| {
+        for number in 0..8 {
+            let (path, names) = (&device.path, &names);
+            scope.spawn(move || {
+                let (file, mut random) = (direct(path), Random(number));
+                while names()[0].len() < 2 {
+                    assert!(since.elapsed() < Duration::from_secs(120), "{:?}", names());
+                    check_random_reads(&file, seed, size, 4096, 4, &mut random);
+                    let offset = random.below(7) * 4 * CHUNK;
+                    let got = read_at(&file, offset, 512 << 10).unwrap();
+                    assert_pattern(seed, offset, &got);
+                }
+            });
+        }
+    });
+    let [_, small] = names();
+    assert!(
+        small.iter().all(|name| name.starts_with("ublk-queue-")),
+        "{small:?}"
+    );
     remove(&transport, device.id);
 }
 

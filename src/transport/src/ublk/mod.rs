@@ -23,6 +23,7 @@
 
 mod control;
 mod error;
+mod helpers;
 mod inventory;
 mod mailbox;
 mod pace;
@@ -52,8 +53,13 @@ pub use queue::UblkRequest;
 use crate::request::Reader;
 use accel_sys::ublk::{ControlOp, Geometry, MAX_DEVICE_ID, NewDevice, Payload};
 use control::{Control, Pending};
+use helpers::Helpers;
 use pace::Polling;
-use queue::{Queue, Served};
+use queue::{Large, Queue, Served};
+
+/// Threads that copy large requests beside the queue threads, where there are so many
+/// processors.
+const MOST_HELPERS: usize = 2;
 
 /// How a [`UblkTransport`] works.
 #[derive(Debug, Clone)]
@@ -157,8 +163,10 @@ pub enum Removal {
 
 /// Serves ublk devices. Dropping it leaves its devices to be recovered.
 pub struct UblkTransport<R> {
-    // The queues end before the control thread, which is the order of fields.
+    // The queues end before the control thread, which is the order of fields, and before
+    // the helpers: what they have begun is finished.
     queues: Vec<Queue<R>>,
+    _helpers: Helpers<Large<R>>,
     polling: Polling,
     devices: Mutex<HashMap<u32, Arc<Served>>>,
     control: Control,
@@ -191,11 +199,14 @@ impl<R: Reader> UblkTransport<R> {
         // Cgroups that give less than one count as one.
         let processors = thread::available_parallelism().map_or(1, usize::from);
         let polling = Polling::new(options.poll, processors);
+        let helpers = Helpers::start((processors - 1).min(MOST_HELPERS))
+            .map_err(|source| Unavailable::Ring { source })?;
         let queues = (0..options.queue_threads.max(1))
-            .map(|index| Queue::start(index, &polling))
+            .map(|index| Queue::start(index, &polling, helpers.pile()))
             .collect::<Result<_, _>>()?;
         Ok(UblkTransport {
             queues,
+            _helpers: helpers,
             polling,
             devices: Mutex::default(),
             control,

@@ -7,7 +7,8 @@
 //! 1. take what lies in the mailbox: results to commit, devices to attach;
 //! 2. queue a COMMIT_AND_FETCH for each result;
 //! 3. with one system call, submit them all and wait for a tag to come out;
-//! 4. for each tag that came out, call the reader.
+//! 4. for each tag that came out, call the reader; of several large requests some by
+//!    other threads ([`helpers`](super::helpers)).
 //!
 //! A reader that serves from memory finishes inside step 4; its result is kept by
 //! the thread itself, and is committed at the next step 2 together with those of all
@@ -38,11 +39,16 @@ use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
 
 use super::error::{UblkError, Unavailable};
+use super::helpers::{Pile, Work};
 use super::mailbox::{Done, Mailbox, Own, lock};
 use super::pace::{Pace, Polling};
 use crate::request::{ReadError, Reader, Request};
 use accel_sys::ublk::{self as driver, Ask};
 use accel_sys::ublk::{Descriptors, QueueEvent, QueueRing};
+
+/// Requests of so many bytes are worth a second thread: copying one takes longer than
+/// waking it.
+const LARGE: u32 = 256 << 10;
 
 /// Where a device stands with its queue thread.
 #[derive(Debug, Default, Clone, Copy)]
@@ -235,6 +241,29 @@ impl Drop for UblkRequest {
     }
 }
 
+/// A large request that came out of the driver.
+#[derive(Debug)]
+pub(super) struct Large<R> {
+    reader: Arc<R>,
+    request: UblkRequest,
+}
+
+impl<R: Reader> Work for Large<R> {
+    fn run(self) {
+        serve(&*self.reader, self.request);
+    }
+}
+
+/// Has a request read. Unwinding drops it, which fails it: one read is lost, not all
+/// devices of this thread.
+fn serve<R: Reader>(reader: &R, request: UblkRequest) {
+    let (device, offset, len) = (request.device.id, request.offset, request.len);
+    let read = || reader.read(offset, len as usize, request);
+    if catch_unwind(AssertUnwindSafe(read)).is_err() {
+        tracing::error!(device, offset, len, "a reader panicked");
+    }
+}
+
 fn failure(errno: Errno) -> i32 {
     -errno.raw_os_error()
 }
@@ -276,14 +305,18 @@ pub(super) struct Queue<R> {
 }
 
 impl<R: Reader> Queue<R> {
-    pub fn start(index: usize, polling: &Polling) -> Result<Self, Unavailable> {
+    pub fn start(
+        index: usize,
+        polling: &Polling,
+        pile: &Arc<Pile<Large<R>>>,
+    ) -> Result<Self, Unavailable> {
         let ring_error = |source| Unavailable::Ring { source };
         let mailbox = Arc::new(Mailbox::new().map_err(ring_error)?);
         let devices = Arc::new(AtomicUsize::new(0));
         let (orders, inbox) = mpsc::channel();
         let (ready, started) = mpsc::sync_channel(1);
         let (its_mailbox, its_devices) = (Arc::clone(&mailbox), Arc::clone(&devices));
-        let polling = polling.clone();
+        let (polling, pile) = (polling.clone(), Arc::clone(pile));
         let thread = thread::Builder::new()
             .name(format!("ublk-queue-{index}"))
             .spawn(move || match give_up_admin().and_then(|()| QueueRing::new(&its_mailbox.wake)) {
@@ -296,6 +329,8 @@ impl<R: Reader> Queue<R> {
                         devices: its_devices,
                         pace: polling.pace(),
                         polling,
+                        large: Vec::new(),
+                        pile,
                     };
                     if let Err(error) = worker.run(&inbox) {
                         tracing::error!(%error, "a ublk queue thread cannot use its ring and ends");
@@ -392,6 +427,9 @@ struct Worker<R> {
     devices: Arc<AtomicUsize>,
     pace: Pace,
     polling: Polling,
+    /// Large requests that came out with the others.
+    large: Vec<Large<R>>,
+    pile: Arc<Pile<Large<R>>>,
 }
 
 impl<R> Drop for Worker<R> {
@@ -440,6 +478,7 @@ impl<R: Reader> Worker<R> {
                     QueueEvent::Tag { slot, tag, result } => self.tag(slot, tag, result),
                 }
             }
+            self.pile.share(&mut self.large);
         }
     }
 
@@ -531,7 +570,7 @@ impl<R: Reader> Worker<R> {
         };
         let Some(slot) = entry else { return };
         if result >= 0 {
-            slot.request(number, tag);
+            self.large.extend(slot.request(number, tag));
             return;
         }
         slot.tags -= 1;
@@ -554,14 +593,15 @@ impl<R: Reader> Worker<R> {
 }
 
 impl<R: Reader> Slot<R> {
-    fn request(&self, number: u32, tag: u16) {
+    /// Serves the request at a tag, unless it is large: that is given back.
+    fn request(&self, number: u32, tag: u16) -> Option<Large<R>> {
         let Some(ask) = self.descriptors.get(tag) else {
             tracing::error!(
                 device = self.served.id,
                 tag,
                 "the ublk driver named a tag that is not there"
             );
-            return;
+            return None;
         };
         let answer = |result| {
             self.served.mailbox.answer(Done {
@@ -569,6 +609,7 @@ impl<R: Reader> Slot<R> {
                 tag,
                 result,
             });
+            None
         };
         match ask {
             Ask::Read { offset, len } => {
@@ -586,18 +627,18 @@ impl<R: Reader> Slot<R> {
                     filled: AtomicU32::new(0),
                     finished: false,
                 };
-                // Unwinding drops the request, which fails it: one read is
-                // lost, not all devices of this thread.
-                let read = || self.reader.read(offset, len as usize, request);
-                if catch_unwind(AssertUnwindSafe(read)).is_err() {
-                    tracing::error!(device = self.served.id, offset, len, "a reader panicked");
+                if len >= LARGE {
+                    let reader = Arc::clone(&self.reader);
+                    return Some(Large { reader, request });
                 }
+                serve(&*self.reader, request);
+                None
             }
             Ask::Flush => answer(0),
             Ask::Write => answer(failure(Errno::PERM)),
             Ask::Other(op) => {
                 tracing::debug!(device = self.served.id, op, "refused an operation");
-                answer(failure(Errno::OPNOTSUPP));
+                answer(failure(Errno::OPNOTSUPP))
             }
         }
     }
