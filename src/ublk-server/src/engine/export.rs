@@ -412,29 +412,84 @@ fn parts(offset: u64, len: usize) -> impl Iterator<Item = (ChunkNo, usize, usize
 }
 
 impl ExportReader {
+    /// Where the bytes of a chunk lie that was served before, if they are still in memory.
+    fn known(&self, chunk: ChunkNo) -> Option<Cached> {
+        let export = &self.export;
+        if export.says_zeros(chunk) && export.is_verified_zeros(chunk) {
+            return Some(Cached::Zeros);
+        }
+        let guard = self.engine.recent.find(export.number, chunk);
+        guard.map(Cached::Chunk)
+    }
+
     /// Serves a request whose every chunk is known and in memory; false if not all
     /// are, and then nothing has happened. What has been served once is served again
     /// by way of this: no page is walked, nothing is hashed or allocated, and all bytes
     /// go to the kernel in one call.
     fn read_known<R: Request>(&self, offset: u64, len: usize, request: &R) -> io::Result<bool> {
-        let (engine, export) = (&self.engine, &self.export);
+        // Less than a chunk.
+        let start = usize::try_from(offset % CHUNK_SIZE as u64).unwrap_or(0);
+        let hits = if start + len <= CHUNK_SIZE {
+            self.fill_from_one(ChunkNo::containing(offset), start, len, request)
+        } else {
+            self.fill_from_many(offset, len, request)
+        };
+        let Some(hits) = hits? else {
+            return Ok(false);
+        };
+        let counters = &self.export.counters;
+        self.engine.chunks.followed(hits);
+        counters.hits.fetch_add(hits, Relaxed);
+        counters.served_bytes.fetch_add(len as u64, Relaxed);
+        // A guard may have been the last to hold an entry's memory.
+        self.engine.start_waiting::<ChunkLoad>();
+        Ok(true)
+    }
+
+    /// What [`read_known`](Self::read_known) does with a request within one chunk, as
+    /// most of the small ones are: it makes no list of one. How many chunks were found in
+    /// the cache, if all bytes were in memory.
+    fn fill_from_one<R: Request>(
+        &self,
+        chunk: ChunkNo,
+        start: usize,
+        len: usize,
+        request: &R,
+    ) -> io::Result<Option<u64>> {
+        let Some(cached) = self.known(chunk) else {
+            return Ok(None);
+        };
+        let Some(bytes) = cached.bytes().get(start..start + len) else {
+            return Ok(None);
+        };
+        request.fill_from(&[IoSlice::new(bytes)])?;
+        let Cached::Chunk(guard) = &cached else {
+            return Ok(Some(0));
+        };
+        guard.served(len);
+        Ok(Some(1))
+    }
+
+    /// The same with one of any length.
+    fn fill_from_many<R: Request>(
+        &self,
+        offset: u64,
+        len: usize,
+        request: &R,
+    ) -> io::Result<Option<u64>> {
         let mut found: [Option<(Cached, usize, usize)>; PIECES] = [const { None }; PIECES];
         let mut hits = 0;
         for (at, (chunk, start, part)) in parts(offset, len).enumerate() {
             let Some(place) = found.get_mut(at) else {
-                return Ok(false);
+                return Ok(None);
             };
-            let cached = if export.says_zeros(chunk) && export.is_verified_zeros(chunk) {
-                Cached::Zeros
-            } else if let Some(guard) = engine.recent.find(export.number, chunk) {
-                hits += 1;
-                Cached::Chunk(guard)
-            } else {
-                return Ok(false);
+            let Some(cached) = self.known(chunk) else {
+                return Ok(None);
             };
             if cached.bytes().len() < start + part {
-                return Ok(false);
+                return Ok(None);
             }
+            hits += u64::from(matches!(cached, Cached::Chunk(_)));
             *place = Some((cached, start, part));
         }
         let mut slices = [IoSlice::new(&[]); PIECES];
@@ -449,13 +504,7 @@ impl ExportReader {
                 guard.served(*part);
             }
         }
-        engine.chunks.followed(hits);
-        export.counters.hits.fetch_add(hits, Relaxed);
-        export.counters.served_bytes.fetch_add(len as u64, Relaxed);
-        drop(found);
-        // A guard may have been the last to hold an entry's memory.
-        engine.start_waiting::<ChunkLoad>();
-        Ok(true)
+        Ok(Some(hits))
     }
 }
 
@@ -470,12 +519,17 @@ impl Reader for ExportReader {
         let id = RequestId::new(self.export.number, number);
         tracing::trace!(request = %id, layer = %self.export.name, offset, len, "read");
         let came = number.is_multiple_of(TIMED).then(Instant::now);
-        let known = match self.export.started(offset, len) {
-            Some(bytes) => {
-                counters.served_bytes.fetch_add(len as u64, Relaxed);
-                request.fill_from(&[IoSlice::new(bytes)]).map(|()| true)
-            }
-            None => self.read_known(offset, len, &request),
+        // What is in the cache is found sooner than what came before the mount, which has
+        // to be looked for.
+        let known = match self.read_known(offset, len, &request) {
+            Ok(false) => match self.export.started(offset, len) {
+                Some(bytes) => {
+                    counters.served_bytes.fetch_add(len as u64, Relaxed);
+                    request.fill_from(&[IoSlice::new(bytes)]).map(|()| true)
+                }
+                None => Ok(false),
+            },
+            known => known,
         };
         match known {
             Ok(true) => {
