@@ -52,6 +52,12 @@ enum What {
         #[arg(long, default_value_t = 500)]
         devices: usize,
     },
+    /// Devices that come, are read and go, one after the other
+    Cycles {
+        /// How often
+        #[arg(long, default_value_t = 1000)]
+        rounds: usize,
+    },
 }
 
 const BLOCK: usize = 4096;
@@ -455,6 +461,87 @@ fn many(setting: &Setting, ufs: &Path, count: usize) -> Result<()> {
     daemon.stop()
 }
 
+/// Attaches, reads and detaches two layers in turn, and sees to it that nothing of any of
+/// them is left.
+fn cycles(setting: &Setting, ufs: &Path, rounds: usize) -> Result<()> {
+    /// Until what stays for good is there: memory that is used again, threads' stacks.
+    const FIRST: usize = 50;
+    ensure!(setting.transport == "ublk", "this is about block devices");
+    let layers = fixture::layers(ufs, &digest(ufs, "many")?)?;
+    ensure!(layers.len() > 1, "the image has no two layers");
+    let before = devices_left()?;
+    let daemon = Daemon::start(setting, ufs)?;
+    let (socket, pid) = (daemon.socket(), daemon.pid());
+    let (mut attached, mut compared, mut detached) = (Vec::new(), Vec::new(), Vec::new());
+    let mut cycle = |number: usize| -> Result<()> {
+        let layer = &layers[number % 2];
+        let start = Instant::now();
+        let device = attach(&socket, layer)?;
+        attached.push(micros(start.elapsed()));
+        let start = Instant::now();
+        same(&device, layer)?;
+        compared.push(micros(start.elapsed()));
+        let start = Instant::now();
+        detach(&socket, layer)?;
+        detached.push(micros(start.elapsed()));
+        ensure!(
+            devices_left()? == before,
+            "{} devices are left after {number} rounds",
+            devices_left()?
+        );
+        Ok(())
+    };
+    (0..FIRST).try_for_each(&mut cycle)?;
+    // Who answered the last requests is still counted for a moment.
+    let mut idle = u64::MAX;
+    for _ in 0..20 {
+        std::thread::sleep(Duration::from_millis(50));
+        idle = idle.min(resources(pid)?.1);
+    }
+    let (memory, threads, files) = settled(pid, idle)?;
+    let start = Instant::now();
+    for number in 0..rounds {
+        cycle(number)?;
+        if (number + 1) % 100 == 0 {
+            let seconds = start.elapsed().as_secs_f64();
+            eprintln!("{} of {rounds} after {seconds:.0} s", number + 1);
+        }
+    }
+    let took = start.elapsed().as_secs_f64();
+    println!("| {rounds} times | p50 | p99 |");
+    println!("|---|---|---|");
+    for (what, times) in [
+        ("attach", &mut attached),
+        ("read and compare", &mut compared),
+        ("detach", &mut detached),
+    ] {
+        println!(
+            "| {what} | {} ms | {} ms |",
+            quantile(times, 500),
+            quantile(times, 990)
+        );
+    }
+    let (memory_now, threads_now, files_now) = settled(pid, threads)?;
+    println!(
+        "\n{took:.0} s. Resident {} → {} MiB, threads {threads} → {threads_now}, open files \
+         {files} → {files_now}; no device is left.",
+        memory >> 10,
+        memory_now >> 10
+    );
+    ensure!(
+        (threads_now, files_now) == (threads, files),
+        "something is left"
+    );
+    // The cache holds the two layers, and grows no more; a kilobyte for each round would
+    // be a leak of everything that there is of an export.
+    let grown = memory_now.saturating_sub(memory);
+    ensure!(
+        grown <= rounds as u64 + 2048,
+        "{grown} KiB more are resident"
+    );
+    daemon.stop()
+}
+
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let ufs = arguments.ufs.canonicalize()?;
@@ -467,5 +554,6 @@ fn main() -> Result<()> {
     match arguments.what {
         What::Recovery { rounds, readers } => recovery(&setting, &ufs, rounds, readers),
         What::Many { devices } => many(&setting, &ufs, devices),
+        What::Cycles { rounds } => cycles(&setting, &ufs, rounds),
     }
 }
