@@ -496,9 +496,9 @@ fn cycles(setting: &Setting, ufs: &Path, rounds: usize) -> Result<()> {
     let mut idle = u64::MAX;
     for _ in 0..20 {
         std::thread::sleep(Duration::from_millis(50));
-        idle = idle.min(resources(pid)?.1);
+        idle = idle.min(resources(pid)?.threads);
     }
-    let (memory, threads, files) = settled(pid, idle)?;
+    let first = settled(pid, idle)?;
     let start = Instant::now();
     for number in 0..rounds {
         cycle(number)?;
@@ -521,20 +521,23 @@ fn cycles(setting: &Setting, ufs: &Path, rounds: usize) -> Result<()> {
             quantile(times, 990)
         );
     }
-    let (memory_now, threads_now, files_now) = settled(pid, threads)?;
+    let last = settled(pid, first.threads)?;
     println!(
-        "\n{took:.0} s. Resident {} → {} MiB, threads {threads} → {threads_now}, open files \
-         {files} → {files_now}; no device is left.",
-        memory >> 10,
-        memory_now >> 10
+        "\n{took:.0} s. Resident {} → {} MiB, threads {} → {}, open files {} → {}; no device is left.",
+        first.memory >> 10,
+        last.memory >> 10,
+        first.threads,
+        last.threads,
+        first.files,
+        last.files
     );
     ensure!(
-        (threads_now, files_now) == (threads, files),
+        (last.threads, last.files) == (first.threads, first.files),
         "something is left"
     );
     // The cache holds the two layers, and grows no more; a kilobyte for each round would
     // be a leak of everything that there is of an export.
-    let grown = memory_now.saturating_sub(memory);
+    let grown = last.memory.saturating_sub(first.memory);
     ensure!(
         grown <= rounds as u64 + 2048,
         "{grown} KiB more are resident"
