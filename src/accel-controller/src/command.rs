@@ -1,6 +1,6 @@
 //! What `kubectl accel` does without a cluster: names and tables.
 
-use crate::nodes::{Word, is_kept_out, is_labelled, is_meant, lease_name};
+use crate::nodes::{Health, Word, is_kept_out, is_labelled, is_meant, lease_name};
 use crate::reference::Names;
 use crate::resource::{
     AcceleratedImage, AcceleratedImageStatus, ImageAccelerationSpec, Phase, RegistrySpec,
@@ -173,7 +173,7 @@ pub fn node_state(
         }
         (_, None) => "says nothing: it has no agent".to_owned(),
         (_, Some(word)) if word.message.is_empty() => "has not said anything yet".to_owned(),
-        (_, Some(word)) if word.healthy && !ready => {
+        (_, Some(word)) if word.health == Health::Good && !ready => {
             "its agent is silent, or has just begun".to_owned()
         }
         (_, Some(word)) => word.message,
