@@ -13,8 +13,8 @@ use crate::resource::{AcceleratedImage, CheckStatus, ImageAcceleration, ImageAcc
 use accel_oci::Digest;
 use anyhow::Result;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::Pod;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, OwnerReference, Time};
+use k8s_openapi::api::core::v1::{self, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta, OwnerReference, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::{Resource as _, ResourceExt};
 use serde_json::json;
@@ -76,6 +76,26 @@ impl Secret {
     }
 }
 
+/// A copy of a task's Secret, with the logins and nothing else, which goes with `owner` and is
+/// called like it. It is of no type that the API server would look into: one that is no file of
+/// logins is refused by the Job, in words.
+pub fn copy(secret: v1::Secret, owner: OwnerReference) -> v1::Secret {
+    let mut data = secret.data.unwrap_or_default();
+    data.retain(|key, _| key == SECRET_KEY);
+    let (key, value) = job::SELECTOR.split_once('=').unwrap_or_default();
+    v1::Secret {
+        metadata: ObjectMeta {
+            name: Some(owner.name.clone()),
+            labels: Some([(key.to_owned(), value.to_owned())].into()),
+            owner_references: Some(vec![owner]),
+            ..ObjectMeta::default()
+        },
+        type_: Some("Opaque".to_owned()),
+        data: Some(data),
+        ..v1::Secret::default()
+    }
+}
+
 /// Which Secret a Job has its login from, for people.
 #[derive(Debug, Clone, Copy)]
 pub enum Whose<'a> {
@@ -123,7 +143,7 @@ pub fn advice(refused: &Refused, whose: Whose<'_>) -> (&'static str, String) {
         (Problem::NoLoginFile, Some(secret)) => (
             "NoSecret",
             format!(
-                "{secret} is not there, or is not of the type {SECRET_TYPE}: make it (kubectl create secret docker-registry)"
+                "{secret} is not there, or has no file of logins as those of the type {SECRET_TYPE} have: make it (kubectl create secret docker-registry)"
             ),
         ),
         (Problem::NoLogin, Some(secret)) => (

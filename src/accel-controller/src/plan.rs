@@ -111,6 +111,37 @@ pub fn plan(observed: &Observed<'_>) -> Plan {
     next.into_plan()
 }
 
+/// What is to be said when a step could not be taken, and why: the status that was planned, but
+/// for that. Also the name of a Job that cannot go on without it, and is to end, lest it wait
+/// for its Secret until its deadline.
+pub fn refused(
+    task: &AcceleratedImage,
+    mut status: AcceleratedImageStatus,
+    step: &Step,
+    why: &str,
+    now: Timestamp,
+) -> (AcceleratedImageStatus, Option<String>) {
+    let (phase, what) = match (task.metadata.deletion_timestamp.is_some(), step) {
+        (true, _) => (Phase::DeleteError, "the task cannot be removed"),
+        (false, Step::Run(_)) => (Phase::CreateError, "no Job can be made"),
+        (false, Step::Lend { .. }) => (
+            Phase::CreateError,
+            "its Job cannot be given the Secret that spec.secretName names",
+        ),
+        (false, _) => (Phase::Unknown, "the cluster refuses a change"),
+    };
+    status.phase = phase;
+    status.message = format!("{what}: {why}");
+    // The next try waits a while from now on.
+    status.finished_at = Some(Time(now));
+    let stuck = match step {
+        Step::Run(job) => job::is_lent(job).then(|| job.name_any()),
+        Step::Lend { job, .. } => Some(job.clone()),
+        _ => None,
+    };
+    (status, stuck)
+}
+
 /// How long to wait after so many failures.
 pub(crate) fn pause(failures: u32) -> Duration {
     doubled(FIRST_RETRY, LAST_RETRY, failures)
@@ -200,6 +231,10 @@ impl<'a> Next<'a> {
         let job = self.observed.jobs.iter().find(|job| job.name_any() == name);
         match (job, job.and_then(job::end)) {
             (None, _) => self.start(name, &names, service),
+            // Why it had to end is told already, or somebody wanted it.
+            (Some(job), None) if job.metadata.deletion_timestamp.is_some() => {
+                self.again = Some(SOON);
+            }
             (Some(job), None) => self.watch(job),
             (Some(_), Some(Ok(()))) => self.finish(),
             (Some(job), Some(Err((reason, message)))) => {
@@ -287,14 +322,16 @@ impl<'a> Next<'a> {
         self.condition(ACCESS, "True", "Checked", what);
     }
 
-    /// Sees to it that a Job that has not begun can have its Secret; what it waits for if
-    /// there is none any more.
+    /// Sees to it that a Job that has not begun can have its Secret. If there is none any more
+    /// the Job ends, as it would wait for it until its deadline and keep others from the room
+    /// that it takes; why there is none.
     fn lend(&mut self, job: &Job) -> Option<String> {
         if !job::is_lent(job) || self.observed.log.is_some() {
             return None;
         }
         if let Some((reason, what)) = self.observed.secret.problem(self.observed.task) {
             self.condition(ACCESS, "False", reason, &what);
+            self.steps.push(Step::Stop(job.name_any()));
             return Some(what);
         }
         let (job, uid) = (job.name_any(), job.uid()?);
@@ -306,7 +343,10 @@ impl<'a> Next<'a> {
     fn watch(&mut self, job: &Job) {
         self.again = Some(SOON);
         self.stop_all_but(Some(job));
-        let lacks = self.lend(job);
+        if let Some(what) = self.lend(job) {
+            self.say(Phase::CreateError, &what);
+            return;
+        }
         if let Some(Ok(output)) = &self.observed.log
             && (output.checked || output.progress.is_some())
         {
@@ -338,7 +378,7 @@ impl<'a> Next<'a> {
                 job.name_any()
             ),
         };
-        self.say(Phase::Creating, &lacks.unwrap_or(what));
+        self.say(Phase::Creating, &what);
     }
 
     /// The Job has done its work.

@@ -19,7 +19,7 @@ use futures_util::StreamExt as _;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, DeleteParams, ListParams, LogParams, Patch, PatchParams};
 use kube::runtime::controller::{self, Action, Controller};
@@ -391,20 +391,18 @@ impl Context {
     async fn refused(
         &self,
         task: &AcceleratedImage,
-        mut status: AcceleratedImageStatus,
+        status: AcceleratedImageStatus,
         step: &Step,
         error: &kube::Error,
     ) -> Result<(), RunError> {
         self.metrics.error();
-        let (phase, what) = match (task.metadata.deletion_timestamp.is_some(), step) {
-            (true, _) => (Phase::DeleteError, "the task cannot be removed"),
-            (false, Step::Run(_)) => (Phase::CreateError, "no Job can be made"),
-            (false, _) => (Phase::Unknown, "the cluster refuses a change"),
-        };
-        status.phase = phase;
-        status.message = format!("{what}: {}", in_words(error));
-        status.finished_at = Some(Time(Timestamp::now()));
-        self.tell(task, &status).await
+        let (status, stuck) =
+            plan::refused(task, status, step, &in_words(error), Timestamp::now());
+        self.tell(task, &status).await?;
+        if let Some(job) = stuck {
+            self.stop_job(&job).await?;
+        }
+        Ok(())
     }
 
     /// Writes the status, and an Event if the phase is another one.

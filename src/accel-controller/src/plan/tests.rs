@@ -803,12 +803,6 @@ fn a_task_has_its_login_from_its_own_namespace() {
     );
     // Whoever made the Job may have been killed before the copy was there.
     assert_eq!(cluster.step(), ["lend accel-u-1-0 j"]);
-    // It has gone before that.
-    cluster.secret = Secret::Missing;
-    assert!(cluster.step().is_empty());
-    assert_eq!(cluster.condition(ACCESS).reason, "NoSecret");
-    assert!(cluster.phase().1.contains("no Secret mine"));
-    cluster.secret = Secret::There;
     cluster.log = Some(Ok(Output::default()));
     assert!(cluster.step().is_empty());
     cluster.end_job("Complete", "");
@@ -834,6 +828,98 @@ fn a_task_has_its_login_from_its_own_namespace() {
         let volumes = &pod["spec"]["template"]["spec"]["volumes"];
         assert_eq!(volumes[1]["secret"]["secretName"], name);
     }
+}
+
+/// A task with a Secret of its own, whose Job waits for the copy.
+fn lent() -> Cluster {
+    let mut cluster = Cluster::new();
+    cluster.task.spec.secret_name = Some("mine".to_owned());
+    cluster.service.as_mut().unwrap().spec.registry.secret_name = Some("login".to_owned());
+    cluster.secret = Secret::There;
+    cluster.step();
+    assert_eq!(cluster.step(), ["run accel-u-1-0"]);
+    cluster.jobs[0].metadata.uid = Some("j".to_owned());
+    cluster
+}
+
+#[test]
+fn a_job_does_not_wait_for_a_secret_that_cannot_be_had() {
+    for (secret, reason) in [
+        (Secret::Missing, "NoSecret"),
+        (Secret::OtherType, "NoSecret"),
+        (Secret::Forbidden, "SecretNotReadable"),
+    ] {
+        let mut cluster = lent();
+        let job = cluster.jobs[0].clone();
+        cluster.secret = secret;
+        assert_eq!(cluster.step(), ["stop accel-u-1-0"]);
+        assert_eq!(cluster.condition(ACCESS).reason, reason);
+        assert_eq!(cluster.phase().0, Phase::CreateError);
+        assert!(cluster.phase().1.starts_with("spec.secretName: "));
+        // It takes its time to go.
+        cluster.jobs = vec![job];
+        let going = Some(Time(Timestamp::UNIX_EPOCH));
+        cluster.jobs[0].metadata.deletion_timestamp = going;
+        assert!(cluster.plan().status.is_none() && cluster.plan().steps.is_empty());
+        cluster.jobs.clear();
+        assert!(cluster.step().is_empty());
+        assert_eq!(cluster.phase().0, Phase::CreateError);
+        assert_eq!(cluster.plan().again, Some(FIRST_RETRY));
+        cluster.secret = Secret::There;
+        assert_eq!(cluster.step(), ["run accel-u-1-0"]);
+    }
+    // One that has begun has what it needs.
+    let mut cluster = lent();
+    cluster.log = Some(Ok(Output::default()));
+    cluster.secret = Secret::Missing;
+    assert!(cluster.step().is_empty());
+}
+
+#[test]
+fn what_is_made_is_removed_with_the_login_of_the_service_if_the_own_one_goes_meanwhile() {
+    let mut cluster = lent();
+    cluster.delete();
+    assert_eq!(cluster.step(), ["stop accel-u-1-0"]);
+    assert_eq!(cluster.step(), ["run accel-u-delete-0"]);
+    cluster.jobs[0].metadata.uid = Some("k".to_owned());
+    assert_eq!(cluster.step(), ["lend accel-u-delete-0 k"]);
+    cluster.secret = Secret::Missing;
+    assert_eq!(cluster.step(), ["stop accel-u-delete-0"]);
+    assert_eq!(cluster.phase().0, Phase::Deleting);
+    assert_eq!(cluster.step(), ["run accel-u-delete-0"]);
+    assert!(!job::is_lent(&cluster.jobs[0]));
+}
+
+#[test]
+fn a_job_whose_secret_the_cluster_refuses_ends_and_the_next_one_waits() {
+    let mut cluster = lent();
+    let job = cluster.jobs[0].clone();
+    let now = Timestamp::from_second(cluster.now).unwrap();
+    let lend = Step::Lend {
+        job: "accel-u-1-0".to_owned(),
+        uid: "j".to_owned(),
+    };
+    for step in [lend, Step::Run(Box::new(job))] {
+        let status = cluster.status().clone();
+        let (said, stuck) = super::refused(&cluster.task, status, &step, "no more Secrets", now);
+        assert_eq!(stuck.as_deref(), Some("accel-u-1-0"));
+        assert_eq!(said.phase, Phase::CreateError);
+        assert!(said.message.ends_with(": no more Secrets"));
+        let mut cluster = lent();
+        cluster.task.status = Some(said);
+        cluster.jobs.clear();
+        for _ in 0..59 {
+            assert!(cluster.step().is_empty());
+            assert_eq!(cluster.phase().0, Phase::CreateError);
+        }
+        cluster.now += 1;
+        assert_eq!(cluster.step(), ["run accel-u-1-0"]);
+    }
+    // Others need no Secret.
+    let plain = Cluster::working();
+    let step = Step::Run(Box::new(plain.jobs[0].clone()));
+    let (_, stuck) = super::refused(&plain.task, plain.status().clone(), &step, "", now);
+    assert_eq!(stuck, None);
 }
 
 #[test]
