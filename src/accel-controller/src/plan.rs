@@ -90,6 +90,16 @@ pub enum Step {
     Stop(String),
 }
 
+/// Whether nothing more has to be done for a task as it is now: what was said of another version
+/// of it does not count.
+pub fn is_ready(task: &AcceleratedImage) -> bool {
+    let generation = task.metadata.generation.unwrap_or_default();
+    let status = task.status.as_ref();
+    status.is_some_and(|status| {
+        status.phase == Phase::Ready && status.observed_generation == generation
+    })
+}
+
 /// Decides.
 pub fn plan(observed: &Observed<'_>) -> Plan {
     let task = observed.task;

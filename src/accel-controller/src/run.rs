@@ -258,9 +258,8 @@ impl Context {
             Some(pod) if has_log(pod) => Some(self.log(&pod.name_any()).await),
             _ => None,
         };
-        let is_ready = (task.status.as_ref()).is_some_and(|status| status.phase == Phase::Ready);
         let secret = match task.metadata.deletion_timestamp {
-            None if is_ready => login::Secret::Unnamed,
+            None if plan::is_ready(task) => login::Secret::Unnamed,
             _ => self.secret(task).await?,
         };
         let nodes = match task.metadata.deletion_timestamp {

@@ -417,6 +417,20 @@ fn another_source_ends_the_old_job_first() {
     assert_eq!(cluster.condition("Ready").observed_generation, Some(3));
 }
 
+#[test]
+fn a_task_that_is_edited_is_not_ready_any_more() {
+    let mut cluster = Cluster::working();
+    assert!(!is_ready(&cluster.task));
+    cluster.end_job("Complete", "");
+    cluster.log = Some(Ok(report()));
+    cluster.step();
+    assert!(is_ready(&cluster.task));
+    // What it needs is looked for with the first look already.
+    cluster.edit("h/b:v1");
+    assert_eq!(cluster.phase().0, Phase::Ready);
+    assert!(!is_ready(&cluster.task));
+}
+
 /// A task that has made something, and is deleted.
 fn deleted() -> Cluster {
     let mut cluster = Cluster::working();
