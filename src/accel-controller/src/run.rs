@@ -30,7 +30,7 @@ use kube::{Client, Resource, ResourceExt};
 use serde_json::{Value, json};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::{Mutex, MutexGuard, Notify};
 use tracing::{debug, info, warn};
 
 /// What field managers and Events call the controller.
@@ -84,6 +84,9 @@ struct Context {
     metrics: Arc<Metrics>,
     /// Nodes that can serve, and all that are meant, when it was looked last.
     ready: std::sync::Mutex<Option<(u32, u32)>>,
+    /// That this has changed. One loop writes the service's status, or what one says of it
+    /// would be undone by what another one has read before.
+    counted: Notify,
     /// Held while Jobs are counted and one is made, so that there are never more than the
     /// limit.
     starting: Mutex<()>,
@@ -101,6 +104,7 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
         known: Mutex::default(),
         metrics,
         ready: std::sync::Mutex::default(),
+        counted: Notify::new(),
         starting: Mutex::new(()),
         client,
     });
@@ -144,10 +148,15 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
             },
             Arc::clone(&context),
         );
+    let counted = futures_util::stream::unfold(Arc::clone(&context), |context| async move {
+        context.counted.notified().await;
+        Some(((), context))
+    });
     let services = Controller::new(
         context.all::<ImageAcceleration>(),
         watcher::Config::default(),
     )
+    .reconcile_all_on(counted)
     .run(
         |service, context| async move { context.service(&service).await },
         |_, error, context| {
@@ -544,12 +553,10 @@ impl Context {
             &mut *self.ready.lock().unwrap_or_else(PoisonError::into_inner),
             now,
         );
-        match service {
-            // Otherwise it would be told with the next look at the service, which may wait for
-            // what has nothing to do with nodes.
-            Some(service) if before != now => self.tell_service(&service, &service).await,
-            _ => Ok(()),
+        if before != now {
+            self.counted.notify_one();
         }
+        Ok(())
     }
 
     async fn service(&self, service: &ImageAcceleration) -> Result<Action, RunError> {

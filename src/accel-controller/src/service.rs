@@ -22,23 +22,27 @@ pub fn status<'a>(
     let mut status = service.status.clone().unwrap_or_default();
     let (bound, reason, message) = ufs(&service.spec.ufs, claim);
     let generation = service.metadata.generation;
-    // Whoever asks registries has said it already.
+    // Whoever asks registries has said it already, but perhaps of other settings.
     let mut conditions = status.conditions.iter();
     let access = conditions.find(|condition| condition.type_ == ACCESS);
-    let access = access.filter(|condition| condition.status != "True");
-    let ready = match (bound, access) {
-        (true, None) => ("Working", "tasks are worked on".to_owned()),
-        (true, Some(access)) => (ACCESS, access.message.clone()),
-        (false, _) => ("UfsNotBound", message.clone()),
+    let access = access.filter(|condition| condition.observed_generation == generation);
+    let access = access.map(|condition| (&*condition.status, condition.message.clone()));
+    let unknown = "whether registries take the logins is not known yet";
+    let (is_ready, why, ready) = match (bound, access) {
+        (false, _) => ("False", "UfsNotBound", message.clone()),
+        (true, Some(("True", _))) => ("True", "Working", "tasks are worked on".to_owned()),
+        (true, Some(("False", message))) => ("False", ACCESS, message),
+        (true, Some((_, message))) => ("Unknown", ACCESS, message),
+        (true, None) => ("Unknown", ACCESS, unknown.to_owned()),
     };
-    let is_ready = bound && access.is_none();
-    for (type_, is, (reason, message)) in [
-        ("UfsBound", bound, (reason, message)),
-        ("Ready", is_ready, ready),
+    let bound = if bound { "True" } else { "False" };
+    for (type_, is, reason, message) in [
+        ("UfsBound", bound, reason, message),
+        ("Ready", is_ready, why, ready),
     ] {
         let condition = Condition {
             type_: type_.to_owned(),
-            status: if is { "True" } else { "False" }.to_owned(),
+            status: is.to_owned(),
             reason: reason.to_owned(),
             message,
             observed_generation: generation,
@@ -150,6 +154,24 @@ mod tests {
         assert_eq!((first.images, first.stored.as_str()), (2, "3.0 MiB"));
 
         service.status = Some(first);
+        // Nothing is Ready of which nobody knows whether its logins are taken.
+        let asked = status(&service, Some(&claim("Bound")), &tasks, None, at(1));
+        assert_eq!(ready(&asked).status, "Unknown");
+        let mut access = Condition {
+            type_: ACCESS.to_owned(),
+            status: "True".to_owned(),
+            reason: "Checked".to_owned(),
+            message: String::new(),
+            observed_generation: Some(1),
+            last_transition_time: Time(at(1)),
+        };
+        let said = &mut service.status.as_mut().unwrap().conditions;
+        set_condition(said, access.clone());
+        let old = status(&service, Some(&claim("Bound")), &tasks, None, at(1));
+        assert_eq!(ready(&old).status, "Unknown", "that was of other settings");
+        access.observed_generation = Some(2);
+        let said = &mut service.status.as_mut().unwrap().conditions;
+        set_condition(said, access);
         let pending = status(&service, Some(&claim("Pending")), &tasks, None, at(2));
         assert_eq!(ready(&pending).last_transition_time.0, at(1));
         let bound = status(&service, Some(&claim("Bound")), &tasks, Some((2, 2)), at(3));

@@ -191,7 +191,7 @@ fn the_service_is_ready_only_with_logins_that_are_taken() {
         let mut all = status.conditions.into_iter();
         all.find(|condition| condition.type_ == "Ready").unwrap()
     };
-    assert_eq!(ready(&mut service).status, "False");
+    assert_eq!(ready(&mut service).status, "Unknown");
     service.fail_job(Problem::Unauthorized);
     let said = ready(&mut service);
     assert_eq!((&*said.status, &*said.reason), ("False", ACCESS));
