@@ -30,7 +30,8 @@ use kube::{Client, Resource, ResourceExt};
 use serde_json::{Value, json};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::{Mutex, MutexGuard, Notify};
+use tokio::sync::{Mutex, Notify};
+use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 /// What field managers and Events call the controller.
@@ -44,6 +45,9 @@ const LOG_LINES: i64 = 200;
 const RETRY: Duration = Duration::from_secs(15);
 /// Changes that come together are looked at once: each status that is written is one.
 const TOGETHER: Duration = Duration::from_millis(300);
+/// How long a look at a task or the service may take, with what is done then: an answer that
+/// never comes must not keep those waiting that wait for each other.
+const LOOK: Duration = Duration::from_secs(60);
 /// How often to look how the nodes are: they have lost their label within half a minute.
 const NODES_PAUSE: Duration = Duration::from_secs(3);
 /// How long such a look may take.
@@ -57,20 +61,25 @@ const SERVICE_PAUSE: Duration = Duration::from_secs(15);
 
 /// What the cluster did not do.
 #[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-pub struct RunError(#[from] Box<kube::Error>);
+pub enum RunError {
+    /// It refused something, or could not be reached.
+    #[error(transparent)]
+    Refused(#[from] Box<kube::Error>),
+    /// It did not answer in time.
+    #[error("the cluster does not answer")]
+    Silent(#[from] tokio::time::error::Elapsed),
+}
 
 impl From<kube::Error> for RunError {
     fn from(error: kube::Error) -> Self {
-        Self(Box::new(error))
+        Self::Refused(Box::new(error))
     }
 }
 
-/// The cluster's nodes, as they were listed: nobody minds one that came a moment ago.
-#[derive(Default)]
+/// The cluster's nodes, as they were listed.
 struct Known {
-    listed: Option<Instant>,
-    nodes: Vec<ObjectMeta>,
+    listed: Instant,
+    nodes: Arc<Vec<ObjectMeta>>,
 }
 
 type LoopError = controller::Error<RunError, watcher::Error>;
@@ -79,8 +88,9 @@ struct Context {
     client: Client,
     settings: Settings,
     recorder: Recorder,
-    /// The cluster's nodes.
-    known: Mutex<Known>,
+    /// The cluster's nodes: nobody minds one that came a moment ago. Never held while the
+    /// cluster is asked.
+    known: std::sync::Mutex<Option<Known>>,
     metrics: Arc<Metrics>,
     /// Nodes that can serve, and all that are meant, when it was looked last.
     ready: std::sync::Mutex<Option<(u32, u32)>>,
@@ -101,7 +111,7 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
     let context = Arc::new(Context {
         recorder: Recorder::new(client.clone(), reporter),
         settings,
-        known: Mutex::default(),
+        known: std::sync::Mutex::default(),
         metrics,
         ready: std::sync::Mutex::default(),
         counted: Notify::new(),
@@ -140,7 +150,7 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
             },
         )
         .run(
-            |task, context| async move { context.task(&task).await },
+            |task, context| async move { timeout(LOOK, context.task(&task)).await? },
             |task, error, context| {
                 context.metrics.error();
                 warn!(task = %task.name_any(), "looked at in vain: {error}");
@@ -158,7 +168,7 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
     )
     .reconcile_all_on(counted)
     .run(
-        |service, context| async move { context.service(&service).await },
+        |service, context| async move { timeout(LOOK, context.service(&service)).await? },
         |_, error, context| {
             context.metrics.error();
             warn!("the service's status cannot be made: {error}");
@@ -297,25 +307,35 @@ impl Context {
     /// The names of the cluster's nodes.
     async fn nodes(&self) -> Result<Vec<String>, RunError> {
         let known = self.known_nodes(NODES_LIST).await?;
-        let names = known.nodes.iter().filter_map(|node| node.name.clone());
+        let names = known.iter().filter_map(|node| node.name.clone());
         Ok(names.collect())
     }
 
+    fn known(&self) -> std::sync::MutexGuard<'_, Option<Known>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The cluster's nodes, as they were not longer ago than that.
-    async fn known_nodes(&self, age: Duration) -> Result<MutexGuard<'_, Known>, RunError> {
-        let mut known = self.known.lock().await;
-        if known.listed.is_none_or(|at| at.elapsed() >= age) {
-            let all = self.all::<Node>();
-            let began = Instant::now();
-            let listed = all.list_metadata(&ListParams::default()).await?;
-            known.nodes = listed.items.into_iter().map(|node| node.metadata).collect();
-            for node in &mut known.nodes {
-                // That is the most of it.
-                node.managed_fields = None;
-            }
-            known.listed = Some(began);
+    async fn known_nodes(&self, age: Duration) -> Result<Arc<Vec<ObjectMeta>>, RunError> {
+        if let Some(known) = &*self.known()
+            && known.listed.elapsed() < age
+        {
+            return Ok(Arc::clone(&known.nodes));
         }
-        Ok(known)
+        let all = self.all::<Node>();
+        let listed = Instant::now();
+        let nodes = all.list_metadata(&ListParams::default()).await?.items;
+        let mut nodes: Vec<_> = nodes.into_iter().map(|node| node.metadata).collect();
+        for node in &mut nodes {
+            // That is the most of it.
+            node.managed_fields = None;
+        }
+        let nodes = Arc::new(nodes);
+        *self.known() = Some(Known {
+            listed,
+            nodes: Arc::clone(&nodes),
+        });
+        Ok(nodes)
     }
 
     async fn newest_pod(&self, job: &str) -> Result<Option<Pod>, RunError> {
@@ -330,7 +350,7 @@ impl Context {
             ..LogParams::default()
         };
         let pods = self.own::<Pod>();
-        match tokio::time::timeout(LOG_TIMEOUT, pods.logs(pod, &options)).await {
+        match timeout(LOG_TIMEOUT, pods.logs(pod, &options)).await {
             Ok(Ok(text)) => Ok(report::read(&text)),
             Ok(Err(error)) => Err(in_words(&error)),
             Err(_) => Err("the node does not answer".to_owned()),
@@ -485,10 +505,11 @@ impl Context {
     async fn label_nodes(&self) {
         let mut seen = Seen::default();
         loop {
-            match tokio::time::timeout(NODES_LOOK, self.look_at_nodes(&mut seen)).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => warn!("the nodes cannot be looked at: {error}"),
-                Err(_) => warn!("the nodes cannot be looked at: the cluster does not answer"),
+            let look = timeout(NODES_LOOK, self.look_at_nodes(&mut seen));
+            // What does not answer is like what refuses.
+            let looked = look.await.unwrap_or_else(|late| Err(late.into()));
+            if let Err(error) = looked {
+                warn!("the nodes cannot be looked at: {error}");
             }
             tokio::time::sleep(NODES_PAUSE).await;
         }
@@ -507,12 +528,11 @@ impl Context {
         let leases = self.own::<Lease>().list(&of_nodes).await?;
         let words = seen.look(&leases.items, Instant::now());
         let spec = service.as_ref().map(|service| &service.spec);
-        let mut labels = nodes::labels(&known.nodes, &words, spec);
+        let mut labels = nodes::labels(&known, &words, spec);
         if !labels.changes.is_empty() {
             // What is changed is looked at once more: somebody else may have changed it.
-            drop(known);
             known = self.known_nodes(Duration::ZERO).await?;
-            labels = nodes::labels(&known.nodes, &words, spec);
+            labels = nodes::labels(&known, &words, spec);
         }
         let all = &self.all::<Node>();
         let mut changed = futures_util::stream::iter(&labels.changes)
@@ -526,27 +546,23 @@ impl Context {
         while let Some((change, patched)) = changed.next().await {
             let node = &change.node;
             let said = words.get(node).map_or("", |word| &word.message);
-            let at = (known.nodes.iter()).position(|known| known.name.as_deref() == Some(node));
             match patched {
-                Ok(patched) => {
-                    info!(node, labelled = change.gives, "{said}");
-                    if let Some(at) = at {
-                        known.nodes[at] = patched.metadata;
-                    }
-                }
+                Ok(_) => info!(node, labelled = change.gives, "{said}"),
                 Err(error) => {
                     ready -= u32::from(change.gives);
                     match error {
                         // It is another one by now, or none: looked at anew.
-                        kube::Error::Api(status) if matches!(status.code, 404 | 409) => {
-                            known.listed = None;
-                        }
+                        kube::Error::Api(status) if matches!(status.code, 404 | 409) => {}
                         error => warn!(node, "cannot be labelled: {}", in_words(&error)),
                     }
                 }
             }
         }
-        drop((changed, known));
+        drop(changed);
+        if !labels.changes.is_empty() {
+            // They are others now.
+            *self.known() = None;
+        }
         let now = Some((ready, labels.nodes));
         self.metrics.nodes(ready, labels.nodes);
         let before = std::mem::replace(
