@@ -3,12 +3,14 @@
 use crate::nodes::{Health, Word, is_kept_out, is_labelled, is_meant, lease_name};
 use crate::reference::Names;
 use crate::resource::{
-    AcceleratedImage, AcceleratedImageStatus, ImageAccelerationSpec, Phase, RegistrySpec,
+    AcceleratedImage, AcceleratedImageStatus, ImageAcceleration, ImageAccelerationSpec, Phase,
+    RegistrySpec, SERVICE_NAME,
 };
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::jiff::Timestamp;
 use kube::{Resource, ResourceExt};
 use serde::Serialize;
+use serde_json::{Value, json};
 
 /// The longest name that is made up for a task: it is also part of labels.
 const MAX_NAME: usize = 63;
@@ -56,6 +58,28 @@ pub fn named<'a>(tasks: &'a [AcceleratedImage], name: &str) -> Vec<&'a Accelerat
             || target(task).is_some_and(|target| same_image(&target, name))
     };
     tasks.iter().filter(is_meant).collect()
+}
+
+/// What turns acceleration on, or changes how it is done, if `there` is a service already.
+/// Whatever somebody has begun to turn off for good stays then.
+///
+/// # Errors
+/// It is being turned off: what is changed would go with it.
+pub fn enabled(there: Option<&ImageAcceleration>, spec: &Value) -> Result<Value, String> {
+    let going = there.is_some_and(|service| service.metadata.deletion_timestamp.is_some());
+    if going {
+        return Err(
+            "acceleration is being turned off, and what was made is being removed: wait until it is off (kubectl accel disable --purge --wait), or keep what is left (kubectl accel disable)".to_owned(),
+        );
+    }
+    let mut service = json!({
+        "apiVersion": ImageAcceleration::api_version(&()),
+        "kind": ImageAcceleration::kind(&()),
+        "metadata": {"name": SERVICE_NAME},
+        "spec": spec,
+    });
+    service["spec"]["purge"] = json!(false);
+    Ok(service)
 }
 
 /// What someone who waits for a task has to know.
@@ -217,7 +241,6 @@ mod tests {
     use super::*;
     use crate::resource::{AcceleratedImageSpec, ProgressStatus};
     use k8s_openapi::api::core::v1::Node;
-    use serde_json::{Value, json};
 
     fn task(name: &str, source: &str, phase: Phase) -> AcceleratedImage {
         let spec = AcceleratedImageSpec {
@@ -280,6 +303,26 @@ mod tests {
         let failed = task("a", "h/a", Phase::CreateError);
         assert_eq!(waiting(&failed), Waiting::Failed("why".to_owned()));
         assert_eq!(waiting(&task("a", "h/a", Phase::Unknown)), Waiting::GoesOn);
+    }
+
+    #[test]
+    fn turning_on_ends_what_would_turn_off_for_good_but_not_if_that_is_under_way() {
+        let spec = json!({"ufs": {"claimName": "u"}});
+        let mut there: ImageAcceleration = serde_json::from_value(json!({
+            "apiVersion": "image-accel.io/v1alpha1", "kind": "ImageAcceleration",
+            "metadata": {"name": "cluster"}, "spec": {"ufs": {"claimName": "u"}, "purge": true},
+        }))
+        .unwrap();
+        for known in [None, Some(&there)] {
+            let on = enabled(known, &spec).unwrap();
+            assert_eq!(on["metadata"]["name"], "cluster");
+            assert_eq!(on["spec"]["ufs"]["claimName"], "u");
+            assert_eq!(on["spec"]["purge"], false);
+        }
+        let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(Timestamp::UNIX_EPOCH);
+        there.metadata.deletion_timestamp = Some(now);
+        let refused = enabled(Some(&there), &spec).unwrap_err();
+        assert!(refused.contains("is being turned off"), "{refused}");
     }
 
     #[test]

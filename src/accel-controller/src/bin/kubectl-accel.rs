@@ -310,13 +310,9 @@ fn say(line: &str) -> Result<()> {
 }
 
 async fn enable(services: &Api<ImageAcceleration>, spec: &Value, wait: Wait) -> Result<()> {
-    let service = json!({
-        "apiVersion": "image-accel.io/v1alpha1",
-        "kind": "ImageAcceleration",
-        "metadata": {"name": SERVICE_NAME},
-        "spec": spec,
-    });
-    let done = match services.get_opt(SERVICE_NAME).await.map_err(said)? {
+    let there = services.get_opt(SERVICE_NAME).await.map_err(said)?;
+    let service = command::enabled(there.as_ref(), spec).map_err(anyhow::Error::msg)?;
+    let done = match there {
         Some(_) => {
             let patch = Patch::Merge(&service);
             let patched = services
@@ -353,25 +349,52 @@ async fn enable(services: &Api<ImageAcceleration>, spec: &Value, wait: Wait) -> 
     }
 }
 
-async fn disable(services: &Api<ImageAcceleration>, purge: bool, wait: Wait) -> Result<()> {
-    let deadline = wait.deadline();
-    // As it is said now, whatever was said before.
+async fn set_purge(services: &Api<ImageAcceleration>, purge: bool) -> Result<()> {
     let patch = Patch::Merge(json!({"spec": {"purge": purge}}));
     let plain = PatchParams::default();
     let patched = services.patch(SERVICE_NAME, &plain, &patch).await;
-    patched.map_err(said)?;
+    patched.map(drop).map_err(said)
+}
+
+/// Deletes the service, which stays until all is gone that was made.
+async fn delete_with_all(services: &Api<ImageAcceleration>, deadline: Option<Instant>) -> Result<()> {
     let is_kept = |service: &ImageAcceleration| {
         let mut finalizers = service.finalizers().iter();
         finalizers.any(|name| name == FINALIZER)
     };
     // The controller keeps it from now on; deleted before that, it would be gone at once.
-    while purge && !is_kept(&services.get(SERVICE_NAME).await.map_err(said)?) {
-        pause(deadline, "the controller does not answer").await?;
+    while !is_kept(&services.get(SERVICE_NAME).await.map_err(said)?) {
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            bail!("the controller does not answer");
+        }
+        tokio::time::sleep(LOOK).await;
     }
-    services
-        .delete(SERVICE_NAME, &DeleteParams::default())
-        .await
-        .map_err(said)?;
+    let now = DeleteParams::default();
+    services.delete(SERVICE_NAME, &now).await.map(drop).map_err(said)
+}
+
+async fn disable(services: &Api<ImageAcceleration>, purge: bool, wait: Wait) -> Result<()> {
+    let deadline = wait.deadline();
+    // As it is said now, whatever was said before.
+    set_purge(services, purge).await?;
+    if purge {
+        let deleted = tokio::select! {
+            deleted = delete_with_all(services, deadline) => deleted,
+            _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+        };
+        if let Err(error) = deleted {
+            // Or whoever deletes it some day, for another reason, would remove everything.
+            return Err(match set_purge(services, false).await {
+                Ok(()) => error.context("spec.purge is set back"),
+                Err(still) => error.context(format!(
+                    "spec.purge could not be set back ({still:#}): `kubectl accel enable` does that"
+                )),
+            });
+        }
+    } else {
+        let now = DeleteParams::default();
+        services.delete(SERVICE_NAME, &now).await.map_err(said)?;
+    }
     while wait.wait
         && let Some(service) = services.get_opt(SERVICE_NAME).await?
     {
