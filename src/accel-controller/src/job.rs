@@ -12,6 +12,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::ResourceExt as _;
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
 /// On Jobs and pods: the task's UID.
@@ -427,5 +428,15 @@ pub fn end(job: &Job) -> Option<Result<(), (String, String)>> {
 
 /// Whether a Job takes part in the limit.
 pub fn is_at_work(job: &Job) -> bool {
-    end(job).is_none()
+    end(job).is_none() && !is_held(job)
+}
+
+/// Keeps a Job from making any more pods. Those that have ended stay with it, and their logs.
+pub fn hold() -> Value {
+    json!({"spec": {"parallelism": 0}})
+}
+
+fn is_held(job: &Job) -> bool {
+    let spec = job.spec.as_ref();
+    spec.is_some_and(|spec| spec.parallelism == Some(0))
 }

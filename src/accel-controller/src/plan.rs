@@ -6,7 +6,7 @@ pub use self::delete::{IN_USE, REMOVED};
 use crate::job::{self, Settings};
 use crate::login::{self, ACCESS, Secret, Whose};
 use crate::reference::{Names, SpecError};
-use crate::report::{self, Output, Progress, Report};
+use crate::report::{self, Output, Progress, Refused, Report};
 use crate::resource::{
     AcceleratedImage, AcceleratedImageStatus, ImageAcceleration, Phase, ProgressStatus,
     SERVICE_NAME,
@@ -86,6 +86,8 @@ pub enum Step {
         /// With which both go.
         uid: String,
     },
+    /// Keep the Job of this name from starting again; it stays to be looked at.
+    Hold(String),
     /// Remove the Job of this name and its pods.
     Stop(String),
 }
@@ -134,6 +136,7 @@ pub fn refused(
     let (phase, what) = match (task.metadata.deletion_timestamp.is_some(), step) {
         (true, _) => (Phase::DeleteError, "the task cannot be removed"),
         (false, Step::Run(_)) => (Phase::CreateError, "no Job can be made"),
+        (false, Step::Hold(_)) => (Phase::CreateError, "its Job cannot be ended"),
         (false, Step::Lend { .. }) => (
             Phase::CreateError,
             "its Job cannot be given the Secret that spec.secretName names",
@@ -245,7 +248,7 @@ impl<'a> Next<'a> {
             (Some(job), None) if job.metadata.deletion_timestamp.is_some() => {
                 self.again = Some(SOON);
             }
-            (Some(job), None) => self.watch(job),
+            (Some(job), None) => self.watch(job, service),
             (Some(_), Some(Ok(()))) => self.finish(),
             (Some(job), Some(Err((reason, message)))) => {
                 self.fail(job, service, &reason, &message);
@@ -270,6 +273,7 @@ impl<'a> Next<'a> {
             if waited < due {
                 // The failed Job stays that long for whoever wants to look at it.
                 self.again = due.checked_sub(waited);
+                self.hold();
                 return;
             }
         }
@@ -311,6 +315,16 @@ impl<'a> Next<'a> {
         self.again = Some(SOON);
     }
 
+    /// No Job of the task goes on while it waits.
+    fn hold(&mut self) {
+        let at_work = self.observed.jobs.iter().filter(|job| {
+            let goes = job.metadata.deletion_timestamp.is_some();
+            job::is_at_work(job) && !goes
+        });
+        let hold = at_work.map(|job| Step::Hold(job.name_any()));
+        self.steps.extend(hold);
+    }
+
     /// What was said of another version of the task is not said of this one.
     fn access_is_unknown(&mut self) {
         let mut conditions = self.status.conditions.iter();
@@ -350,14 +364,25 @@ impl<'a> Next<'a> {
     }
 
     /// A Job is at work.
-    fn watch(&mut self, job: &Job) {
+    fn watch(&mut self, job: &Job, service: &ImageAcceleration) {
         self.again = Some(SOON);
         self.stop_all_but(Some(job));
         if let Some(what) = self.lend(job) {
             self.say(Phase::CreateError, &what);
             return;
         }
-        if let Some(Ok(output)) = &self.observed.log
+        let mut passes = None;
+        if let Some((refused, ended)) = self.refusal() {
+            let what = self.access_is_bad(refused, ended, service);
+            if refused.problem.lasts() {
+                // Trying it as often as Jobs may be tried changes nothing, and registries lock
+                // out who comes with a wrong password again and again.
+                self.has_failed(job, &what);
+                self.steps.push(Step::Hold(job.name_any()));
+                return;
+            }
+            passes = Some(format!("{what}; its Job tries again"));
+        } else if let Some(Ok(output)) = &self.observed.log
             && (output.checked || output.progress.is_some())
         {
             self.access_is_good();
@@ -388,7 +413,7 @@ impl<'a> Next<'a> {
                 job.name_any()
             ),
         };
-        self.say(Phase::Creating, &what);
+        self.say(Phase::Creating, &passes.unwrap_or(what));
     }
 
     /// The Job has done its work.
@@ -435,25 +460,47 @@ impl<'a> Next<'a> {
         self.say(Phase::Ready, "nodes can start it without downloading it");
     }
 
-    fn fail(&mut self, job: &Job, service: &ImageAcceleration, reason: &str, message: &str) {
+    /// How the pod's program failed, if it has.
+    fn ended(&self) -> Option<&'a ContainerStateTerminated> {
         let ended = self.observed.pod.and_then(terminated);
-        let ended = ended.filter(|ended| ended.exit_code != 0);
+        ended.filter(|ended| ended.exit_code != 0)
+    }
+
+    /// Which registry did not let the pod's program do its work, if it failed for that.
+    fn refusal(&self) -> Option<(&'a Refused, &'a ContainerStateTerminated)> {
         let refused = match &self.observed.log {
             Some(Ok(output)) => output.refused.as_ref(),
             _ => None,
         };
-        let what = match (ended, refused) {
+        Some((refused?, self.ended()?))
+    }
+
+    /// Says it, and what to do.
+    fn access_is_bad(
+        &mut self,
+        refused: &Refused,
+        ended: &ContainerStateTerminated,
+        service: &ImageAcceleration,
+    ) -> String {
+        let whose = Whose::of(self.observed.task, &service.spec);
+        let (reason, advice) = login::advice(refused, whose);
+        let said = report::words(ended.message.as_deref().unwrap_or_default());
+        let what = format!("{said} ({advice})");
+        self.condition(ACCESS, "False", reason, &what);
+        what
+    }
+
+    fn fail(&mut self, job: &Job, service: &ImageAcceleration, reason: &str, message: &str) {
+        let what = match (self.ended(), self.refusal()) {
             (None, _) => format!("the Job failed: {reason}: {message}"),
             (Some(ended), None) => in_words(ended, reason),
-            (Some(ended), Some(refused)) => {
-                let whose = Whose::of(self.observed.task, &service.spec);
-                let (reason, advice) = login::advice(refused, whose);
-                let said = report::words(ended.message.as_deref().unwrap_or_default());
-                let what = format!("{said} ({advice})");
-                self.condition(ACCESS, "False", reason, &what);
-                what
-            }
+            (_, Some((refused, ended))) => self.access_is_bad(refused, ended, service),
         };
+        self.has_failed(job, &what);
+    }
+
+    /// The Job has come to nothing, because of `what`.
+    fn has_failed(&mut self, job: &Job, what: &str) {
         let pause = self.failed();
         let job = job.name_any();
         let what = format!(

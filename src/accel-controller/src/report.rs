@@ -49,6 +49,14 @@ pub enum Problem {
     Other,
 }
 
+impl Problem {
+    /// Whether it is the same the next time, unless somebody does something about it. What is
+    /// not may have passed when the Job starts again.
+    pub const fn lasts(self) -> bool {
+        !matches!(self, Self::Unreachable | Self::Other)
+    }
+}
+
 /// What was removed, or why not.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 pub struct Removal {

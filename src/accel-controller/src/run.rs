@@ -130,9 +130,9 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
     let tasks = tasks
         .watches(context.own::<Job>(), of_jobs, move |job| {
             // One that has ended makes room for those that wait.
-            let mut all = match job::end(&job) {
-                Some(_) => waiting(&of_ended.state()),
-                None => Vec::new(),
+            let mut all = match job::is_at_work(&job) {
+                true => Vec::new(),
+                false => waiting(&of_ended.state()),
             };
             if let Some((namespace, name)) = job::task_of(&job) {
                 all.push(ObjectRef::new(name).within(namespace));
@@ -395,7 +395,16 @@ impl Context {
                 }
             }
             Step::Lend { job, uid } => self.lend(task, job, uid).await,
+            Step::Hold(name) => self.hold_job(name).await,
             Step::Stop(name) => self.stop_job(name).await,
+        }
+    }
+
+    async fn hold_job(&self, name: &str) -> Result<(), kube::Error> {
+        let (plain, hold) = (PatchParams::default(), Patch::Merge(job::hold()));
+        match self.own::<Job>().patch(name, &plain, &hold).await {
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+            held => held.map(drop),
         }
     }
 

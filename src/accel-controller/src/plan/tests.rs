@@ -91,6 +91,14 @@ impl Cluster {
                 format!("run {name}")
             }
             Step::Lend { job, uid } => format!("lend {job} {uid}"),
+            Step::Hold(name) => {
+                let mut held = self.jobs.iter_mut();
+                let held = held.find(|job| job.name_any() == name).unwrap();
+                let mut job = serde_json::to_value(&*held).unwrap();
+                job["spec"]["parallelism"] = job::hold()["spec"]["parallelism"].clone();
+                *held = serde_json::from_value(job).unwrap();
+                format!("hold {name}")
+            }
             Step::Stop(name) => {
                 self.jobs.retain(|job| job.name_any() != name);
                 format!("stop {name}")
@@ -767,6 +775,69 @@ fn a_registry_that_does_not_let_us_is_a_condition_with_what_to_do() {
         cluster.step();
         cluster.step();
         assert_eq!(cluster.condition(ACCESS).status, "Unknown");
+    }
+}
+
+impl Cluster {
+    /// The first of the tries that a Job has ended with a refusal.
+    fn refused(problem: Problem) -> Self {
+        let mut cluster = Self::working();
+        cluster.pod_says(&json!({"terminated": {"exitCode": 4, "reason": "Error",
+            "message": "mkfs-accel: it says no\n"}}));
+        cluster.log = Some(Ok(refused(problem)));
+        cluster
+    }
+}
+
+#[test]
+fn what_does_not_pass_by_itself_is_tried_once_and_told_at_once() {
+    for problem in [
+        Problem::NoLoginFile,
+        Problem::NoLogin,
+        Problem::Unauthorized,
+        Problem::Forbidden,
+        Problem::NotFound,
+    ] {
+        let mut cluster = Cluster::refused(problem);
+        assert_eq!(cluster.step(), ["hold accel-u-1-0"]);
+        assert_eq!(cluster.condition(ACCESS).status, "False");
+        assert_eq!(cluster.phase().0, Phase::CreateError);
+        assert!(cluster.phase().1.starts_with("it says no ("));
+        assert!(cluster.phase().1.contains("after 1 minutes"));
+        assert_eq!(cluster.status().failures, 1);
+        // It stays to be looked at, and takes no other's place.
+        assert!(!job::is_at_work(&cluster.jobs[0]));
+        for _ in 0..59 {
+            assert!(cluster.step().is_empty());
+        }
+        assert_eq!(cluster.step(), ["stop accel-u-1-0"]);
+        (cluster.pod, cluster.log) = (None, None);
+        assert_eq!(cluster.step(), ["run accel-u-1-1"]);
+    }
+    // The controller was killed before it had done it.
+    let mut cluster = Cluster::refused(Problem::Unauthorized);
+    let job = cluster.jobs[0].clone();
+    cluster.step();
+    cluster.jobs = vec![job];
+    assert_eq!(cluster.step(), ["hold accel-u-1-0"]);
+}
+
+#[test]
+fn what_may_pass_is_told_and_the_job_tries_again() {
+    for problem in [Problem::Unreachable, Problem::Other] {
+        let mut cluster = Cluster::refused(problem);
+        assert!(cluster.step().is_empty());
+        assert_eq!(cluster.condition(ACCESS).status, "False");
+        assert_eq!(cluster.phase().0, Phase::Creating);
+        assert!(cluster.phase().1.ends_with("; its Job tries again"));
+        assert!(job::is_at_work(&cluster.jobs[0]));
+        cluster.pod_says(&json!({"running": {}}));
+        cluster.log = Some(Ok(Output {
+            checked: true,
+            ..Output::default()
+        }));
+        assert!(cluster.step().is_empty());
+        assert_eq!(cluster.condition(ACCESS).status, "True");
     }
 }
 
