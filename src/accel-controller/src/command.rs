@@ -3,8 +3,7 @@
 use crate::nodes::{Health, Word, is_kept_out, is_labelled, is_meant, lease_name};
 use crate::reference::Names;
 use crate::resource::{
-    AcceleratedImage, AcceleratedImageStatus, ImageAcceleration, ImageAccelerationSpec, Phase,
-    RegistrySpec, SERVICE_NAME,
+    AcceleratedImage, AcceleratedImageStatus, ImageAcceleration, Phase, RegistrySpec, SERVICE_NAME,
 };
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::jiff::Timestamp;
@@ -180,10 +179,12 @@ pub struct NodeState {
 pub fn node_state(
     node: &impl Resource,
     leases: &[Lease],
-    service: Option<&ImageAccelerationSpec>,
+    service: Option<&ImageAcceleration>,
 ) -> NodeState {
     let (name, labels) = (node.name_any(), node.labels());
-    let spec = service.map(|service| &service.nodes);
+    // For nodes one that is deleted is none, also while what was made is being removed.
+    let service = service.filter(|service| service.metadata.deletion_timestamp.is_none());
+    let spec = service.map(|service| &service.spec.nodes);
     let ready = spec.is_some_and(|spec| is_labelled(spec, labels));
     let own = lease_name(&name);
     let lease = leases.iter().find(|lease| lease.name_any() == own);
@@ -371,12 +372,13 @@ mod tests {
             lease("out", says("true", "reads")),
         ];
         let spec = json!({"ufs": {"claimName": "u"}, "nodes": {"selector": {"pool": "x"}}});
-        let spec: ImageAccelerationSpec = serde_json::from_value(spec).unwrap();
-        let table = |nodes: &[Node], spec: Option<&ImageAccelerationSpec>| {
-            let states = nodes.iter().map(|node| node_state(node, &leases, spec));
+        let mut service =
+            ImageAcceleration::new(SERVICE_NAME, serde_json::from_value(spec).unwrap());
+        let table = |nodes: &[Node], service: Option<&ImageAcceleration>| {
+            let states = nodes.iter().map(|node| node_state(node, &leases, service));
             nodes_table(&states.collect::<Vec<_>>())
         };
-        let shown = table(&nodes, Some(&spec));
+        let shown = table(&nodes, Some(&service));
         let lines: Vec<_> = shown.lines().map(str::trim_end).collect();
         let expected = [
             "NAME     READY   MESSAGE",
@@ -391,5 +393,9 @@ mod tests {
         assert_eq!(lines, expected);
         let off = table(&nodes[..1], None);
         assert!(off.contains("no      acceleration is off"), "{off}");
+        // It is there only until all is removed that was made.
+        let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(Timestamp::UNIX_EPOCH);
+        service.metadata.deletion_timestamp = Some(now);
+        assert_eq!(table(&nodes[..1], Some(&service)), off);
     }
 }

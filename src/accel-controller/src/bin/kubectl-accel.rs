@@ -258,7 +258,6 @@ async fn run(cli: Cli) -> Result<()> {
             let all = all.map_err(said)?.items;
             let service = Api::<ImageAcceleration>::all(client);
             let service = service.get_opt(SERVICE_NAME).await.map_err(said)?;
-            let service = service.map(|service| service.spec);
             let state = |node| command::node_state(node, &leases.items, service.as_ref());
             let states: Vec<_> = all.iter().map(state).collect();
             match output {
