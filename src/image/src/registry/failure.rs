@@ -149,8 +149,9 @@ impl Http {
 }
 
 /// What an answer says for people: the messages of an error as the distribution
-/// specification has it, or its first line; without the password, which some answer with.
-pub(super) async fn said(mut response: Response, login: &Login) -> String {
+/// specification has it, or its first line; without what `hide` takes from it, as some answer
+/// with what they were told.
+pub(super) async fn said(mut response: Response, hide: impl Fn(String) -> String) -> String {
     let mut body = Vec::new();
     while let Ok(Some(piece)) = response.chunk().await {
         body.extend_from_slice(&piece);
@@ -171,8 +172,8 @@ pub(super) async fn said(mut response: Response, login: &Login) -> String {
         errors.iter().filter_map(message).collect::<Vec<_>>()
     });
     match messages {
-        Some(messages) if !messages.is_empty() => first_line(&login.hidden(messages.join("; "))),
-        _ => first_line(&login.hidden(text.into_owned())),
+        Some(messages) if !messages.is_empty() => first_line(&hide(messages.join("; "))),
+        _ => first_line(&hide(text.into_owned())),
     }
 }
 

@@ -213,7 +213,7 @@ impl Http {
         loop {
             let authorization = self.authorization();
             let answer = self
-                .send(attempts, || {
+                .send(attempts, authorization.as_ref(), || {
                     self.signed(request(&self.client), authorization.as_ref())
                 })
                 .await?;
@@ -279,7 +279,7 @@ impl Http {
                 .get(url.clone())
                 .header(RANGE, format!("bytes={from}-")),
         };
-        match self.send(self.attempts(), request).await? {
+        match self.send(self.attempts(), None, request).await? {
             Answer::Good(response) => Ok(response),
             Answer::Unauthorized(_, said) => Err(Failure::Refused(format!(
                 "{url} wants a login (401, it says {said:?})"
@@ -297,12 +297,24 @@ impl Http {
         self.lock().clone()
     }
 
-    /// Sends a request until it is answered, or cannot be.
+    /// `text` without what nobody else may see: the login, and what was made of it.
+    fn hidden(&self, text: String, authorization: Option<&Authorization>) -> String {
+        let text = self.login.hidden(text);
+        match authorization {
+            Some(Authorization::Bearer(token)) if !token.is_empty() => text.replace(token, "…"),
+            _ => text,
+        }
+    }
+
+    /// Sends a request, which `authorization` goes along with, until it is answered, or cannot
+    /// be.
     async fn send(
         &self,
         attempts: u32,
+        authorization: Option<&Authorization>,
         request: impl Fn() -> RequestBuilder,
     ) -> Result<Answer, Failure> {
+        let hide = |text| self.hidden(text, authorization);
         let mut attempt = 0;
         loop {
             let failure = match request().send().await {
@@ -312,15 +324,13 @@ impl Http {
                         code if code.is_success() => return Ok(Answer::Good(response)),
                         StatusCode::UNAUTHORIZED => {
                             let headers = response.headers().clone();
-                            return Ok(Answer::Unauthorized(
-                                headers,
-                                said(response, &self.login).await,
-                            ));
+                            let said = said(response, hide).await;
+                            return Ok(Answer::Unauthorized(headers, said));
                         }
                         code => Failure::Status {
                             code,
                             wait: retry_after(response.headers()),
-                            said: said(response, &self.login).await,
+                            said: said(response, hide).await,
                         },
                     }
                 }
@@ -433,7 +443,7 @@ impl Http {
                 self.login.refused()
             ))
         };
-        let response = match self.send(self.attempts(), request).await {
+        let response = match self.send(self.attempts(), None, request).await {
             Ok(Answer::Good(response)) => response,
             Ok(Answer::Unauthorized(_, said)) => return Err(refused(401, &said)),
             // OAuth 2 says 400 for credentials that are no good.
