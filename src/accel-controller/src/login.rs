@@ -174,6 +174,12 @@ pub fn advice(refused: &Refused, whose: Whose<'_>) -> (&'static str, String) {
             "NotFound",
             "the image cannot be had: look at its name, and whether the user may see it".to_owned(),
         ),
+        (Problem::NoTarget, _) => (
+            "NotFound",
+            format!(
+                "make the repository at {registry}, or name another target: spec.target of the task, or spec.registry.pushTo of the ImageAcceleration"
+            ),
+        ),
         (Problem::Unreachable, _) => (
             "Unreachable",
             format!(

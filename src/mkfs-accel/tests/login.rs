@@ -176,6 +176,10 @@ fn a_conversion_tells_which_registry_does_not_let_it_before_it_begins() {
         no_pull.image("team/app:v1"),
         no_push.image("team/app:v1-acc"),
     );
+    // It makes no repositories.
+    let bare = Proxy::start(&target, uploads, Harm::Refuse(usize::MAX, "404 Not Found"));
+    let of_bare = Logins::new(&[(&bare.address, RIGHT)]);
+    let bare = bare.image("team/app:v1-acc");
     let nobody = "docker://127.0.0.1:1/team/app:v1";
     for (from, to, logins, problem, registry) in [
         (&from, &to, &bad, "Unauthorized", &to),
@@ -184,6 +188,7 @@ fn a_conversion_tells_which_registry_does_not_let_it_before_it_begins() {
         (&from, &no_push, &of_proxies, "Forbidden", &no_push),
         (&no_pull, &to, &of_proxies, "Forbidden", &no_pull),
         (&missing, &to, &good, "NotFound", &missing),
+        (&from, &bare, &of_bare, "NoTarget", &bare),
         (
             &nobody.to_owned(),
             &to,
@@ -260,5 +265,20 @@ fn a_server_that_answers_with_what_it_was_told_is_not_repeated() {
         let error = String::from_utf8_lossy(&output.stderr);
         assert!(error.to_lowercase().contains(told), "{error}");
         assert!(!error.contains(TOKEN), "{error}");
+    }
+}
+
+#[test]
+fn a_way_to_log_in_that_nobody_knows_is_not_the_fault_of_the_login() {
+    for wants in [
+        "Bearer service=\"x\"",
+        "Bearer realm=\"nowhere\"",
+        "Digest realm=\"x\"",
+    ] {
+        let address = repeats(wants);
+        let output = check(&["--plain-http"], &Logins::new(&[(&address, RIGHT)]));
+        assert_eq!(refused(&output).unwrap()["problem"], "Other", "{wants}");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(error.contains("not understood"), "{error}");
     }
 }

@@ -730,6 +730,7 @@ fn a_registry_that_does_not_let_us_is_a_condition_with_what_to_do() {
             "NotFound",
             "the image cannot be had",
         ),
+        (Problem::NoTarget, None, "NotFound", "name another target"),
         (Problem::Unreachable, None, "Unreachable", "plainHttp"),
         (Problem::Other, None, "Failed", "answer"),
     ] {
@@ -797,6 +798,7 @@ fn what_does_not_pass_by_itself_is_tried_once_and_told_at_once() {
         Problem::Unauthorized,
         Problem::Forbidden,
         Problem::NotFound,
+        Problem::NoTarget,
     ] {
         let mut cluster = Cluster::refused(problem);
         assert_eq!(cluster.step(), ["hold accel-u-1-0"]);

@@ -16,7 +16,12 @@ pub(super) enum Failure {
     /// No answer, or one that broke off.
     Connection(String),
     /// The registry does not let us in.
-    Refused(String),
+    Refused {
+        /// Why, and what to do.
+        why: String,
+        /// The same in one word.
+        problem: Problem,
+    },
     /// Another answer than the wanted one.
     Status {
         code: StatusCode,
@@ -36,7 +41,7 @@ impl Failure {
     pub fn may_pass(&self) -> bool {
         match self {
             Self::Connection(_) => true,
-            Self::Refused(_) => false,
+            Self::Refused { .. } => false,
             Self::Status { code, .. } => {
                 code.is_server_error() && *code != StatusCode::NOT_IMPLEMENTED
                     || *code == StatusCode::TOO_MANY_REQUESTS
@@ -61,7 +66,7 @@ impl Http {
     pub fn problem(&self, failure: &Failure) -> Problem {
         match failure {
             Failure::Connection(_) => Problem::Unreachable,
-            Failure::Refused(_) => self.login.problem().unwrap_or(Problem::Unauthorized),
+            Failure::Refused { problem, .. } => *problem,
             Failure::Status { code, .. } => match code.as_u16() {
                 403 => self.login.problem().unwrap_or(Problem::Forbidden),
                 404 => Problem::NotFound,
@@ -99,7 +104,7 @@ impl Http {
                 };
                 format!("{text}{hint}")
             }
-            Failure::Refused(text) => text.clone(),
+            Failure::Refused { why, .. } => why.clone(),
             Failure::Status { code, said, wait } => {
                 let number = code.as_u16();
                 let what = match number {
@@ -130,6 +135,11 @@ impl Http {
 impl Http {
     /// The error that a failure is when `what` was pushed.
     pub fn push_error(&self, what: &str, failure: &Failure) -> ImageError {
+        let problem = match self.problem(failure) {
+            // What is pushed is what is not there yet.
+            Problem::NotFound => Problem::NoTarget,
+            problem => problem,
+        };
         let why = match failure {
             Failure::Status { code, .. } if code.as_u16() == 404 => {
                 "there is no such repository, and it is not made by pushing: make it first, or name another (404)".to_owned()
@@ -143,7 +153,7 @@ impl Http {
             registry: self.registry.clone(),
             what: what.to_owned(),
             why,
-            problem: self.problem(failure),
+            problem,
         }
     }
 }
