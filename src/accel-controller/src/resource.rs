@@ -238,8 +238,10 @@ impl Default for JobsSpec {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ImageAccelerationStatus {
-    /// `Ready`: tasks are worked on; `UfsBound`: the claim has a volume; `RegistryAccess`:
-    /// registries take the logins. While it is deleted with `purge`, `Purged`: what is left.
+    /// `UfsBound`: the claim has a volume, which is Unknown of what is no claim, as only Jobs
+    /// mount it; `RegistryAccess`: registries take the logins; `Ready`: nothing is known that
+    /// keeps tasks from being converted. They are tried in any case. While it is deleted with
+    /// `purge`, `Purged`: what is left.
     pub conditions: Vec<Condition>,
     /// How far it is with asking registries whether they take the logins.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -518,6 +518,7 @@ impl Context {
             // What does not answer is like what refuses.
             let looked = look.await.unwrap_or_else(|late| Err(late.into()));
             if let Err(error) = looked {
+                self.metrics.error();
                 warn!("the nodes cannot be looked at: {error}");
             }
             tokio::time::sleep(NODES_PAUSE).await;
@@ -562,7 +563,10 @@ impl Context {
                     match error {
                         // It is another one by now, or none: looked at anew.
                         kube::Error::Api(status) if matches!(status.code, 404 | 409) => {}
-                        error => warn!(node, "cannot be labelled: {}", in_words(&error)),
+                        error => {
+                            self.metrics.error();
+                            warn!(node, "cannot be labelled: {}", in_words(&error));
+                        }
                     }
                 }
             }

@@ -21,6 +21,11 @@ pub fn status<'a>(
 ) -> ImageAccelerationStatus {
     let mut status = service.status.clone().unwrap_or_default();
     let (bound, reason, message) = ufs(&service.spec.ufs, claim);
+    // That a Job could not mount it the Job tells.
+    let working = match bound {
+        "Unknown" => format!("{message}, which nobody has tried yet"),
+        _ => "nothing is known that keeps tasks from being converted".to_owned(),
+    };
     let generation = service.metadata.generation;
     // Whoever asks registries has said it already, but perhaps of other settings.
     let mut conditions = status.conditions.iter();
@@ -29,13 +34,12 @@ pub fn status<'a>(
     let access = access.map(|condition| (&*condition.status, condition.message.clone()));
     let unknown = "whether registries take the logins is not known yet";
     let (is_ready, why, ready) = match (bound, access) {
-        (false, _) => ("False", "UfsNotBound", message.clone()),
-        (true, Some(("True", _))) => ("True", "Working", "tasks are worked on".to_owned()),
-        (true, Some(("False", message))) => ("False", ACCESS, message),
-        (true, Some((_, message))) => ("Unknown", ACCESS, message),
-        (true, None) => ("Unknown", ACCESS, unknown.to_owned()),
+        ("False", _) => ("False", "UfsNotBound", message.clone()),
+        (_, Some(("True", _))) => ("True", "Working", working),
+        (_, Some(("False", message))) => ("False", ACCESS, message),
+        (_, Some((_, message))) => ("Unknown", ACCESS, message),
+        (_, None) => ("Unknown", ACCESS, unknown.to_owned()),
     };
-    let bound = if bound { "True" } else { "False" };
     for (type_, is, reason, message) in [
         ("UfsBound", bound, reason, message),
         ("Ready", is_ready, why, ready),
@@ -66,37 +70,42 @@ pub fn status<'a>(
     status
 }
 
-fn ufs(ufs: &UfsSpec, claim: Option<&PersistentVolumeClaim>) -> (bool, &'static str, String) {
+/// Whether UFS can be had: a condition's status, reason and message.
+fn ufs(
+    ufs: &UfsSpec,
+    claim: Option<&PersistentVolumeClaim>,
+) -> (&'static str, &'static str, String) {
     let name = match ufs.place() {
         Some(UfsPlace::Claim(name)) => name,
         // Whether it is there the Jobs tell.
         Some(UfsPlace::Nfs(server, path)) => {
-            return (true, "Nfs", format!("Jobs mount {server}:{path}"));
+            return ("Unknown", "Nfs", format!("Jobs mount {server}:{path}"));
         }
         Some(UfsPlace::HostPath(path)) => {
-            return (true, "HostPath", format!("Jobs get {path} of their nodes"));
+            let what = format!("Jobs get {path} of their nodes");
+            return ("Unknown", "HostPath", what);
         }
         None => {
             let what = "spec.ufs has to name one of claimName, nfs and hostPath";
-            return (false, "NoUfs", what.to_owned());
+            return ("False", "NoUfs", what.to_owned());
         }
     };
     let Some(claim) = claim else {
         let what =
             format!("there is no PersistentVolumeClaim {name} in the controller's namespace");
-        return (false, "NoClaim", what);
+        return ("False", "NoClaim", what);
     };
     let phase = claim
         .status
         .as_ref()
         .and_then(|status| status.phase.as_deref());
     match phase {
-        Some("Bound") => (true, "Bound", format!("{name} has a volume")),
+        Some("Bound") => ("True", "Bound", format!("{name} has a volume")),
         phase => {
             let phase = phase.unwrap_or("Pending");
             // Some are bound with the first pod.
             let what = format!("the PersistentVolumeClaim {name} is {phase}");
-            (false, "NotBound", what)
+            ("False", "NotBound", what)
         }
     }
 }
@@ -192,9 +201,10 @@ mod tests {
         ] {
             let given: UfsSpec = serde_json::from_value(given).unwrap();
             let (bound, why, message) = ufs(&given, None);
-            assert!(bound && message.contains(said), "{message}");
-            assert_eq!(why, reason);
+            assert!(message.contains(said), "{message}");
+            // Nobody has looked at it.
+            assert_eq!((bound, why), ("Unknown", reason));
         }
-        assert!(!ufs(&UfsSpec::default(), None).0);
+        assert_eq!(ufs(&UfsSpec::default(), None).0, "False");
     }
 }

@@ -341,7 +341,10 @@ async fn enable(services: &Api<ImageAcceleration>, spec: &Value, wait: Wait) -> 
                 && condition.observed_generation == service.metadata.generation
         });
         match ready {
-            Some(condition) if condition.status == "True" => return Ok(()),
+            Some(condition) if condition.status == "True" => {
+                // Not all of it can be known before a task is converted.
+                return say(&format!("ready: {}", condition.message));
+            }
             Some(condition) => pause(deadline, &condition.message).await?,
             None => pause(deadline, "the controller has not said anything").await?,
         }
@@ -356,7 +359,10 @@ async fn set_purge(services: &Api<ImageAcceleration>, purge: bool) -> Result<()>
 }
 
 /// Deletes the service, which stays until all is gone that was made.
-async fn delete_with_all(services: &Api<ImageAcceleration>, deadline: Option<Instant>) -> Result<()> {
+async fn delete_with_all(
+    services: &Api<ImageAcceleration>,
+    deadline: Option<Instant>,
+) -> Result<()> {
     let is_kept = |service: &ImageAcceleration| {
         let mut finalizers = service.finalizers().iter();
         finalizers.any(|name| name == FINALIZER)
@@ -369,7 +375,11 @@ async fn delete_with_all(services: &Api<ImageAcceleration>, deadline: Option<Ins
         tokio::time::sleep(LOOK).await;
     }
     let now = DeleteParams::default();
-    services.delete(SERVICE_NAME, &now).await.map(drop).map_err(said)
+    services
+        .delete(SERVICE_NAME, &now)
+        .await
+        .map(drop)
+        .map_err(said)
 }
 
 async fn disable(services: &Api<ImageAcceleration>, purge: bool, wait: Wait) -> Result<()> {

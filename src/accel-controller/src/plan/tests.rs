@@ -979,7 +979,7 @@ fn what_is_made_is_removed_with_the_login_of_the_service_if_the_own_one_goes_mea
 
 #[test]
 fn a_job_whose_secret_the_cluster_refuses_ends_and_the_next_one_waits() {
-    let mut cluster = lent();
+    let cluster = lent();
     let job = cluster.jobs[0].clone();
     let now = Timestamp::from_second(cluster.now).unwrap();
     let lend = Step::Lend {

@@ -104,6 +104,7 @@ impl Context {
                 _ => Ok(()),
             };
             if let Err(error) = done {
+                self.metrics.error();
                 warn!("registries cannot be asked about the logins: {error}");
                 return Some(RETRY);
             }

@@ -453,8 +453,7 @@ impl Http {
                 .basic_auth(user, Some(password)),
             (None, _) => self.client.get(url.clone()),
         };
-        let refused =
-            |code: u16, said: &str| self.refused(&format!("{code}, it says {said:?}"));
+        let refused = |code: u16, said: &str| self.refused(&format!("{code}, it says {said:?}"));
         let response = match self.send(self.attempts(), None, request).await {
             Ok(Answer::Good(response)) => response,
             Ok(Answer::Unauthorized(_, said)) => return Err(refused(401, &said)),
