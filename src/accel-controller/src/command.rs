@@ -1,6 +1,6 @@
 //! What `kubectl accel` does without a cluster: names and tables.
 
-use crate::nodes::{Health, Word, is_kept_out, is_labelled, is_meant, lease_name};
+use crate::nodes::{Health, LABELLING, Word, is_kept_out, is_labelled, is_meant, lease_name};
 use crate::reference::Names;
 use crate::resource::{
     AcceleratedImage, AcceleratedImageStatus, ImageAcceleration, Phase, RegistrySpec, SERVICE_NAME,
@@ -186,6 +186,10 @@ pub fn node_state(
     let service = service.filter(|service| service.metadata.deletion_timestamp.is_none());
     let spec = service.map(|service| &service.spec.nodes);
     let ready = spec.is_some_and(|spec| is_labelled(spec, labels));
+    let status = service.and_then(|service| service.status.as_ref());
+    let mut conditions = status.iter().flat_map(|status| &status.conditions);
+    let refused =
+        conditions.find(|condition| condition.type_ == LABELLING && condition.status == "False");
     let own = lease_name(&name);
     let lease = leases.iter().find(|lease| lease.name_any() == own);
     let message = match (spec, lease.map(Word::of)) {
@@ -198,6 +202,10 @@ pub fn node_state(
         }
         (_, None) => "says nothing: it has no agent".to_owned(),
         (_, Some(word)) if word.message.is_empty() => "has not said anything yet".to_owned(),
+        (_, Some(word)) if word.health == Health::Good && !ready && refused.is_some() => {
+            let refused = refused.map(|condition| condition.message.clone());
+            format!("cannot be labelled: {}", refused.unwrap_or_default())
+        }
         (_, Some(word)) if word.health == Health::Good && !ready => {
             "its agent is silent, or has just begun".to_owned()
         }
@@ -393,6 +401,15 @@ mod tests {
         assert_eq!(lines, expected);
         let off = table(&nodes[..1], None);
         assert!(off.contains("no      acceleration is off"), "{off}");
+        // The cluster does not take the label.
+        let refused = json!({"conditions": [{"type": LABELLING, "status": "False",
+            "reason": "Refused", "message": "n1: no", "lastTransitionTime": "2026-01-01T00:00:00Z"}]});
+        service.status = serde_json::from_value(refused).unwrap();
+        let shown = table(&nodes[2..3], Some(&service));
+        assert!(
+            shown.contains("no      cannot be labelled: n1: no"),
+            "{shown}"
+        );
         // It is there only until all is removed that was made.
         let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(Timestamp::UNIX_EPOCH);
         service.metadata.deletion_timestamp = Some(now);

@@ -144,6 +144,20 @@ pub struct Labels {
     pub ready: u32,
 }
 
+/// The condition of the service that the cluster takes the label.
+pub const LABELLING: &str = "NodesLabelled";
+
+/// What came of a look at the nodes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Looked {
+    /// Nodes that are meant.
+    pub nodes: u32,
+    /// Those of them that can serve, and have the label.
+    pub ready: u32,
+    /// The first node that could not be changed, and why.
+    pub refused: Option<String>,
+}
+
 /// How a node is to be changed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Change {

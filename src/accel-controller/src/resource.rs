@@ -30,9 +30,8 @@ const PREFIX: &str = r"^(\[[0-9a-fA-F:]+\]|[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9]
 /// The name of an object in a namespace.
 const NAME: &str = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$";
 
-/// The key of a label.
-const KEY: &str =
-    r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$";
+/// The key of a label: a name, before which there may be a domain's and a slash.
+const KEY: &str = r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$";
 
 /// Turns acceleration on for the cluster. There is one, called `cluster`; without it tasks
 /// wait.
@@ -240,8 +239,8 @@ impl Default for JobsSpec {
 pub struct ImageAccelerationStatus {
     /// `UfsBound`: the claim has a volume, which is Unknown of what is no claim, as only Jobs
     /// mount it; `RegistryAccess`: registries take the logins; `Ready`: nothing is known that
-    /// keeps tasks from being converted. They are tried in any case. While it is deleted with
-    /// `purge`, `Purged`: what is left.
+    /// keeps tasks from being converted. They are tried in any case. `NodesLabelled`: the
+    /// cluster takes the label. While it is deleted with `purge`, `Purged`: what is left.
     pub conditions: Vec<Condition>,
     /// How far it is with asking registries whether they take the logins.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -540,6 +539,40 @@ pub fn definitions_yaml() -> Result<Vec<(String, String)>, serde_saphyr::ser::Er
 mod tests {
     use super::*;
     use serde_json::{Value, json};
+
+    #[test]
+    fn labels_that_no_node_could_have_are_refused() {
+        let pattern = regex::Regex::new(KEY).unwrap();
+        let long = "n".repeat(63);
+        for good in [
+            "fast",
+            "node.uk8s.ucloud.cn/uimgacc",
+            "a/B.c_d-e",
+            "a-b.c/x",
+            &long,
+        ] {
+            assert!(pattern.is_match(good), "{good}");
+        }
+        for bad in [
+            "",
+            "/x",
+            "a/",
+            "a..b/x",
+            "a.-b/x",
+            "a-.b/x",
+            ".a/x",
+            "a./x",
+            "A/x",
+            "a_b/x",
+            "a/b/c",
+            "-x",
+            "x.",
+            &format!("{long}n"),
+        ] {
+            assert!(!pattern.is_match(bad), "{bad}");
+        }
+        assert!(pattern.is_match(&NodesSpec::default().label));
+    }
 
     #[test]
     fn ufs_is_in_exactly_one_place() {

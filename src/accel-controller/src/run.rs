@@ -6,7 +6,7 @@ mod purging;
 use crate::job::{self, CHECK, SELECTOR, Settings, TASK_UID};
 use crate::login;
 use crate::metrics::Metrics;
-use crate::nodes::{self, Seen};
+use crate::nodes::{self, Looked, Seen};
 use crate::plan::{self, FINALIZER, Observed, Plan, Step};
 use crate::purge;
 use crate::report::{self, Output};
@@ -92,8 +92,8 @@ struct Context {
     /// cluster is asked.
     known: std::sync::Mutex<Option<Known>>,
     metrics: Arc<Metrics>,
-    /// Nodes that can serve, and all that are meant, when it was looked last.
-    ready: std::sync::Mutex<Option<(u32, u32)>>,
+    /// What came of the last look at the nodes.
+    looked: std::sync::Mutex<Option<Looked>>,
     /// That this has changed. One loop writes the service's status, or what one says of it
     /// would be undone by what another one has read before.
     counted: Notify,
@@ -113,7 +113,7 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
         settings,
         known: std::sync::Mutex::default(),
         metrics,
-        ready: std::sync::Mutex::default(),
+        looked: std::sync::Mutex::default(),
         counted: Notify::new(),
         starting: Mutex::new(()),
         client,
@@ -311,6 +311,10 @@ impl Context {
         Ok(names.collect())
     }
 
+    fn looked(&self) -> std::sync::MutexGuard<'_, Option<Looked>> {
+        self.looked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn known(&self) -> std::sync::MutexGuard<'_, Option<Known>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -433,8 +437,7 @@ impl Context {
         error: &kube::Error,
     ) -> Result<(), RunError> {
         self.metrics.error();
-        let (status, stuck) =
-            plan::refused(task, status, step, &in_words(error), Timestamp::now());
+        let (status, stuck) = plan::refused(task, status, step, &in_words(error), Timestamp::now());
         self.tell(task, &status).await?;
         if let Some(job) = stuck {
             self.stop_job(&job).await?;
@@ -552,7 +555,7 @@ impl Context {
                 (change, all.patch_metadata(name, &plain, &merge).await)
             })
             .buffered(NODES_AT_ONCE);
-        let mut ready = labels.ready;
+        let (mut ready, mut refused) = (labels.ready, None);
         while let Some((change, patched)) = changed.next().await {
             let node = &change.node;
             let said = words.get(node).map_or("", |word| &word.message);
@@ -565,7 +568,9 @@ impl Context {
                         kube::Error::Api(status) if matches!(status.code, 404 | 409) => {}
                         error => {
                             self.metrics.error();
-                            warn!(node, "cannot be labelled: {}", in_words(&error));
+                            let why = in_words(&error);
+                            warn!(node, "cannot be labelled: {why}");
+                            refused.get_or_insert(format!("{node}: {why}"));
                         }
                     }
                 }
@@ -576,13 +581,15 @@ impl Context {
             // They are others now.
             *self.known() = None;
         }
-        let now = Some((ready, labels.nodes));
         self.metrics.nodes(ready, labels.nodes);
-        let before = std::mem::replace(
-            &mut *self.ready.lock().unwrap_or_else(PoisonError::into_inner),
-            now,
-        );
-        if before != now {
+        let now = Some(Looked {
+            nodes: labels.nodes,
+            ready,
+            refused,
+        });
+        let mut looked = self.looked();
+        if *looked != now {
+            *looked = now;
             self.counted.notify_one();
         }
         Ok(())
@@ -626,9 +633,9 @@ impl Context {
             None => None,
         };
         let tasks = self.tasks().await?;
-        let ready = *self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+        let looked = self.looked().clone();
         let now = Timestamp::now();
-        let status = service::status(known, claim.as_ref(), &tasks, ready, now);
+        let status = service::status(known, claim.as_ref(), &tasks, looked.as_ref(), now);
         self.write_service(service, &status).await
     }
 

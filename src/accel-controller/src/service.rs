@@ -1,6 +1,7 @@
 //! What is said of the service, as a pure function of what is observed.
 
 use crate::login::ACCESS;
+use crate::nodes::{LABELLING, Looked};
 use crate::plan::set_condition;
 use crate::report;
 use crate::resource::{
@@ -10,13 +11,13 @@ use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 
-/// The service's status. `claim` is the one that it names, if there is one; of the nodes that
-/// are meant it is told how many can serve, and how many there are, if that is known.
+/// The service's status. `claim` is the one that it names, if there is one; `nodes` is what came
+/// of the last look at the nodes, if there was one.
 pub fn status<'a>(
     service: &ImageAcceleration,
     claim: Option<&PersistentVolumeClaim>,
     tasks: impl IntoIterator<Item = &'a AcceleratedImage>,
-    nodes: Option<(u32, u32)>,
+    nodes: Option<&Looked>,
     now: Timestamp,
 ) -> ImageAccelerationStatus {
     let mut status = service.status.clone().unwrap_or_default();
@@ -40,10 +41,18 @@ pub fn status<'a>(
         (_, Some((_, message))) => ("Unknown", ACCESS, message),
         (_, None) => ("Unknown", ACCESS, unknown.to_owned()),
     };
-    for (type_, is, reason, message) in [
+    let labelling = nodes.map(|nodes| match &nodes.refused {
+        Some(refused) => (LABELLING, "False", "Refused", refused.clone()),
+        None => {
+            let what = "nodes have the label exactly while they can serve".to_owned();
+            (LABELLING, "True", "Labelled", what)
+        }
+    });
+    let all = [
         ("UfsBound", bound, reason, message),
         ("Ready", is_ready, why, ready),
-    ] {
+    ];
+    for (type_, is, reason, message) in all.into_iter().chain(labelling) {
         let condition = Condition {
             type_: type_.to_owned(),
             status: is.to_owned(),
@@ -63,9 +72,9 @@ pub fn status<'a>(
         }
     }
     status.stored = report::bytes(status.stored_bytes);
-    if let Some((ready, all)) = nodes {
-        (status.nodes_ready, status.nodes) = (ready, all);
-        status.nodes_text = format!("{ready}/{all}");
+    if let Some(Looked { nodes, ready, .. }) = nodes {
+        (status.nodes_ready, status.nodes) = (*ready, *nodes);
+        status.nodes_text = format!("{ready}/{nodes}");
     }
     status
 }
@@ -153,7 +162,18 @@ mod tests {
                 .unwrap()
                 .clone()
         };
-        let first = status(&service, None, &tasks, Some((1, 2)), at(1));
+        let mut looked = Looked {
+            nodes: 2,
+            ready: 1,
+            refused: Some("n1: no".to_owned()),
+        };
+        let first = status(&service, None, &tasks, Some(&looked), at(1));
+        let labelling = |status: &ImageAccelerationStatus| {
+            let mut all = status.conditions.iter();
+            let found = all.find(|condition| condition.type_ == LABELLING).unwrap();
+            (found.status.clone(), found.message.clone())
+        };
+        assert_eq!(labelling(&first), ("False".to_owned(), "n1: no".to_owned()));
         assert_eq!(ready(&first).status, "False");
         assert!(
             ready(&first)
@@ -183,7 +203,19 @@ mod tests {
         set_condition(said, access);
         let pending = status(&service, Some(&claim("Pending")), &tasks, None, at(2));
         assert_eq!(ready(&pending).last_transition_time.0, at(1));
-        let bound = status(&service, Some(&claim("Bound")), &tasks, Some((2, 2)), at(3));
+        looked = Looked {
+            nodes: 2,
+            ready: 2,
+            refused: None,
+        };
+        let bound = status(
+            &service,
+            Some(&claim("Bound")),
+            &tasks,
+            Some(&looked),
+            at(3),
+        );
+        assert_eq!(labelling(&bound).0, "True");
         assert_eq!(ready(&bound).status, "True");
         assert_eq!(ready(&bound).last_transition_time.0, at(3));
         assert_eq!(ready(&bound).observed_generation, Some(2));
