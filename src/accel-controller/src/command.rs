@@ -1,6 +1,6 @@
 //! What `kubectl accel` does without a cluster: names and tables.
 
-use crate::nodes::{Health, LABELLING, Word, is_kept_out, is_labelled, is_meant, lease_name};
+use crate::labels::{Health, LABELLING, Word, is_kept_out, is_labelled, is_meant, lease_name};
 use crate::reference::Names;
 use crate::resource::{
     AcceleratedImage, AcceleratedImageStatus, ImageAcceleration, Phase, RegistrySpec, SERVICE_NAME,

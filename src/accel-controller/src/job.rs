@@ -2,7 +2,7 @@
 //! it.
 
 use crate::reference::Names;
-use crate::resource::{AcceleratedImage, ImageAccelerationSpec, UfsPlace};
+use crate::resource::{AcceleratedImage, ImageAccelerationSpec, UfsVolume};
 use k8s_openapi::api::batch::v1::{Job, JobSpec};
 use k8s_openapi::api::core::v1::{
     Capabilities, Container, HostPathVolumeSource, KeyToPath, NFSVolumeSource,
@@ -367,20 +367,20 @@ fn ufs_volume(service: &ImageAccelerationSpec) -> Volume {
         ..Volume::default()
     };
     match service.ufs.place() {
-        Some(UfsPlace::Claim(name)) => {
+        Some(UfsVolume::Claim(name)) => {
             volume.persistent_volume_claim = Some(PersistentVolumeClaimVolumeSource {
                 claim_name: name.to_owned(),
                 read_only: None,
             });
         }
-        Some(UfsPlace::Nfs(server, path)) => {
+        Some(UfsVolume::Nfs(server, path)) => {
             volume.nfs = Some(NFSVolumeSource {
                 server: server.to_owned(),
                 path: path.to_owned(),
                 read_only: None,
             });
         }
-        Some(UfsPlace::HostPath(path)) => {
+        Some(UfsVolume::HostPath(path)) => {
             volume.host_path = Some(HostPathVolumeSource {
                 path: path.to_owned(),
                 // It is not made where it is missing.

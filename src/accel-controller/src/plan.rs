@@ -4,18 +4,19 @@ mod delete;
 
 pub use self::delete::{IN_USE, REMOVED};
 use crate::job::{self, Settings};
-use crate::login::{self, ACCESS, Secret, Whose};
+use crate::login::{self, ACCESS, Log, Secret, Whose};
 use crate::reference::{Names, SpecError};
-use crate::report::{self, Output, Progress, Refused, Report};
+use crate::report::{self, Output, Progress, Report};
 use crate::resource::{
     AcceleratedImage, AcceleratedImageStatus, ImageAcceleration, Phase, ProgressStatus,
     SERVICE_NAME,
 };
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ContainerStateTerminated, Pod};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
+use serde_json::{Value, json};
 use std::time::Duration;
 
 /// Keeps a task until its Jobs have ended, and what they made is gone.
@@ -42,7 +43,7 @@ pub struct Observed<'a> {
     /// The newest pod of the newest Job.
     pub pod: Option<&'a Pod>,
     /// That pod's log, or why it cannot be read; `None` if there is no pod.
-    pub log: Option<Result<Output, String>>,
+    pub log: Option<Log>,
     /// The Secret that the task names.
     pub secret: Secret,
     /// How many Jobs of other tasks are at work.
@@ -90,6 +91,17 @@ pub enum Step {
     Hold(String),
     /// Remove the Job of this name and its pods.
     Stop(String),
+}
+
+/// A merge patch that gives an object the finalizer, or takes it away; it fails if the object is
+/// not any more what was looked at, as others may have changed its finalizers.
+pub fn finalizer(of: &ObjectMeta, keep: bool) -> Value {
+    let mut finalizers = of.finalizers.clone().unwrap_or_default();
+    finalizers.retain(|name| name != FINALIZER);
+    if keep {
+        finalizers.push(FINALIZER.to_owned());
+    }
+    json!({"metadata": {"finalizers": finalizers, "resourceVersion": of.resource_version}})
 }
 
 /// Whether nothing more has to be done for a task as it is now: what was said of another version
@@ -372,9 +384,11 @@ impl<'a> Next<'a> {
             return;
         }
         let mut passes = None;
-        if let Some((refused, ended)) = self.refusal() {
-            let what = self.access_is_bad(refused, ended, service);
-            if refused.problem.lasts() {
+        if let Some(refusal) = login::refusal(self.observed.pod, self.observed.log.as_ref()) {
+            let whose = Whose::of(self.observed.task, &service.spec);
+            let (reason, what) = login::refused(refusal, whose);
+            self.condition(ACCESS, "False", reason, &what);
+            if refusal.0.problem.lasts() {
                 // Trying it as often as Jobs may be tried changes nothing, and registries lock
                 // out who comes with a wrong password again and again.
                 self.has_failed(job, &what);
@@ -460,42 +474,13 @@ impl<'a> Next<'a> {
         self.say(Phase::Ready, "nodes can start it without downloading it");
     }
 
-    /// How the pod's program failed, if it has.
-    fn ended(&self) -> Option<&'a ContainerStateTerminated> {
-        let ended = self.observed.pod.and_then(terminated);
-        ended.filter(|ended| ended.exit_code != 0)
-    }
-
-    /// Which registry did not let the pod's program do its work, if it failed for that.
-    fn refusal(&self) -> Option<(&'a Refused, &'a ContainerStateTerminated)> {
-        let refused = match &self.observed.log {
-            Some(Ok(output)) => output.refused.as_ref(),
-            _ => None,
-        };
-        Some((refused?, self.ended()?))
-    }
-
-    /// Says it, and what to do.
-    fn access_is_bad(
-        &mut self,
-        refused: &Refused,
-        ended: &ContainerStateTerminated,
-        service: &ImageAcceleration,
-    ) -> String {
-        let whose = Whose::of(self.observed.task, &service.spec);
-        let (reason, advice) = login::advice(refused, whose);
-        let said = report::words(ended.message.as_deref().unwrap_or_default());
-        let what = format!("{said} ({advice})");
-        self.condition(ACCESS, "False", reason, &what);
-        what
-    }
-
     fn fail(&mut self, job: &Job, service: &ImageAcceleration, reason: &str, message: &str) {
-        let what = match (self.ended(), self.refusal()) {
-            (None, _) => format!("the Job failed: {reason}: {message}"),
-            (Some(ended), None) => in_words(ended, reason),
-            (_, Some((refused, ended))) => self.access_is_bad(refused, ended, service),
-        };
+        let whose = Whose::of(self.observed.task, &service.spec);
+        let (pod, log) = (self.observed.pod, self.observed.log.as_ref());
+        let (access, what) = login::failure(pod, log, whose, (reason, message));
+        if let Some(access) = access {
+            self.condition(ACCESS, "False", access, &what);
+        }
         self.has_failed(job, &what);
     }
 

@@ -147,7 +147,7 @@ pub struct NfsSpec {
 
 /// What of [`UfsSpec`] is given; the schema lets nothing else through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum UfsPlace<'a> {
+pub enum UfsVolume<'a> {
     /// The claim of this name.
     Claim(&'a str),
     /// A server, and a path on it.
@@ -161,11 +161,11 @@ const UFS_PLACES: [&str; 3] = ["claimName", "nfs", "hostPath"];
 
 impl UfsSpec {
     /// Where it is, if exactly that is said.
-    pub fn place(&self) -> Option<UfsPlace<'_>> {
+    pub fn place(&self) -> Option<UfsVolume<'_>> {
         match (&self.claim_name, &self.nfs, &self.host_path) {
-            (Some(name), None, None) => Some(UfsPlace::Claim(name)),
-            (None, Some(nfs), None) => Some(UfsPlace::Nfs(&nfs.server, &nfs.path)),
-            (None, None, Some(path)) => Some(UfsPlace::HostPath(path)),
+            (Some(name), None, None) => Some(UfsVolume::Claim(name)),
+            (None, Some(nfs), None) => Some(UfsVolume::Nfs(&nfs.server, &nfs.path)),
+            (None, None, Some(path)) => Some(UfsVolume::HostPath(path)),
             _ => None,
         }
     }
@@ -590,14 +590,14 @@ mod tests {
         let place = |ufs: Value| -> UfsSpec { serde_json::from_value(ufs).unwrap() };
         let (server, path) = ("h", "/export");
         for (ufs, expected) in [
-            (json!({"claimName": "u"}), Some(UfsPlace::Claim("u"))),
+            (json!({"claimName": "u"}), Some(UfsVolume::Claim("u"))),
             (
                 json!({"nfs": {"server": server, "path": path}}),
-                Some(UfsPlace::Nfs(server, path)),
+                Some(UfsVolume::Nfs(server, path)),
             ),
             (
                 json!({"hostPath": "/mnt"}),
-                Some(UfsPlace::HostPath("/mnt")),
+                Some(UfsVolume::HostPath("/mnt")),
             ),
             (json!({}), None),
             (json!({"claimName": "u", "hostPath": "/mnt"}), None),

@@ -4,12 +4,12 @@ mod logins;
 mod purging;
 
 use crate::job::{self, CHECK, SELECTOR, Settings, TASK_UID};
-use crate::login;
+use crate::labels::{self, Looked, Seen};
+use crate::login::{self, Log};
 use crate::metrics::Metrics;
-use crate::nodes::{self, Looked, Seen};
-use crate::plan::{self, FINALIZER, Observed, Plan, Step};
+use crate::plan::{self, Observed, Plan, Step};
 use crate::purge;
-use crate::report::{self, Output};
+use crate::report;
 use crate::resource::{
     AcceleratedImage, AcceleratedImageStatus, ImageAcceleration, ImageAccelerationStatus, Phase,
     SERVICE_NAME,
@@ -268,15 +268,7 @@ impl Context {
         let of_tasks = (all.items.into_iter()).filter(|job| !job.labels().contains_key(CHECK.0));
         let (jobs, others): (Vec<_>, Vec<_>) =
             of_tasks.partition(|job| job.labels().get(TASK_UID) == Some(&uid));
-        let newest = jobs.iter().max_by_key(|job| job.creation_timestamp());
-        let pod = match newest {
-            Some(job) => self.newest_pod(&job.name_any()).await?,
-            None => None,
-        };
-        let log = match &pod {
-            Some(pod) if has_log(pod) => Some(self.log(&pod.name_any()).await),
-            _ => None,
-        };
+        let (pod, log) = self.newest_pod(&jobs).await?;
         let secret = match task.metadata.deletion_timestamp {
             None if plan::is_ready(task) => login::Secret::Unnamed,
             _ => self.secret(task).await?,
@@ -342,13 +334,23 @@ impl Context {
         Ok(nodes)
     }
 
-    async fn newest_pod(&self, job: &str) -> Result<Option<Pod>, RunError> {
-        let of_job = ListParams::default().labels(&format!("job-name={job}"));
-        let pods = self.own::<Pod>().list(&of_job).await?;
-        Ok((pods.items.into_iter()).max_by_key(ResourceExt::creation_timestamp))
+    /// The newest pod of the newest Job, and its log.
+    async fn newest_pod(&self, jobs: &[Job]) -> Result<(Option<Pod>, Option<Log>), RunError> {
+        let newest = jobs.iter().max_by_key(|job| job.creation_timestamp());
+        let Some(job) = newest else {
+            return Ok((None, None));
+        };
+        let of_job = ListParams::default().labels(&format!("job-name={}", job.name_any()));
+        let pods = self.own::<Pod>().list(&of_job).await?.items;
+        let pod = pods.into_iter().max_by_key(ResourceExt::creation_timestamp);
+        let log = match &pod {
+            Some(pod) if has_log(pod) => Some(self.log(&pod.name_any()).await),
+            _ => None,
+        };
+        Ok((pod, log))
     }
 
-    async fn log(&self, pod: &str) -> Result<Output, String> {
+    async fn log(&self, pod: &str) -> Log {
         let options = LogParams {
             tail_lines: Some(LOG_LINES),
             ..LogParams::default()
@@ -364,25 +366,10 @@ impl Context {
     async fn step(&self, task: &AcceleratedImage, step: &Step) -> Result<(), kube::Error> {
         match step {
             Step::AddFinalizer | Step::RemoveFinalizer => {
-                let mut finalizers = task.finalizers().to_vec();
-                finalizers.retain(|name| name != FINALIZER);
-                if *step == Step::AddFinalizer {
-                    finalizers.push(FINALIZER.to_owned());
-                }
-                // With the version: others may have changed them.
-                let patch = json!({"metadata": {
-                    "finalizers": finalizers,
-                    "resourceVersion": task.resource_version(),
-                }});
-                let tasks = self.tasks_beside(task);
-                let patched = tasks
-                    .patch(
-                        &task.name_any(),
-                        &PatchParams::default(),
-                        &Patch::Merge(patch),
-                    )
-                    .await;
-                match patched {
+                let keep = *step == Step::AddFinalizer;
+                let patch = Patch::Merge(plan::finalizer(&task.metadata, keep));
+                let (name, plain) = (task.name_any(), PatchParams::default());
+                match self.tasks_beside(task).patch(&name, &plain, &patch).await {
                     // The newer version comes, and is looked at.
                     Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
                     patched => patched.map(drop),
@@ -529,7 +516,7 @@ impl Context {
     }
 
     async fn look_at_nodes(&self, seen: &mut Seen) -> Result<(), RunError> {
-        let (key, value) = nodes::COMPONENT;
+        let (key, value) = labels::COMPONENT;
         let of_nodes = ListParams::default().labels(&format!("{key}={value}"));
         let service = self
             .all::<ImageAcceleration>()
@@ -541,11 +528,11 @@ impl Context {
         let leases = self.own::<Lease>().list(&of_nodes).await?;
         let words = seen.look(&leases.items, Instant::now());
         let spec = service.as_ref().map(|service| &service.spec);
-        let mut labels = nodes::labels(&known, &words, spec);
+        let mut labels = labels::labels(&known, &words, spec);
         if !labels.changes.is_empty() {
             // What is changed is looked at once more: somebody else may have changed it.
             known = self.known_nodes(Duration::ZERO).await?;
-            labels = nodes::labels(&known, &words, spec);
+            labels = labels::labels(&known, &words, spec);
         }
         let all = &self.all::<Node>();
         let mut changed = futures_util::stream::iter(&labels.changes)

@@ -1,11 +1,11 @@
 //! What is said of the service, as a pure function of what is observed.
 
+use crate::labels::{LABELLING, Looked};
 use crate::login::ACCESS;
-use crate::nodes::{LABELLING, Looked};
 use crate::plan::set_condition;
 use crate::report;
 use crate::resource::{
-    AcceleratedImage, ImageAcceleration, ImageAccelerationStatus, Phase, UfsPlace, UfsSpec,
+    AcceleratedImage, ImageAcceleration, ImageAccelerationStatus, Phase, UfsSpec, UfsVolume,
 };
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -85,12 +85,12 @@ fn ufs(
     claim: Option<&PersistentVolumeClaim>,
 ) -> (&'static str, &'static str, String) {
     let name = match ufs.place() {
-        Some(UfsPlace::Claim(name)) => name,
+        Some(UfsVolume::Claim(name)) => name,
         // Whether it is there the Jobs tell.
-        Some(UfsPlace::Nfs(server, path)) => {
+        Some(UfsVolume::Nfs(server, path)) => {
             return ("Unknown", "Nfs", format!("Jobs mount {server}:{path}"));
         }
-        Some(UfsPlace::HostPath(path)) => {
+        Some(UfsVolume::HostPath(path)) => {
             let what = format!("Jobs get {path} of their nodes");
             return ("Unknown", "HostPath", what);
         }

@@ -1,7 +1,7 @@
 //! `kubectl accel`: tasks without writing YAML.
 
 use accel_controller::command::{self, Waiting};
-use accel_controller::nodes;
+use accel_controller::labels;
 use accel_controller::plan::FINALIZER;
 use accel_controller::purge::PURGED;
 use accel_controller::resource::{
@@ -249,7 +249,7 @@ async fn run(cli: Cli) -> Result<()> {
         }
         Command::Delete { name, wait } => tasks.delete(&name, wait).await,
         Command::Nodes { controller, output } => {
-            let (key, value) = nodes::COMPONENT;
+            let (key, value) = labels::COMPONENT;
             let of_nodes = ListParams::default().labels(&format!("{key}={value}"));
             let leases = Api::<Lease>::namespaced(client.clone(), &controller);
             let leases = leases.list(&of_nodes).await.map_err(said)?;

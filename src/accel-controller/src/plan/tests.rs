@@ -1,7 +1,6 @@
 use super::*;
 use crate::report::{Accelerated, Erofs, Image, Layer, Problem, Refused, Removal};
 use crate::resource::{ImageAccelerationSpec, UfsSpec, UserStatus};
-use serde_json::json;
 use std::sync::LazyLock;
 
 static SETTINGS: LazyLock<Settings> = LazyLock::new(|| Settings {
@@ -242,6 +241,22 @@ fn a_job_that_failed_stays_to_be_looked_at_until_the_next_one() {
     assert_eq!(cluster.step(), ["stop accel-u-1-0"]);
     assert_eq!(cluster.step(), ["run accel-u-1-1"]);
     assert_eq!(cluster.status().failures, 1);
+}
+
+#[test]
+fn finalizers_of_others_stay() {
+    let meta = |finalizers: &[&str]| -> ObjectMeta {
+        serde_json::from_value(json!({"finalizers": finalizers, "resourceVersion": "7"})).unwrap()
+    };
+    for (has, keep, gets) in [
+        (&["other"][..], true, &["other", FINALIZER][..]),
+        (&["other", FINALIZER], true, &["other", FINALIZER]),
+        (&[FINALIZER, "other"], false, &["other"]),
+        (&[], false, &[]),
+    ] {
+        let expected = json!({"metadata": {"finalizers": gets, "resourceVersion": "7"}});
+        assert_eq!(finalizer(&meta(has), keep), expected);
+    }
 }
 
 #[test]

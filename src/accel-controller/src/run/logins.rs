@@ -1,6 +1,6 @@
 //! Secrets of tasks, and Jobs that ask registries whether they take logins.
 
-use super::{Context, RETRY, RunError, has_log};
+use super::{Context, RETRY, RunError};
 use crate::login::{self, Checked, Checking, SECRET_KEY, Secret};
 use crate::plan::Step;
 use crate::resource::{AcceleratedImage, ImageAcceleration};
@@ -76,15 +76,7 @@ impl Context {
     ) -> Result<Checked, RunError> {
         let of_checks = ListParams::default().labels(&login::selector());
         let jobs = self.own::<Job>().list(&of_checks).await?.items;
-        let newest = jobs.iter().max_by_key(|job| job.creation_timestamp());
-        let pod = match newest {
-            Some(job) => self.newest_pod(&job.name_any()).await?,
-            None => None,
-        };
-        let log = match &pod {
-            Some(pod) if has_log(pod) => Some(self.log(&pod.name_any()).await),
-            _ => None,
-        };
+        let (pod, log) = self.newest_pod(&jobs).await?;
         Ok(login::check(&Checking {
             service,
             jobs: &jobs,
