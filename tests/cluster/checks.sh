@@ -387,7 +387,7 @@ logs_in() {
     registry_login=robot:$password registry_address=$cluster_address start_registry "$work/private"
     private=$registry
     skopeo copy --quiet --dest-tls-verify=false --dest-creds "robot:$password" "oci:$work/made/many:1" "docker://$private/one:1"
-    service 'jobs: {limit: 2, retries: 0, memoryMib: 256, cpuMillis: 300}'
+    service 'jobs: {limit: 2, memoryMib: 256, cpuMillis: 300}'
     task private "$private/one:1"
     becomes private CreateError
     access_is private NoLogin

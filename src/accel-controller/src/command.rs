@@ -1,14 +1,15 @@
 //! What `kubectl accel` does without a cluster: names and tables.
 
-use crate::nodes::{Word, is_kept_out, is_labelled, is_meant, lease_name};
+use crate::labels::{Health, LABELLING, Word, is_kept_out, is_labelled, is_meant, lease_name};
 use crate::reference::Names;
 use crate::resource::{
-    AcceleratedImage, AcceleratedImageStatus, ImageAccelerationSpec, Phase, RegistrySpec,
+    AcceleratedImage, AcceleratedImageStatus, ImageAcceleration, Phase, RegistrySpec, SERVICE_NAME,
 };
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::jiff::Timestamp;
 use kube::{Resource, ResourceExt};
 use serde::Serialize;
+use serde_json::{Value, json};
 
 /// The longest name that is made up for a task: it is also part of labels.
 const MAX_NAME: usize = 63;
@@ -56,6 +57,28 @@ pub fn named<'a>(tasks: &'a [AcceleratedImage], name: &str) -> Vec<&'a Accelerat
             || target(task).is_some_and(|target| same_image(&target, name))
     };
     tasks.iter().filter(is_meant).collect()
+}
+
+/// What turns acceleration on, or changes how it is done, if `there` is a service already.
+/// Whatever somebody has begun to turn off for good stays then.
+///
+/// # Errors
+/// It is being turned off: what is changed would go with it.
+pub fn enabled(there: Option<&ImageAcceleration>, spec: &Value) -> Result<Value, String> {
+    let going = there.is_some_and(|service| service.metadata.deletion_timestamp.is_some());
+    if going {
+        return Err(
+            "acceleration is being turned off, and what was made is being removed: wait until it is off (kubectl accel disable --purge --wait), or keep what is left (kubectl accel disable)".to_owned(),
+        );
+    }
+    let mut service = json!({
+        "apiVersion": ImageAcceleration::api_version(&()),
+        "kind": ImageAcceleration::kind(&()),
+        "metadata": {"name": SERVICE_NAME},
+        "spec": spec,
+    });
+    service["spec"]["purge"] = json!(false);
+    Ok(service)
 }
 
 /// What someone who waits for a task has to know.
@@ -156,11 +179,17 @@ pub struct NodeState {
 pub fn node_state(
     node: &impl Resource,
     leases: &[Lease],
-    service: Option<&ImageAccelerationSpec>,
+    service: Option<&ImageAcceleration>,
 ) -> NodeState {
     let (name, labels) = (node.name_any(), node.labels());
-    let spec = service.map(|service| &service.nodes);
+    // For nodes one that is deleted is none, also while what was made is being removed.
+    let service = service.filter(|service| service.metadata.deletion_timestamp.is_none());
+    let spec = service.map(|service| &service.spec.nodes);
     let ready = spec.is_some_and(|spec| is_labelled(spec, labels));
+    let status = service.and_then(|service| service.status.as_ref());
+    let mut conditions = status.iter().flat_map(|status| &status.conditions);
+    let refused =
+        conditions.find(|condition| condition.type_ == LABELLING && condition.status == "False");
     let own = lease_name(&name);
     let lease = leases.iter().find(|lease| lease.name_any() == own);
     let message = match (spec, lease.map(Word::of)) {
@@ -173,7 +202,11 @@ pub fn node_state(
         }
         (_, None) => "says nothing: it has no agent".to_owned(),
         (_, Some(word)) if word.message.is_empty() => "has not said anything yet".to_owned(),
-        (_, Some(word)) if word.healthy && !ready => {
+        (_, Some(word)) if word.health == Health::Good && !ready && refused.is_some() => {
+            let refused = refused.map(|condition| condition.message.clone());
+            format!("cannot be labelled: {}", refused.unwrap_or_default())
+        }
+        (_, Some(word)) if word.health == Health::Good && !ready => {
             "its agent is silent, or has just begun".to_owned()
         }
         (_, Some(word)) => word.message,
@@ -217,7 +250,6 @@ mod tests {
     use super::*;
     use crate::resource::{AcceleratedImageSpec, ProgressStatus};
     use k8s_openapi::api::core::v1::Node;
-    use serde_json::{Value, json};
 
     fn task(name: &str, source: &str, phase: Phase) -> AcceleratedImage {
         let spec = AcceleratedImageSpec {
@@ -283,6 +315,26 @@ mod tests {
     }
 
     #[test]
+    fn turning_on_ends_what_would_turn_off_for_good_but_not_if_that_is_under_way() {
+        let spec = json!({"ufs": {"claimName": "u"}});
+        let mut there: ImageAcceleration = serde_json::from_value(json!({
+            "apiVersion": "image-accel.io/v1alpha1", "kind": "ImageAcceleration",
+            "metadata": {"name": "cluster"}, "spec": {"ufs": {"claimName": "u"}, "purge": true},
+        }))
+        .unwrap();
+        for known in [None, Some(&there)] {
+            let on = enabled(known, &spec).unwrap();
+            assert_eq!(on["metadata"]["name"], "cluster");
+            assert_eq!(on["spec"]["ufs"]["claimName"], "u");
+            assert_eq!(on["spec"]["purge"], false);
+        }
+        let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(Timestamp::UNIX_EPOCH);
+        there.metadata.deletion_timestamp = Some(now);
+        let refused = enabled(Some(&there), &spec).unwrap_err();
+        assert!(refused.contains("is being turned off"), "{refused}");
+    }
+
+    #[test]
     fn tables_stand_in_columns() {
         let mut long = task("a-long-name", "h/a", Phase::Creating);
         long.status.as_mut().unwrap().progress = Some(ProgressStatus {
@@ -328,12 +380,13 @@ mod tests {
             lease("out", says("true", "reads")),
         ];
         let spec = json!({"ufs": {"claimName": "u"}, "nodes": {"selector": {"pool": "x"}}});
-        let spec: ImageAccelerationSpec = serde_json::from_value(spec).unwrap();
-        let table = |nodes: &[Node], spec: Option<&ImageAccelerationSpec>| {
-            let states = nodes.iter().map(|node| node_state(node, &leases, spec));
+        let mut service =
+            ImageAcceleration::new(SERVICE_NAME, serde_json::from_value(spec).unwrap());
+        let table = |nodes: &[Node], service: Option<&ImageAcceleration>| {
+            let states = nodes.iter().map(|node| node_state(node, &leases, service));
             nodes_table(&states.collect::<Vec<_>>())
         };
-        let shown = table(&nodes, Some(&spec));
+        let shown = table(&nodes, Some(&service));
         let lines: Vec<_> = shown.lines().map(str::trim_end).collect();
         let expected = [
             "NAME     READY   MESSAGE",
@@ -348,5 +401,18 @@ mod tests {
         assert_eq!(lines, expected);
         let off = table(&nodes[..1], None);
         assert!(off.contains("no      acceleration is off"), "{off}");
+        // The cluster does not take the label.
+        let refused = json!({"conditions": [{"type": LABELLING, "status": "False",
+            "reason": "Refused", "message": "n1: no", "lastTransitionTime": "2026-01-01T00:00:00Z"}]});
+        service.status = serde_json::from_value(refused).unwrap();
+        let shown = table(&nodes[2..3], Some(&service));
+        assert!(
+            shown.contains("no      cannot be labelled: n1: no"),
+            "{shown}"
+        );
+        // It is there only until all is removed that was made.
+        let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(Timestamp::UNIX_EPOCH);
+        service.metadata.deletion_timestamp = Some(now);
+        assert_eq!(table(&nodes[..1], Some(&service)), off);
     }
 }

@@ -2,7 +2,7 @@
 //! it.
 
 use crate::reference::Names;
-use crate::resource::{AcceleratedImage, ImageAccelerationSpec, UfsPlace};
+use crate::resource::{AcceleratedImage, ImageAccelerationSpec, UfsVolume};
 use k8s_openapi::api::batch::v1::{Job, JobSpec};
 use k8s_openapi::api::core::v1::{
     Capabilities, Container, HostPathVolumeSource, KeyToPath, NFSVolumeSource,
@@ -12,6 +12,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::ResourceExt as _;
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
 /// On Jobs and pods: the task's UID.
@@ -366,20 +367,20 @@ fn ufs_volume(service: &ImageAccelerationSpec) -> Volume {
         ..Volume::default()
     };
     match service.ufs.place() {
-        Some(UfsPlace::Claim(name)) => {
+        Some(UfsVolume::Claim(name)) => {
             volume.persistent_volume_claim = Some(PersistentVolumeClaimVolumeSource {
                 claim_name: name.to_owned(),
                 read_only: None,
             });
         }
-        Some(UfsPlace::Nfs(server, path)) => {
+        Some(UfsVolume::Nfs(server, path)) => {
             volume.nfs = Some(NFSVolumeSource {
                 server: server.to_owned(),
                 path: path.to_owned(),
                 read_only: None,
             });
         }
-        Some(UfsPlace::HostPath(path)) => {
+        Some(UfsVolume::HostPath(path)) => {
             volume.host_path = Some(HostPathVolumeSource {
                 path: path.to_owned(),
                 // It is not made where it is missing.
@@ -427,5 +428,15 @@ pub fn end(job: &Job) -> Option<Result<(), (String, String)>> {
 
 /// Whether a Job takes part in the limit.
 pub fn is_at_work(job: &Job) -> bool {
-    end(job).is_none()
+    end(job).is_none() && !is_held(job)
+}
+
+/// Keeps a Job from making any more pods. Those that have ended stay with it, and their logs.
+pub fn hold() -> Value {
+    json!({"spec": {"parallelism": 0}})
+}
+
+fn is_held(job: &Job) -> bool {
+    let spec = job.spec.as_ref();
+    spec.is_some_and(|spec| spec.parallelism == Some(0))
 }

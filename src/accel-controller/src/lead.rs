@@ -65,30 +65,42 @@ impl Candidate {
         let mut seen = Seen::default();
         let mut told = None;
         loop {
-            match self.leases.get_opt(NAME).await {
-                Ok(None) => match self
-                    .leases
-                    .create(&PostParams::default(), &self.new_lease())
-                    .await
-                {
-                    Ok(_) => return Ok(()),
-                    Err(error) => refused_for_good(error)?,
-                },
-                Ok(Some(lease)) => {
-                    let spec = lease.spec.clone().unwrap_or_default();
-                    if seen.is_over(&spec, Instant::now()) {
-                        match self.replace(lease, &self.identity).await {
-                            Ok(_) => return Ok(()),
-                            Err(error) => refused_for_good(error)?,
-                        }
-                    } else if told != spec.holder_identity {
-                        info!(leader = spec.holder_identity, "another controller leads");
-                        told = spec.holder_identity;
-                    }
-                }
-                Err(error) => refused_for_good(error)?,
+            let tried = self.try_to_lead(&mut seen, &mut told);
+            // One that does not answer is away, too.
+            if let Ok(leads) = tokio::time::timeout(GIVE_UP, tried).await
+                && leads?
+            {
+                return Ok(());
             }
             tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Whether this process leads now. `told` is whom it has last been told of.
+    async fn try_to_lead(
+        &self,
+        seen: &mut Seen,
+        told: &mut Option<String>,
+    ) -> anyhow::Result<bool> {
+        let plain = PostParams::default();
+        let taken = match self.leases.get_opt(NAME).await {
+            Ok(None) => self.leases.create(&plain, &self.new_lease()).await,
+            Ok(Some(lease)) => {
+                let spec = lease.spec.clone().unwrap_or_default();
+                if !seen.is_over(&spec, Instant::now()) {
+                    if *told != spec.holder_identity {
+                        info!(leader = spec.holder_identity, "another controller leads");
+                        *told = spec.holder_identity;
+                    }
+                    return Ok(false);
+                }
+                self.replace(lease, &self.identity).await
+            }
+            Err(error) => Err(error),
+        };
+        match taken {
+            Ok(_) => Ok(true),
+            Err(error) => refused_for_good(error).map(|()| false),
         }
     }
 

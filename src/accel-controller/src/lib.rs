@@ -12,11 +12,11 @@
 
 pub mod command;
 pub mod job;
+pub mod labels;
 pub mod lead;
 pub mod login;
 pub mod metrics;
 pub mod node;
-pub mod nodes;
 pub mod plan;
 pub mod purge;
 pub mod reference;

@@ -13,8 +13,8 @@ use crate::resource::{AcceleratedImage, CheckStatus, ImageAcceleration, ImageAcc
 use accel_oci::Digest;
 use anyhow::Result;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::Pod;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, OwnerReference, Time};
+use k8s_openapi::api::core::v1::{self, ContainerStateTerminated, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta, OwnerReference, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::{Resource as _, ResourceExt};
 use serde_json::json;
@@ -76,6 +76,26 @@ impl Secret {
     }
 }
 
+/// A copy of a task's Secret, with the logins and nothing else, which goes with `owner` and is
+/// called like it. It is of no type that the API server would look into: one that is no file of
+/// logins is refused by the Job, in words.
+pub fn copy(secret: v1::Secret, owner: OwnerReference) -> v1::Secret {
+    let mut data = secret.data.unwrap_or_default();
+    data.retain(|key, _| key == SECRET_KEY);
+    let (key, value) = job::SELECTOR.split_once('=').unwrap_or_default();
+    v1::Secret {
+        metadata: ObjectMeta {
+            name: Some(owner.name.clone()),
+            labels: Some([(key.to_owned(), value.to_owned())].into()),
+            owner_references: Some(vec![owner]),
+            ..ObjectMeta::default()
+        },
+        type_: Some("Opaque".to_owned()),
+        data: Some(data),
+        ..v1::Secret::default()
+    }
+}
+
 /// Which Secret a Job has its login from, for people.
 #[derive(Debug, Clone, Copy)]
 pub enum Whose<'a> {
@@ -123,7 +143,7 @@ pub fn advice(refused: &Refused, whose: Whose<'_>) -> (&'static str, String) {
         (Problem::NoLoginFile, Some(secret)) => (
             "NoSecret",
             format!(
-                "{secret} is not there, or is not of the type {SECRET_TYPE}: make it (kubectl create secret docker-registry)"
+                "{secret} is not there, or has no file of logins as those of the type {SECRET_TYPE} have: make it (kubectl create secret docker-registry)"
             ),
         ),
         (Problem::NoLogin, Some(secret)) => (
@@ -154,6 +174,12 @@ pub fn advice(refused: &Refused, whose: Whose<'_>) -> (&'static str, String) {
             "NotFound",
             "the image cannot be had: look at its name, and whether the user may see it".to_owned(),
         ),
+        (Problem::NoTarget, _) => (
+            "NotFound",
+            format!(
+                "make the repository at {registry}, or name another target: spec.target of the task, or spec.registry.pushTo of the ImageAcceleration"
+            ),
+        ),
         (Problem::Unreachable, _) => (
             "Unreachable",
             format!(
@@ -176,8 +202,8 @@ pub struct Checking<'a> {
     pub jobs: &'a [Job],
     /// The newest pod of the newest of them.
     pub pod: Option<&'a Pod>,
-    /// That pod's log, or why it cannot be read.
-    pub log: Option<Result<Output, String>>,
+    /// That pod's log.
+    pub log: Option<Log>,
     /// What the controller was told.
     pub settings: &'a Settings,
     /// The time.
@@ -276,7 +302,10 @@ pub fn check(observed: &Checking<'_>) -> Checked {
             (says, Vec::new(), Some(Duration::ZERO))
         }
         (Some(job), Some(Err((reason, message)))) => {
-            let (reason, what) = failure(observed, &reason, &message);
+            let whose = Whose::Service(&service.spec);
+            let log = observed.log.as_ref();
+            let (access, what) = failure(observed.pod, log, whose, (&reason, &message));
+            let reason = access.unwrap_or("Failed").to_owned();
             state.failures = state.failures.saturating_add(1);
             state.finished_at = Some(Time(observed.now));
             let pause = pause(state.failures);
@@ -322,23 +351,50 @@ fn job_for(observed: &Checking<'_>, name: String) -> Job {
     job
 }
 
-/// Reason and message of a Job that has failed.
-fn failure(observed: &Checking<'_>, reason: &str, message: &str) -> (String, String) {
-    let ended = observed.pod.and_then(terminated);
-    let Some(ended) = ended.filter(|ended| ended.exit_code != 0) else {
-        let what = format!("the Job failed: {reason}: {message}");
-        return ("Failed".to_owned(), what);
-    };
-    let refused = match &observed.log {
-        Some(Ok(output)) => output.refused.as_ref(),
-        _ => None,
-    };
-    let Some(refused) = refused else {
-        return ("Failed".to_owned(), in_words(ended, reason));
-    };
-    let (reason, advice) = advice(refused, Whose::Service(&observed.service.spec));
+/// A pod's log, or why it cannot be read.
+pub type Log = Result<Output, String>;
+
+/// A registry that did not let a Job do its work, and how the Job's pod ended then.
+pub(crate) type Refusal<'a> = (&'a Refused, &'a ContainerStateTerminated);
+
+/// How a pod has failed, if it has.
+fn failed(pod: Option<&Pod>) -> Option<&ContainerStateTerminated> {
+    let ended = pod.and_then(terminated);
+    ended.filter(|ended| ended.exit_code != 0)
+}
+
+/// Which registry did not let a pod do its work, if it has failed for that.
+pub(crate) fn refusal<'a>(pod: Option<&'a Pod>, log: Option<&'a Log>) -> Option<Refusal<'a>> {
+    let refused = log?.as_ref().ok()?.refused.as_ref()?;
+    Some((refused, failed(pod)?))
+}
+
+/// A condition's reason and message for it: what it says, and what to do.
+pub(crate) fn refused(refusal: Refusal<'_>, whose: Whose<'_>) -> (&'static str, String) {
+    let (refused, ended) = refusal;
+    let (reason, advice) = advice(refused, whose);
     let said = crate::report::words(ended.message.as_deref().unwrap_or_default());
-    (reason.to_owned(), format!("{said} ({advice})"))
+    (reason, format!("{said} ({advice})"))
+}
+
+/// Why a Job has failed, of which the cluster says `end` (reason and message), and what to do;
+/// with a condition's reason if a registry did not let it do its work.
+pub(crate) fn failure(
+    pod: Option<&Pod>,
+    log: Option<&Log>,
+    whose: Whose<'_>,
+    end: (&str, &str),
+) -> (Option<&'static str>, String) {
+    let (reason, message) = end;
+    if let Some(refusal) = refusal(pod, log) {
+        let (access, what) = refused(refusal, whose);
+        return (Some(access), what);
+    }
+    let what = match failed(pod) {
+        Some(ended) => in_words(ended, reason),
+        None => format!("the Job failed: {reason}: {message}"),
+    };
+    (None, what)
 }
 
 /// Writes it into a status.

@@ -12,8 +12,12 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 use tracing::{error, info};
 use tracing_subscriber::EnvFilter;
+
+/// How long to wait for the first answer.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Converts images on a Kubernetes cluster, as its resources ask for.
 #[derive(Debug, Parser)]
@@ -154,7 +158,9 @@ async fn tell(node: &str, health: &Path, namespace: &str) -> Result<()> {
 /// What the cluster is called on UFS: the UID of a namespace that lasts as long as it.
 async fn cluster(client: &Client) -> Result<String> {
     let namespaces = Api::<Namespace>::all(client.clone());
-    let system = namespaces.get_metadata("kube-system").await;
+    let system = namespaces.get_metadata("kube-system");
+    let system = tokio::time::timeout(PATIENCE, system).await;
+    let system = system.context("the cluster does not answer")?;
     let system = system.context("cannot see which cluster this is")?;
     system.uid().context("the namespace kube-system has no UID")
 }

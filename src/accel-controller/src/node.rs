@@ -3,7 +3,7 @@
 //! It reads what the agent (`accel-snapshotter agent --health`) has written, and writes one
 //! Lease, the node's own. It has no right to anything else, and nobody else has its right.
 
-use crate::nodes::{COMPONENT, HEALTHY, MESSAGE, lease_name};
+use crate::labels::{COMPONENT, HEALTHY, MESSAGE, lease_name};
 use anyhow::{Context as _, Result, bail};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;

@@ -4,7 +4,7 @@ mod delete;
 
 pub use self::delete::{IN_USE, REMOVED};
 use crate::job::{self, Settings};
-use crate::login::{self, ACCESS, Secret, Whose};
+use crate::login::{self, ACCESS, Log, Secret, Whose};
 use crate::reference::{Names, SpecError};
 use crate::report::{self, Output, Progress, Report};
 use crate::resource::{
@@ -13,9 +13,10 @@ use crate::resource::{
 };
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ContainerStateTerminated, Pod};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
+use serde_json::{Value, json};
 use std::time::Duration;
 
 /// Keeps a task until its Jobs have ended, and what they made is gone.
@@ -42,7 +43,7 @@ pub struct Observed<'a> {
     /// The newest pod of the newest Job.
     pub pod: Option<&'a Pod>,
     /// That pod's log, or why it cannot be read; `None` if there is no pod.
-    pub log: Option<Result<Output, String>>,
+    pub log: Option<Log>,
     /// The Secret that the task names.
     pub secret: Secret,
     /// How many Jobs of other tasks are at work.
@@ -86,8 +87,31 @@ pub enum Step {
         /// With which both go.
         uid: String,
     },
+    /// Keep the Job of this name from starting again; it stays to be looked at.
+    Hold(String),
     /// Remove the Job of this name and its pods.
     Stop(String),
+}
+
+/// A merge patch that gives an object the finalizer, or takes it away; it fails if the object is
+/// not any more what was looked at, as others may have changed its finalizers.
+pub fn finalizer(of: &ObjectMeta, keep: bool) -> Value {
+    let mut finalizers = of.finalizers.clone().unwrap_or_default();
+    finalizers.retain(|name| name != FINALIZER);
+    if keep {
+        finalizers.push(FINALIZER.to_owned());
+    }
+    json!({"metadata": {"finalizers": finalizers, "resourceVersion": of.resource_version}})
+}
+
+/// Whether nothing more has to be done for a task as it is now: what was said of another version
+/// of it does not count.
+pub fn is_ready(task: &AcceleratedImage) -> bool {
+    let generation = task.metadata.generation.unwrap_or_default();
+    let status = task.status.as_ref();
+    status.is_some_and(|status| {
+        status.phase == Phase::Ready && status.observed_generation == generation
+    })
 }
 
 /// Decides.
@@ -109,6 +133,38 @@ pub fn plan(observed: &Observed<'_>) -> Plan {
     let mut next = Next::new(observed);
     next.decide();
     next.into_plan()
+}
+
+/// What is to be said when a step could not be taken, and why: the status that was planned, but
+/// for that. Also the name of a Job that cannot go on without it, and is to end, lest it wait
+/// for its Secret until its deadline.
+pub fn refused(
+    task: &AcceleratedImage,
+    mut status: AcceleratedImageStatus,
+    step: &Step,
+    why: &str,
+    now: Timestamp,
+) -> (AcceleratedImageStatus, Option<String>) {
+    let (phase, what) = match (task.metadata.deletion_timestamp.is_some(), step) {
+        (true, _) => (Phase::DeleteError, "the task cannot be removed"),
+        (false, Step::Run(_)) => (Phase::CreateError, "no Job can be made"),
+        (false, Step::Hold(_)) => (Phase::CreateError, "its Job cannot be ended"),
+        (false, Step::Lend { .. }) => (
+            Phase::CreateError,
+            "its Job cannot be given the Secret that spec.secretName names",
+        ),
+        (false, _) => (Phase::Unknown, "the cluster refuses a change"),
+    };
+    status.phase = phase;
+    status.message = format!("{what}: {why}");
+    // The next try waits a while from now on.
+    status.finished_at = Some(Time(now));
+    let stuck = match step {
+        Step::Run(job) => job::is_lent(job).then(|| job.name_any()),
+        Step::Lend { job, .. } => Some(job.clone()),
+        _ => None,
+    };
+    (status, stuck)
 }
 
 /// How long to wait after so many failures.
@@ -200,7 +256,11 @@ impl<'a> Next<'a> {
         let job = self.observed.jobs.iter().find(|job| job.name_any() == name);
         match (job, job.and_then(job::end)) {
             (None, _) => self.start(name, &names, service),
-            (Some(job), None) => self.watch(job),
+            // Why it had to end is told already, or somebody wanted it.
+            (Some(job), None) if job.metadata.deletion_timestamp.is_some() => {
+                self.again = Some(SOON);
+            }
+            (Some(job), None) => self.watch(job, service),
             (Some(_), Some(Ok(()))) => self.finish(),
             (Some(job), Some(Err((reason, message)))) => {
                 self.fail(job, service, &reason, &message);
@@ -225,6 +285,7 @@ impl<'a> Next<'a> {
             if waited < due {
                 // The failed Job stays that long for whoever wants to look at it.
                 self.again = due.checked_sub(waited);
+                self.hold();
                 return;
             }
         }
@@ -266,6 +327,16 @@ impl<'a> Next<'a> {
         self.again = Some(SOON);
     }
 
+    /// No Job of the task goes on while it waits.
+    fn hold(&mut self) {
+        let at_work = self.observed.jobs.iter().filter(|job| {
+            let goes = job.metadata.deletion_timestamp.is_some();
+            job::is_at_work(job) && !goes
+        });
+        let hold = at_work.map(|job| Step::Hold(job.name_any()));
+        self.steps.extend(hold);
+    }
+
     /// What was said of another version of the task is not said of this one.
     fn access_is_unknown(&mut self) {
         let mut conditions = self.status.conditions.iter();
@@ -287,14 +358,16 @@ impl<'a> Next<'a> {
         self.condition(ACCESS, "True", "Checked", what);
     }
 
-    /// Sees to it that a Job that has not begun can have its Secret; what it waits for if
-    /// there is none any more.
+    /// Sees to it that a Job that has not begun can have its Secret. If there is none any more
+    /// the Job ends, as it would wait for it until its deadline and keep others from the room
+    /// that it takes; why there is none.
     fn lend(&mut self, job: &Job) -> Option<String> {
         if !job::is_lent(job) || self.observed.log.is_some() {
             return None;
         }
         if let Some((reason, what)) = self.observed.secret.problem(self.observed.task) {
             self.condition(ACCESS, "False", reason, &what);
+            self.steps.push(Step::Stop(job.name_any()));
             return Some(what);
         }
         let (job, uid) = (job.name_any(), job.uid()?);
@@ -303,11 +376,27 @@ impl<'a> Next<'a> {
     }
 
     /// A Job is at work.
-    fn watch(&mut self, job: &Job) {
+    fn watch(&mut self, job: &Job, service: &ImageAcceleration) {
         self.again = Some(SOON);
         self.stop_all_but(Some(job));
-        let lacks = self.lend(job);
-        if let Some(Ok(output)) = &self.observed.log
+        if let Some(what) = self.lend(job) {
+            self.say(Phase::CreateError, &what);
+            return;
+        }
+        let mut passes = None;
+        if let Some(refusal) = login::refusal(self.observed.pod, self.observed.log.as_ref()) {
+            let whose = Whose::of(self.observed.task, &service.spec);
+            let (reason, what) = login::refused(refusal, whose);
+            self.condition(ACCESS, "False", reason, &what);
+            if refusal.0.problem.lasts() {
+                // Trying it as often as Jobs may be tried changes nothing, and registries lock
+                // out who comes with a wrong password again and again.
+                self.has_failed(job, &what);
+                self.steps.push(Step::Hold(job.name_any()));
+                return;
+            }
+            passes = Some(format!("{what}; its Job tries again"));
+        } else if let Some(Ok(output)) = &self.observed.log
             && (output.checked || output.progress.is_some())
         {
             self.access_is_good();
@@ -338,7 +427,7 @@ impl<'a> Next<'a> {
                 job.name_any()
             ),
         };
-        self.say(Phase::Creating, &lacks.unwrap_or(what));
+        self.say(Phase::Creating, &passes.unwrap_or(what));
     }
 
     /// The Job has done its work.
@@ -386,24 +475,17 @@ impl<'a> Next<'a> {
     }
 
     fn fail(&mut self, job: &Job, service: &ImageAcceleration, reason: &str, message: &str) {
-        let ended = self.observed.pod.and_then(terminated);
-        let ended = ended.filter(|ended| ended.exit_code != 0);
-        let refused = match &self.observed.log {
-            Some(Ok(output)) => output.refused.as_ref(),
-            _ => None,
-        };
-        let what = match (ended, refused) {
-            (None, _) => format!("the Job failed: {reason}: {message}"),
-            (Some(ended), None) => in_words(ended, reason),
-            (Some(ended), Some(refused)) => {
-                let whose = Whose::of(self.observed.task, &service.spec);
-                let (reason, advice) = login::advice(refused, whose);
-                let said = report::words(ended.message.as_deref().unwrap_or_default());
-                let what = format!("{said} ({advice})");
-                self.condition(ACCESS, "False", reason, &what);
-                what
-            }
-        };
+        let whose = Whose::of(self.observed.task, &service.spec);
+        let (pod, log) = (self.observed.pod, self.observed.log.as_ref());
+        let (access, what) = login::failure(pod, log, whose, (reason, message));
+        if let Some(access) = access {
+            self.condition(ACCESS, "False", access, &what);
+        }
+        self.has_failed(job, &what);
+    }
+
+    /// The Job has come to nothing, because of `what`.
+    fn has_failed(&mut self, job: &Job, what: &str) {
         let pause = self.failed();
         let job = job.name_any();
         let what = format!(

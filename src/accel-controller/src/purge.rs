@@ -112,15 +112,21 @@ pub fn tell(
             message = format!("{message}; {what}: {}", some(&names));
         }
     }
-    let condition = Condition {
-        type_: PURGED.to_owned(),
-        status: "False".to_owned(),
-        reason: "Purging".to_owned(),
-        message,
-        observed_generation: service.metadata.generation,
-        last_transition_time: Time(now),
-    };
-    set_condition(&mut status.conditions, condition);
+    let ready = "acceleration is being turned off, and what was made is being removed";
+    for (type_, message) in [(PURGED, message), ("Ready", ready.to_owned())] {
+        let condition = Condition {
+            type_: type_.to_owned(),
+            status: "False".to_owned(),
+            reason: "Purging".to_owned(),
+            message,
+            observed_generation: service.metadata.generation,
+            last_transition_time: Time(now),
+        };
+        set_condition(&mut status.conditions, condition);
+    }
+    // None is meant any more, and they have lost the label.
+    (status.nodes, status.nodes_ready) = (0, 0);
+    status.nodes_text = "0/0".to_owned();
 }
 
 /// The first few of them.
@@ -234,9 +240,19 @@ mod tests {
             task("b", made.clone(), json!({"phase": "DeleteError"})),
             task("c", made, json!({"phase": "Deleting"})),
         ];
-        let mut status = ImageAccelerationStatus::default();
+        let mut status = ImageAccelerationStatus {
+            nodes: 3,
+            nodes_ready: 2,
+            nodes_text: "2/3".to_owned(),
+            ..ImageAccelerationStatus::default()
+        };
         tell(&mut status, &going(true), &tasks, now);
         let said = "3 tasks are left; in use: team/a; cannot be removed: team/b";
         assert_eq!(status.conditions[0].message, said);
+        let ready = &status.conditions[1];
+        assert_eq!((&*ready.type_, &*ready.status), ("Ready", "False"));
+        assert_eq!(ready.reason, "Purging");
+        let nodes = (status.nodes, status.nodes_ready, &*status.nodes_text);
+        assert_eq!(nodes, (0, 0, "0/0"));
     }
 }

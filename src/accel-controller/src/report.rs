@@ -1,6 +1,7 @@
 //! What `mkfs-accel convert --json-lines` says, and `mkfs-accel delete --json`.
 
 use crate::resource::UserStatus;
+pub use accel_oci::Problem;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use std::collections::BTreeMap;
@@ -27,26 +28,6 @@ pub struct Refused {
     pub registry: String,
     /// Why.
     pub problem: Problem,
-}
-
-/// Why a registry does not do what it is asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-pub enum Problem {
-    /// It wants a login, and the file with the logins is not there, or is none.
-    NoLoginFile,
-    /// It wants a login, and there is none for it.
-    NoLogin,
-    /// It refuses the login.
-    Unauthorized,
-    /// It takes the login, which may not do this.
-    Forbidden,
-    /// It does not have what is asked for.
-    NotFound,
-    /// It does not answer.
-    Unreachable,
-    /// Something else.
-    #[serde(other)]
-    Other,
 }
 
 /// What was removed, or why not.
@@ -277,5 +258,23 @@ a warning
     fn people_get_the_words_alone() {
         let said = "{\"progress\":{}}\nmkfs-accel: cannot read h/a:v1: not found\n\n";
         assert_eq!(words(said), "cannot read h/a:v1: not found");
+    }
+
+    #[test]
+    fn what_one_program_tells_another_one_understands() {
+        for (problem, word) in [
+            (Problem::NoLoginFile, "NoLoginFile"),
+            (Problem::NoLogin, "NoLogin"),
+            (Problem::Unauthorized, "Unauthorized"),
+            (Problem::Forbidden, "Forbidden"),
+            (Problem::NotFound, "NotFound"),
+            (Problem::NoTarget, "NoTarget"),
+            (Problem::Unreachable, "Unreachable"),
+            (Problem::Other, "Other"),
+        ] {
+            let told = serde_json::json!(problem);
+            assert_eq!(told, word);
+            assert_eq!(serde_json::from_value::<Problem>(told).unwrap(), problem);
+        }
     }
 }

@@ -30,9 +30,8 @@ const PREFIX: &str = r"^(\[[0-9a-fA-F:]+\]|[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9]
 /// The name of an object in a namespace.
 const NAME: &str = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$";
 
-/// The key of a label.
-const KEY: &str =
-    r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$";
+/// The key of a label: a name, before which there may be a domain's and a slash.
+const KEY: &str = r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$";
 
 /// Turns acceleration on for the cluster. There is one, called `cluster`; without it tasks
 /// wait.
@@ -148,7 +147,7 @@ pub struct NfsSpec {
 
 /// What of [`UfsSpec`] is given; the schema lets nothing else through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum UfsPlace<'a> {
+pub enum UfsVolume<'a> {
     /// The claim of this name.
     Claim(&'a str),
     /// A server, and a path on it.
@@ -162,11 +161,11 @@ const UFS_PLACES: [&str; 3] = ["claimName", "nfs", "hostPath"];
 
 impl UfsSpec {
     /// Where it is, if exactly that is said.
-    pub fn place(&self) -> Option<UfsPlace<'_>> {
+    pub fn place(&self) -> Option<UfsVolume<'_>> {
         match (&self.claim_name, &self.nfs, &self.host_path) {
-            (Some(name), None, None) => Some(UfsPlace::Claim(name)),
-            (None, Some(nfs), None) => Some(UfsPlace::Nfs(&nfs.server, &nfs.path)),
-            (None, None, Some(path)) => Some(UfsPlace::HostPath(path)),
+            (Some(name), None, None) => Some(UfsVolume::Claim(name)),
+            (None, Some(nfs), None) => Some(UfsVolume::Nfs(&nfs.server, &nfs.path)),
+            (None, None, Some(path)) => Some(UfsVolume::HostPath(path)),
             _ => None,
         }
     }
@@ -238,8 +237,10 @@ impl Default for JobsSpec {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ImageAccelerationStatus {
-    /// `Ready`: tasks are worked on; `UfsBound`: the claim has a volume; `RegistryAccess`:
-    /// registries take the logins. While it is deleted with `purge`, `Purged`: what is left.
+    /// `UfsBound`: the claim has a volume, which is Unknown of what is no claim, as only Jobs
+    /// mount it; `RegistryAccess`: registries take the logins; `Ready`: nothing is known that
+    /// keeps tasks from being converted. They are tried in any case. `NodesLabelled`: the
+    /// cluster takes the label. While it is deleted with `purge`, `Purged`: what is left.
     pub conditions: Vec<Condition>,
     /// How far it is with asking registries whether they take the logins.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -540,6 +541,40 @@ mod tests {
     use serde_json::{Value, json};
 
     #[test]
+    fn labels_that_no_node_could_have_are_refused() {
+        let pattern = regex::Regex::new(KEY).unwrap();
+        let long = "n".repeat(63);
+        for good in [
+            "fast",
+            "node.uk8s.ucloud.cn/uimgacc",
+            "a/B.c_d-e",
+            "a-b.c/x",
+            &long,
+        ] {
+            assert!(pattern.is_match(good), "{good}");
+        }
+        for bad in [
+            "",
+            "/x",
+            "a/",
+            "a..b/x",
+            "a.-b/x",
+            "a-.b/x",
+            ".a/x",
+            "a./x",
+            "A/x",
+            "a_b/x",
+            "a/b/c",
+            "-x",
+            "x.",
+            &format!("{long}n"),
+        ] {
+            assert!(!pattern.is_match(bad), "{bad}");
+        }
+        assert!(pattern.is_match(&NodesSpec::default().label));
+    }
+
+    #[test]
     fn ufs_is_in_exactly_one_place() {
         let definition = serde_json::to_value(&definitions()[0]).unwrap();
         let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
@@ -555,14 +590,14 @@ mod tests {
         let place = |ufs: Value| -> UfsSpec { serde_json::from_value(ufs).unwrap() };
         let (server, path) = ("h", "/export");
         for (ufs, expected) in [
-            (json!({"claimName": "u"}), Some(UfsPlace::Claim("u"))),
+            (json!({"claimName": "u"}), Some(UfsVolume::Claim("u"))),
             (
                 json!({"nfs": {"server": server, "path": path}}),
-                Some(UfsPlace::Nfs(server, path)),
+                Some(UfsVolume::Nfs(server, path)),
             ),
             (
                 json!({"hostPath": "/mnt"}),
-                Some(UfsPlace::HostPath("/mnt")),
+                Some(UfsVolume::HostPath("/mnt")),
             ),
             (json!({}), None),
             (json!({"claimName": "u", "hostPath": "/mnt"}), None),

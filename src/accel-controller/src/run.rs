@@ -4,12 +4,12 @@ mod logins;
 mod purging;
 
 use crate::job::{self, CHECK, SELECTOR, Settings, TASK_UID};
-use crate::login;
+use crate::labels::{self, Looked, Seen};
+use crate::login::{self, Log};
 use crate::metrics::Metrics;
-use crate::nodes::{self, Seen};
-use crate::plan::{self, FINALIZER, Observed, Plan, Step};
+use crate::plan::{self, Observed, Plan, Step};
 use crate::purge;
-use crate::report::{self, Output};
+use crate::report;
 use crate::resource::{
     AcceleratedImage, AcceleratedImageStatus, ImageAcceleration, ImageAccelerationStatus, Phase,
     SERVICE_NAME,
@@ -19,7 +19,7 @@ use futures_util::StreamExt as _;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, DeleteParams, ListParams, LogParams, Patch, PatchParams};
 use kube::runtime::controller::{self, Action, Controller};
@@ -30,7 +30,8 @@ use kube::{Client, Resource, ResourceExt};
 use serde_json::{Value, json};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::{Mutex, Notify};
+use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 /// What field managers and Events call the controller.
@@ -44,6 +45,9 @@ const LOG_LINES: i64 = 200;
 const RETRY: Duration = Duration::from_secs(15);
 /// Changes that come together are looked at once: each status that is written is one.
 const TOGETHER: Duration = Duration::from_millis(300);
+/// How long a look at a task or the service may take, with what is done then: an answer that
+/// never comes must not keep those waiting that wait for each other.
+const LOOK: Duration = Duration::from_secs(60);
 /// How often to look how the nodes are: they have lost their label within half a minute.
 const NODES_PAUSE: Duration = Duration::from_secs(3);
 /// How long such a look may take.
@@ -57,20 +61,25 @@ const SERVICE_PAUSE: Duration = Duration::from_secs(15);
 
 /// What the cluster did not do.
 #[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-pub struct RunError(#[from] Box<kube::Error>);
+pub enum RunError {
+    /// It refused something, or could not be reached.
+    #[error(transparent)]
+    Refused(#[from] Box<kube::Error>),
+    /// It did not answer in time.
+    #[error("the cluster does not answer")]
+    Silent(#[from] tokio::time::error::Elapsed),
+}
 
 impl From<kube::Error> for RunError {
     fn from(error: kube::Error) -> Self {
-        Self(Box::new(error))
+        Self::Refused(Box::new(error))
     }
 }
 
-/// The cluster's nodes, as they were listed: nobody minds one that came a moment ago.
-#[derive(Default)]
+/// The cluster's nodes, as they were listed.
 struct Known {
-    listed: Option<Instant>,
-    nodes: Vec<ObjectMeta>,
+    listed: Instant,
+    nodes: Arc<Vec<ObjectMeta>>,
 }
 
 type LoopError = controller::Error<RunError, watcher::Error>;
@@ -79,11 +88,15 @@ struct Context {
     client: Client,
     settings: Settings,
     recorder: Recorder,
-    /// The cluster's nodes.
-    known: Mutex<Known>,
+    /// The cluster's nodes: nobody minds one that came a moment ago. Never held while the
+    /// cluster is asked.
+    known: std::sync::Mutex<Option<Known>>,
     metrics: Arc<Metrics>,
-    /// Nodes that can serve, and all that are meant, when it was looked last.
-    ready: std::sync::Mutex<Option<(u32, u32)>>,
+    /// What came of the last look at the nodes.
+    looked: std::sync::Mutex<Option<Looked>>,
+    /// That this has changed. One loop writes the service's status, or what one says of it
+    /// would be undone by what another one has read before.
+    counted: Notify,
     /// Held while Jobs are counted and one is made, so that there are never more than the
     /// limit.
     starting: Mutex<()>,
@@ -98,9 +111,10 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
     let context = Arc::new(Context {
         recorder: Recorder::new(client.clone(), reporter),
         settings,
-        known: Mutex::default(),
+        known: std::sync::Mutex::default(),
         metrics,
-        ready: std::sync::Mutex::default(),
+        looked: std::sync::Mutex::default(),
+        counted: Notify::new(),
         starting: Mutex::new(()),
         client,
     });
@@ -116,9 +130,9 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
     let tasks = tasks
         .watches(context.own::<Job>(), of_jobs, move |job| {
             // One that has ended makes room for those that wait.
-            let mut all = match job::end(&job) {
-                Some(_) => waiting(&of_ended.state()),
-                None => Vec::new(),
+            let mut all = match job::is_at_work(&job) {
+                true => Vec::new(),
+                false => waiting(&of_ended.state()),
             };
             if let Some((namespace, name)) = job::task_of(&job) {
                 all.push(ObjectRef::new(name).within(namespace));
@@ -136,7 +150,7 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
             },
         )
         .run(
-            |task, context| async move { context.task(&task).await },
+            |task, context| async move { timeout(LOOK, context.task(&task)).await? },
             |task, error, context| {
                 context.metrics.error();
                 warn!(task = %task.name_any(), "looked at in vain: {error}");
@@ -144,12 +158,17 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
             },
             Arc::clone(&context),
         );
+    let counted = futures_util::stream::unfold(Arc::clone(&context), |context| async move {
+        context.counted.notified().await;
+        Some(((), context))
+    });
     let services = Controller::new(
         context.all::<ImageAcceleration>(),
         watcher::Config::default(),
     )
+    .reconcile_all_on(counted)
     .run(
-        |service, context| async move { context.service(&service).await },
+        |service, context| async move { timeout(LOOK, context.service(&service)).await? },
         |_, error, context| {
             context.metrics.error();
             warn!("the service's status cannot be made: {error}");
@@ -249,18 +268,9 @@ impl Context {
         let of_tasks = (all.items.into_iter()).filter(|job| !job.labels().contains_key(CHECK.0));
         let (jobs, others): (Vec<_>, Vec<_>) =
             of_tasks.partition(|job| job.labels().get(TASK_UID) == Some(&uid));
-        let newest = jobs.iter().max_by_key(|job| job.creation_timestamp());
-        let pod = match newest {
-            Some(job) => self.newest_pod(&job.name_any()).await?,
-            None => None,
-        };
-        let log = match &pod {
-            Some(pod) if has_log(pod) => Some(self.log(&pod.name_any()).await),
-            _ => None,
-        };
-        let is_ready = (task.status.as_ref()).is_some_and(|status| status.phase == Phase::Ready);
+        let (pod, log) = self.newest_pod(&jobs).await?;
         let secret = match task.metadata.deletion_timestamp {
-            None if is_ready => login::Secret::Unnamed,
+            None if plan::is_ready(task) => login::Secret::Unnamed,
             _ => self.secret(task).await?,
         };
         let nodes = match task.metadata.deletion_timestamp {
@@ -289,40 +299,64 @@ impl Context {
     /// The names of the cluster's nodes.
     async fn nodes(&self) -> Result<Vec<String>, RunError> {
         let known = self.known_nodes(NODES_LIST).await?;
-        let names = known.nodes.iter().filter_map(|node| node.name.clone());
+        let names = known.iter().filter_map(|node| node.name.clone());
         Ok(names.collect())
     }
 
+    fn looked(&self) -> std::sync::MutexGuard<'_, Option<Looked>> {
+        self.looked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, Option<Known>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The cluster's nodes, as they were not longer ago than that.
-    async fn known_nodes(&self, age: Duration) -> Result<MutexGuard<'_, Known>, RunError> {
-        let mut known = self.known.lock().await;
-        if known.listed.is_none_or(|at| at.elapsed() >= age) {
-            let all = self.all::<Node>();
-            let began = Instant::now();
-            let listed = all.list_metadata(&ListParams::default()).await?;
-            known.nodes = listed.items.into_iter().map(|node| node.metadata).collect();
-            for node in &mut known.nodes {
-                // That is the most of it.
-                node.managed_fields = None;
-            }
-            known.listed = Some(began);
+    async fn known_nodes(&self, age: Duration) -> Result<Arc<Vec<ObjectMeta>>, RunError> {
+        if let Some(known) = &*self.known()
+            && known.listed.elapsed() < age
+        {
+            return Ok(Arc::clone(&known.nodes));
         }
-        Ok(known)
+        let all = self.all::<Node>();
+        let listed = Instant::now();
+        let nodes = all.list_metadata(&ListParams::default()).await?.items;
+        let mut nodes: Vec<_> = nodes.into_iter().map(|node| node.metadata).collect();
+        for node in &mut nodes {
+            // That is the most of it.
+            node.managed_fields = None;
+        }
+        let nodes = Arc::new(nodes);
+        *self.known() = Some(Known {
+            listed,
+            nodes: Arc::clone(&nodes),
+        });
+        Ok(nodes)
     }
 
-    async fn newest_pod(&self, job: &str) -> Result<Option<Pod>, RunError> {
-        let of_job = ListParams::default().labels(&format!("job-name={job}"));
-        let pods = self.own::<Pod>().list(&of_job).await?;
-        Ok((pods.items.into_iter()).max_by_key(ResourceExt::creation_timestamp))
+    /// The newest pod of the newest Job, and its log.
+    async fn newest_pod(&self, jobs: &[Job]) -> Result<(Option<Pod>, Option<Log>), RunError> {
+        let newest = jobs.iter().max_by_key(|job| job.creation_timestamp());
+        let Some(job) = newest else {
+            return Ok((None, None));
+        };
+        let of_job = ListParams::default().labels(&format!("job-name={}", job.name_any()));
+        let pods = self.own::<Pod>().list(&of_job).await?.items;
+        let pod = pods.into_iter().max_by_key(ResourceExt::creation_timestamp);
+        let log = match &pod {
+            Some(pod) if has_log(pod) => Some(self.log(&pod.name_any()).await),
+            _ => None,
+        };
+        Ok((pod, log))
     }
 
-    async fn log(&self, pod: &str) -> Result<Output, String> {
+    async fn log(&self, pod: &str) -> Log {
         let options = LogParams {
             tail_lines: Some(LOG_LINES),
             ..LogParams::default()
         };
         let pods = self.own::<Pod>();
-        match tokio::time::timeout(LOG_TIMEOUT, pods.logs(pod, &options)).await {
+        match timeout(LOG_TIMEOUT, pods.logs(pod, &options)).await {
             Ok(Ok(text)) => Ok(report::read(&text)),
             Ok(Err(error)) => Err(in_words(&error)),
             Err(_) => Err("the node does not answer".to_owned()),
@@ -332,25 +366,10 @@ impl Context {
     async fn step(&self, task: &AcceleratedImage, step: &Step) -> Result<(), kube::Error> {
         match step {
             Step::AddFinalizer | Step::RemoveFinalizer => {
-                let mut finalizers = task.finalizers().to_vec();
-                finalizers.retain(|name| name != FINALIZER);
-                if *step == Step::AddFinalizer {
-                    finalizers.push(FINALIZER.to_owned());
-                }
-                // With the version: others may have changed them.
-                let patch = json!({"metadata": {
-                    "finalizers": finalizers,
-                    "resourceVersion": task.resource_version(),
-                }});
-                let tasks = self.tasks_beside(task);
-                let patched = tasks
-                    .patch(
-                        &task.name_any(),
-                        &PatchParams::default(),
-                        &Patch::Merge(patch),
-                    )
-                    .await;
-                match patched {
+                let keep = *step == Step::AddFinalizer;
+                let patch = Patch::Merge(plan::finalizer(&task.metadata, keep));
+                let (name, plain) = (task.name_any(), PatchParams::default());
+                match self.tasks_beside(task).patch(&name, &plain, &patch).await {
                     // The newer version comes, and is looked at.
                     Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
                     patched => patched.map(drop),
@@ -367,7 +386,16 @@ impl Context {
                 }
             }
             Step::Lend { job, uid } => self.lend(task, job, uid).await,
+            Step::Hold(name) => self.hold_job(name).await,
             Step::Stop(name) => self.stop_job(name).await,
+        }
+    }
+
+    async fn hold_job(&self, name: &str) -> Result<(), kube::Error> {
+        let (plain, hold) = (PatchParams::default(), Patch::Merge(job::hold()));
+        match self.own::<Job>().patch(name, &plain, &hold).await {
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+            held => held.map(drop),
         }
     }
 
@@ -391,20 +419,17 @@ impl Context {
     async fn refused(
         &self,
         task: &AcceleratedImage,
-        mut status: AcceleratedImageStatus,
+        status: AcceleratedImageStatus,
         step: &Step,
         error: &kube::Error,
     ) -> Result<(), RunError> {
         self.metrics.error();
-        let (phase, what) = match (task.metadata.deletion_timestamp.is_some(), step) {
-            (true, _) => (Phase::DeleteError, "the task cannot be removed"),
-            (false, Step::Run(_)) => (Phase::CreateError, "no Job can be made"),
-            (false, _) => (Phase::Unknown, "the cluster refuses a change"),
-        };
-        status.phase = phase;
-        status.message = format!("{what}: {}", in_words(error));
-        status.finished_at = Some(Time(Timestamp::now()));
-        self.tell(task, &status).await
+        let (status, stuck) = plan::refused(task, status, step, &in_words(error), Timestamp::now());
+        self.tell(task, &status).await?;
+        if let Some(job) = stuck {
+            self.stop_job(&job).await?;
+        }
+        Ok(())
     }
 
     /// Writes the status, and an Event if the phase is another one.
@@ -479,17 +504,19 @@ impl Context {
     async fn label_nodes(&self) {
         let mut seen = Seen::default();
         loop {
-            match tokio::time::timeout(NODES_LOOK, self.look_at_nodes(&mut seen)).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => warn!("the nodes cannot be looked at: {error}"),
-                Err(_) => warn!("the nodes cannot be looked at: the cluster does not answer"),
+            let look = timeout(NODES_LOOK, self.look_at_nodes(&mut seen));
+            // What does not answer is like what refuses.
+            let looked = look.await.unwrap_or_else(|late| Err(late.into()));
+            if let Err(error) = looked {
+                self.metrics.error();
+                warn!("the nodes cannot be looked at: {error}");
             }
             tokio::time::sleep(NODES_PAUSE).await;
         }
     }
 
     async fn look_at_nodes(&self, seen: &mut Seen) -> Result<(), RunError> {
-        let (key, value) = nodes::COMPONENT;
+        let (key, value) = labels::COMPONENT;
         let of_nodes = ListParams::default().labels(&format!("{key}={value}"));
         let service = self
             .all::<ImageAcceleration>()
@@ -501,12 +528,11 @@ impl Context {
         let leases = self.own::<Lease>().list(&of_nodes).await?;
         let words = seen.look(&leases.items, Instant::now());
         let spec = service.as_ref().map(|service| &service.spec);
-        let mut labels = nodes::labels(&known.nodes, &words, spec);
+        let mut labels = labels::labels(&known, &words, spec);
         if !labels.changes.is_empty() {
             // What is changed is looked at once more: somebody else may have changed it.
-            drop(known);
             known = self.known_nodes(Duration::ZERO).await?;
-            labels = nodes::labels(&known.nodes, &words, spec);
+            labels = labels::labels(&known, &words, spec);
         }
         let all = &self.all::<Node>();
         let mut changed = futures_util::stream::iter(&labels.changes)
@@ -516,43 +542,44 @@ impl Context {
                 (change, all.patch_metadata(name, &plain, &merge).await)
             })
             .buffered(NODES_AT_ONCE);
-        let mut ready = labels.ready;
+        let (mut ready, mut refused) = (labels.ready, None);
         while let Some((change, patched)) = changed.next().await {
             let node = &change.node;
             let said = words.get(node).map_or("", |word| &word.message);
-            let at = (known.nodes.iter()).position(|known| known.name.as_deref() == Some(node));
             match patched {
-                Ok(patched) => {
-                    info!(node, labelled = change.gives, "{said}");
-                    if let Some(at) = at {
-                        known.nodes[at] = patched.metadata;
-                    }
-                }
+                Ok(_) => info!(node, labelled = change.gives, "{said}"),
                 Err(error) => {
                     ready -= u32::from(change.gives);
                     match error {
                         // It is another one by now, or none: looked at anew.
-                        kube::Error::Api(status) if matches!(status.code, 404 | 409) => {
-                            known.listed = None;
+                        kube::Error::Api(status) if matches!(status.code, 404 | 409) => {}
+                        error => {
+                            self.metrics.error();
+                            let why = in_words(&error);
+                            warn!(node, "cannot be labelled: {why}");
+                            refused.get_or_insert(format!("{node}: {why}"));
                         }
-                        error => warn!(node, "cannot be labelled: {}", in_words(&error)),
                     }
                 }
             }
         }
-        drop((changed, known));
-        let now = Some((ready, labels.nodes));
-        self.metrics.nodes(ready, labels.nodes);
-        let before = std::mem::replace(
-            &mut *self.ready.lock().unwrap_or_else(PoisonError::into_inner),
-            now,
-        );
-        match service {
-            // Otherwise it would be told with the next look at the service, which may wait for
-            // what has nothing to do with nodes.
-            Some(service) if before != now => self.tell_service(&service, &service).await,
-            _ => Ok(()),
+        drop(changed);
+        if !labels.changes.is_empty() {
+            // They are others now.
+            *self.known() = None;
         }
+        self.metrics.nodes(ready, labels.nodes);
+        let now = Some(Looked {
+            nodes: labels.nodes,
+            ready,
+            refused,
+        });
+        let mut looked = self.looked();
+        if *looked != now {
+            *looked = now;
+            self.counted.notify_one();
+        }
+        Ok(())
     }
 
     async fn service(&self, service: &ImageAcceleration) -> Result<Action, RunError> {
@@ -593,9 +620,9 @@ impl Context {
             None => None,
         };
         let tasks = self.tasks().await?;
-        let ready = *self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+        let looked = self.looked().clone();
         let now = Timestamp::now();
-        let status = service::status(known, claim.as_ref(), &tasks, ready, now);
+        let status = service::status(known, claim.as_ref(), &tasks, looked.as_ref(), now);
         self.write_service(service, &status).await
     }
 

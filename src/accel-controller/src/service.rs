@@ -1,44 +1,61 @@
 //! What is said of the service, as a pure function of what is observed.
 
+use crate::labels::{LABELLING, Looked};
 use crate::login::ACCESS;
 use crate::plan::set_condition;
 use crate::report;
 use crate::resource::{
-    AcceleratedImage, ImageAcceleration, ImageAccelerationStatus, Phase, UfsPlace, UfsSpec,
+    AcceleratedImage, ImageAcceleration, ImageAccelerationStatus, Phase, UfsSpec, UfsVolume,
 };
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 
-/// The service's status. `claim` is the one that it names, if there is one; of the nodes that
-/// are meant it is told how many can serve, and how many there are, if that is known.
+/// The service's status. `claim` is the one that it names, if there is one; `nodes` is what came
+/// of the last look at the nodes, if there was one.
 pub fn status<'a>(
     service: &ImageAcceleration,
     claim: Option<&PersistentVolumeClaim>,
     tasks: impl IntoIterator<Item = &'a AcceleratedImage>,
-    nodes: Option<(u32, u32)>,
+    nodes: Option<&Looked>,
     now: Timestamp,
 ) -> ImageAccelerationStatus {
     let mut status = service.status.clone().unwrap_or_default();
     let (bound, reason, message) = ufs(&service.spec.ufs, claim);
+    // That a Job could not mount it the Job tells.
+    let working = match bound {
+        "Unknown" => format!("{message}, which nobody has tried yet"),
+        _ => "nothing is known that keeps tasks from being converted".to_owned(),
+    };
     let generation = service.metadata.generation;
-    // Whoever asks registries has said it already.
+    // Whoever asks registries has said it already, but perhaps of other settings.
     let mut conditions = status.conditions.iter();
     let access = conditions.find(|condition| condition.type_ == ACCESS);
-    let access = access.filter(|condition| condition.status != "True");
-    let ready = match (bound, access) {
-        (true, None) => ("Working", "tasks are worked on".to_owned()),
-        (true, Some(access)) => (ACCESS, access.message.clone()),
-        (false, _) => ("UfsNotBound", message.clone()),
+    let access = access.filter(|condition| condition.observed_generation == generation);
+    let access = access.map(|condition| (&*condition.status, condition.message.clone()));
+    let unknown = "whether registries take the logins is not known yet";
+    let (is_ready, why, ready) = match (bound, access) {
+        ("False", _) => ("False", "UfsNotBound", message.clone()),
+        (_, Some(("True", _))) => ("True", "Working", working),
+        (_, Some(("False", message))) => ("False", ACCESS, message),
+        (_, Some((_, message))) => ("Unknown", ACCESS, message),
+        (_, None) => ("Unknown", ACCESS, unknown.to_owned()),
     };
-    let is_ready = bound && access.is_none();
-    for (type_, is, (reason, message)) in [
-        ("UfsBound", bound, (reason, message)),
-        ("Ready", is_ready, ready),
-    ] {
+    let labelling = nodes.map(|nodes| match &nodes.refused {
+        Some(refused) => (LABELLING, "False", "Refused", refused.clone()),
+        None => {
+            let what = "nodes have the label exactly while they can serve".to_owned();
+            (LABELLING, "True", "Labelled", what)
+        }
+    });
+    let all = [
+        ("UfsBound", bound, reason, message),
+        ("Ready", is_ready, why, ready),
+    ];
+    for (type_, is, reason, message) in all.into_iter().chain(labelling) {
         let condition = Condition {
             type_: type_.to_owned(),
-            status: if is { "True" } else { "False" }.to_owned(),
+            status: is.to_owned(),
             reason: reason.to_owned(),
             message,
             observed_generation: generation,
@@ -55,44 +72,49 @@ pub fn status<'a>(
         }
     }
     status.stored = report::bytes(status.stored_bytes);
-    if let Some((ready, all)) = nodes {
-        (status.nodes_ready, status.nodes) = (ready, all);
-        status.nodes_text = format!("{ready}/{all}");
+    if let Some(Looked { nodes, ready, .. }) = nodes {
+        (status.nodes_ready, status.nodes) = (*ready, *nodes);
+        status.nodes_text = format!("{ready}/{nodes}");
     }
     status
 }
 
-fn ufs(ufs: &UfsSpec, claim: Option<&PersistentVolumeClaim>) -> (bool, &'static str, String) {
+/// Whether UFS can be had: a condition's status, reason and message.
+fn ufs(
+    ufs: &UfsSpec,
+    claim: Option<&PersistentVolumeClaim>,
+) -> (&'static str, &'static str, String) {
     let name = match ufs.place() {
-        Some(UfsPlace::Claim(name)) => name,
+        Some(UfsVolume::Claim(name)) => name,
         // Whether it is there the Jobs tell.
-        Some(UfsPlace::Nfs(server, path)) => {
-            return (true, "Nfs", format!("Jobs mount {server}:{path}"));
+        Some(UfsVolume::Nfs(server, path)) => {
+            return ("Unknown", "Nfs", format!("Jobs mount {server}:{path}"));
         }
-        Some(UfsPlace::HostPath(path)) => {
-            return (true, "HostPath", format!("Jobs get {path} of their nodes"));
+        Some(UfsVolume::HostPath(path)) => {
+            let what = format!("Jobs get {path} of their nodes");
+            return ("Unknown", "HostPath", what);
         }
         None => {
             let what = "spec.ufs has to name one of claimName, nfs and hostPath";
-            return (false, "NoUfs", what.to_owned());
+            return ("False", "NoUfs", what.to_owned());
         }
     };
     let Some(claim) = claim else {
         let what =
             format!("there is no PersistentVolumeClaim {name} in the controller's namespace");
-        return (false, "NoClaim", what);
+        return ("False", "NoClaim", what);
     };
     let phase = claim
         .status
         .as_ref()
         .and_then(|status| status.phase.as_deref());
     match phase {
-        Some("Bound") => (true, "Bound", format!("{name} has a volume")),
+        Some("Bound") => ("True", "Bound", format!("{name} has a volume")),
         phase => {
             let phase = phase.unwrap_or("Pending");
             // Some are bound with the first pod.
             let what = format!("the PersistentVolumeClaim {name} is {phase}");
-            (false, "NotBound", what)
+            ("False", "NotBound", what)
         }
     }
 }
@@ -140,7 +162,18 @@ mod tests {
                 .unwrap()
                 .clone()
         };
-        let first = status(&service, None, &tasks, Some((1, 2)), at(1));
+        let mut looked = Looked {
+            nodes: 2,
+            ready: 1,
+            refused: Some("n1: no".to_owned()),
+        };
+        let first = status(&service, None, &tasks, Some(&looked), at(1));
+        let labelling = |status: &ImageAccelerationStatus| {
+            let mut all = status.conditions.iter();
+            let found = all.find(|condition| condition.type_ == LABELLING).unwrap();
+            (found.status.clone(), found.message.clone())
+        };
+        assert_eq!(labelling(&first), ("False".to_owned(), "n1: no".to_owned()));
         assert_eq!(ready(&first).status, "False");
         assert!(
             ready(&first)
@@ -150,9 +183,39 @@ mod tests {
         assert_eq!((first.images, first.stored.as_str()), (2, "3.0 MiB"));
 
         service.status = Some(first);
+        // Nothing is Ready of which nobody knows whether its logins are taken.
+        let asked = status(&service, Some(&claim("Bound")), &tasks, None, at(1));
+        assert_eq!(ready(&asked).status, "Unknown");
+        let mut access = Condition {
+            type_: ACCESS.to_owned(),
+            status: "True".to_owned(),
+            reason: "Checked".to_owned(),
+            message: String::new(),
+            observed_generation: Some(1),
+            last_transition_time: Time(at(1)),
+        };
+        let said = &mut service.status.as_mut().unwrap().conditions;
+        set_condition(said, access.clone());
+        let old = status(&service, Some(&claim("Bound")), &tasks, None, at(1));
+        assert_eq!(ready(&old).status, "Unknown", "that was of other settings");
+        access.observed_generation = Some(2);
+        let said = &mut service.status.as_mut().unwrap().conditions;
+        set_condition(said, access);
         let pending = status(&service, Some(&claim("Pending")), &tasks, None, at(2));
         assert_eq!(ready(&pending).last_transition_time.0, at(1));
-        let bound = status(&service, Some(&claim("Bound")), &tasks, Some((2, 2)), at(3));
+        looked = Looked {
+            nodes: 2,
+            ready: 2,
+            refused: None,
+        };
+        let bound = status(
+            &service,
+            Some(&claim("Bound")),
+            &tasks,
+            Some(&looked),
+            at(3),
+        );
+        assert_eq!(labelling(&bound).0, "True");
         assert_eq!(ready(&bound).status, "True");
         assert_eq!(ready(&bound).last_transition_time.0, at(3));
         assert_eq!(ready(&bound).observed_generation, Some(2));
@@ -170,9 +233,10 @@ mod tests {
         ] {
             let given: UfsSpec = serde_json::from_value(given).unwrap();
             let (bound, why, message) = ufs(&given, None);
-            assert!(bound && message.contains(said), "{message}");
-            assert_eq!(why, reason);
+            assert!(message.contains(said), "{message}");
+            // Nobody has looked at it.
+            assert_eq!((bound, why), ("Unknown", reason));
         }
-        assert!(!ufs(&UfsSpec::default(), None).0);
+        assert_eq!(ufs(&UfsSpec::default(), None).0, "False");
     }
 }

@@ -1,27 +1,8 @@
 //! Why an image cannot be had.
 
-use accel_oci::{Digest, Platform};
+use accel_oci::{Digest, Platform, Problem};
 use std::path::PathBuf;
 use std::{fmt, io};
-
-/// Why a registry does not do what it is asked for, in one word, for programs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-pub enum Problem {
-    /// It wants a login, and the file that should have one cannot be read.
-    NoLoginFile,
-    /// It wants a login, and there is none for it.
-    NoLogin,
-    /// It refuses the login.
-    Unauthorized,
-    /// It takes the login, which may not do this.
-    Forbidden,
-    /// It does not have what is asked for.
-    NotFound,
-    /// It does not answer.
-    Unreachable,
-    /// Something else: the message says what.
-    Other,
-}
 
 /// Why an image cannot be had.
 #[derive(Debug, thiserror::Error)]

@@ -30,9 +30,10 @@ mod manifest;
 mod registry;
 mod target;
 
+pub use accel_oci::Problem;
 pub use accelerated::{Accelerated, Annotations};
 pub use config::ProcessConfig;
-pub use error::{ImageError, Problem};
+pub use error::ImageError;
 pub use image::{Credentials, Image, Images, Layer, OpenOptions, Platforms, open, open_all};
 pub use registry::{Untagged, check_login, logins};
 pub use target::Target;

@@ -176,6 +176,10 @@ fn a_conversion_tells_which_registry_does_not_let_it_before_it_begins() {
         no_pull.image("team/app:v1"),
         no_push.image("team/app:v1-acc"),
     );
+    // It makes no repositories.
+    let bare = Proxy::start(&target, uploads, Harm::Refuse(usize::MAX, "404 Not Found"));
+    let of_bare = Logins::new(&[(&bare.address, RIGHT)]);
+    let bare = bare.image("team/app:v1-acc");
     let nobody = "docker://127.0.0.1:1/team/app:v1";
     for (from, to, logins, problem, registry) in [
         (&from, &to, &bad, "Unauthorized", &to),
@@ -184,6 +188,7 @@ fn a_conversion_tells_which_registry_does_not_let_it_before_it_begins() {
         (&from, &no_push, &of_proxies, "Forbidden", &no_push),
         (&no_pull, &to, &of_proxies, "Forbidden", &no_pull),
         (&missing, &to, &good, "NotFound", &missing),
+        (&from, &bare, &of_bare, "NoTarget", &bare),
         (
             &nobody.to_owned(),
             &to,
@@ -207,33 +212,73 @@ fn a_conversion_tells_which_registry_does_not_let_it_before_it_begins() {
     assert_eq!(first, json!({"checked": {"source": from, "targets": [to]}}));
 }
 
-#[test]
-fn a_server_that_answers_with_what_it_was_told_is_not_repeated() {
-    // As some do that help with debugging.
+/// A token that the server below gives.
+const TOKEN: &str = "t0k3n-f0r-0n3";
+
+/// A registry that takes no login, and answers with what it was told, as some do that help with
+/// debugging. `wants` is the way to log in; it is its own token server. Its address.
+fn repeats(wants: &str) -> String {
     let server = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = server.local_addr().unwrap().to_string();
+    let wants = wants.replace("{address}", &address);
     std::thread::spawn(move || {
         for mut client in server.incoming().flatten() {
-            let mut told = String::new();
+            let (mut told, mut asked) = (String::new(), String::new());
             for line in BufReader::new(&client).lines().map_while(Result::ok) {
                 if line.is_empty() {
                     break;
+                }
+                if asked.is_empty() {
+                    asked.clone_from(&line);
                 }
                 if line.to_lowercase().starts_with("authorization") {
                     told = format!("told {line} s3kr1t");
                 }
             }
-            let head = "HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Basic realm=\"x\"\r\n\
-                 Connection: close\r\nContent-Length";
-            let _ = write!(client, "{head}: {}\r\n\r\n{told}", told.len());
+            let mut head = format!("401 Unauthorized\r\nWWW-Authenticate: {wants}");
+            if asked.contains("/token") {
+                (head, told) = ("200 OK".to_owned(), json!({"token": TOKEN}).to_string());
+            }
+            let _ = write!(
+                client,
+                "HTTP/1.1 {head}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{told}",
+                told.len()
+            );
         }
     });
-    let logins = Logins::new(&[(&address, RIGHT)]);
-    let output = check(&["--plain-http"], &logins);
-    assert_eq!(refused(&output).unwrap()["problem"], "Unauthorized");
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        error.to_lowercase().contains("told authorization: basic …"),
-        "{error}"
-    );
+    address
+}
+
+#[test]
+fn a_server_that_answers_with_what_it_was_told_is_not_repeated() {
+    for (wants, told) in [
+        ("Basic realm=\"x\"", "told authorization: basic …"),
+        (
+            "Bearer realm=\"http://{address}/token\",service=\"x\"",
+            "told authorization: bearer …",
+        ),
+    ] {
+        let address = repeats(wants);
+        let logins = Logins::new(&[(&address, RIGHT)]);
+        let output = check(&["--plain-http"], &logins);
+        assert_eq!(refused(&output).unwrap()["problem"], "Unauthorized");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(error.to_lowercase().contains(told), "{error}");
+        assert!(!error.contains(TOKEN), "{error}");
+    }
+}
+
+#[test]
+fn a_way_to_log_in_that_nobody_knows_is_not_the_fault_of_the_login() {
+    for wants in [
+        "Bearer service=\"x\"",
+        "Bearer realm=\"nowhere\"",
+        "Digest realm=\"x\"",
+    ] {
+        let address = repeats(wants);
+        let output = check(&["--plain-http"], &Logins::new(&[(&address, RIGHT)]));
+        assert_eq!(refused(&output).unwrap()["problem"], "Other", "{wants}");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(error.contains("not understood"), "{error}");
+    }
 }

@@ -1,7 +1,7 @@
 //! `kubectl accel`: tasks without writing YAML.
 
 use accel_controller::command::{self, Waiting};
-use accel_controller::nodes;
+use accel_controller::labels;
 use accel_controller::plan::FINALIZER;
 use accel_controller::purge::PURGED;
 use accel_controller::resource::{
@@ -249,7 +249,7 @@ async fn run(cli: Cli) -> Result<()> {
         }
         Command::Delete { name, wait } => tasks.delete(&name, wait).await,
         Command::Nodes { controller, output } => {
-            let (key, value) = nodes::COMPONENT;
+            let (key, value) = labels::COMPONENT;
             let of_nodes = ListParams::default().labels(&format!("{key}={value}"));
             let leases = Api::<Lease>::namespaced(client.clone(), &controller);
             let leases = leases.list(&of_nodes).await.map_err(said)?;
@@ -258,7 +258,6 @@ async fn run(cli: Cli) -> Result<()> {
             let all = all.map_err(said)?.items;
             let service = Api::<ImageAcceleration>::all(client);
             let service = service.get_opt(SERVICE_NAME).await.map_err(said)?;
-            let service = service.map(|service| service.spec);
             let state = |node| command::node_state(node, &leases.items, service.as_ref());
             let states: Vec<_> = all.iter().map(state).collect();
             match output {
@@ -310,13 +309,9 @@ fn say(line: &str) -> Result<()> {
 }
 
 async fn enable(services: &Api<ImageAcceleration>, spec: &Value, wait: Wait) -> Result<()> {
-    let service = json!({
-        "apiVersion": "image-accel.io/v1alpha1",
-        "kind": "ImageAcceleration",
-        "metadata": {"name": SERVICE_NAME},
-        "spec": spec,
-    });
-    let done = match services.get_opt(SERVICE_NAME).await.map_err(said)? {
+    let there = services.get_opt(SERVICE_NAME).await.map_err(said)?;
+    let service = command::enabled(there.as_ref(), spec).map_err(anyhow::Error::msg)?;
+    let done = match there {
         Some(_) => {
             let patch = Patch::Merge(&service);
             let patched = services
@@ -346,32 +341,69 @@ async fn enable(services: &Api<ImageAcceleration>, spec: &Value, wait: Wait) -> 
                 && condition.observed_generation == service.metadata.generation
         });
         match ready {
-            Some(condition) if condition.status == "True" => return Ok(()),
+            Some(condition) if condition.status == "True" => {
+                // Not all of it can be known before a task is converted.
+                return say(&format!("ready: {}", condition.message));
+            }
             Some(condition) => pause(deadline, &condition.message).await?,
             None => pause(deadline, "the controller has not said anything").await?,
         }
     }
 }
 
-async fn disable(services: &Api<ImageAcceleration>, purge: bool, wait: Wait) -> Result<()> {
-    let deadline = wait.deadline();
-    // As it is said now, whatever was said before.
+async fn set_purge(services: &Api<ImageAcceleration>, purge: bool) -> Result<()> {
     let patch = Patch::Merge(json!({"spec": {"purge": purge}}));
     let plain = PatchParams::default();
     let patched = services.patch(SERVICE_NAME, &plain, &patch).await;
-    patched.map_err(said)?;
+    patched.map(drop).map_err(said)
+}
+
+/// Deletes the service, which stays until all is gone that was made.
+async fn delete_with_all(
+    services: &Api<ImageAcceleration>,
+    deadline: Option<Instant>,
+) -> Result<()> {
     let is_kept = |service: &ImageAcceleration| {
         let mut finalizers = service.finalizers().iter();
         finalizers.any(|name| name == FINALIZER)
     };
     // The controller keeps it from now on; deleted before that, it would be gone at once.
-    while purge && !is_kept(&services.get(SERVICE_NAME).await.map_err(said)?) {
-        pause(deadline, "the controller does not answer").await?;
+    while !is_kept(&services.get(SERVICE_NAME).await.map_err(said)?) {
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            bail!("the controller does not answer");
+        }
+        tokio::time::sleep(LOOK).await;
     }
+    let now = DeleteParams::default();
     services
-        .delete(SERVICE_NAME, &DeleteParams::default())
+        .delete(SERVICE_NAME, &now)
         .await
-        .map_err(said)?;
+        .map(drop)
+        .map_err(said)
+}
+
+async fn disable(services: &Api<ImageAcceleration>, purge: bool, wait: Wait) -> Result<()> {
+    let deadline = wait.deadline();
+    // As it is said now, whatever was said before.
+    set_purge(services, purge).await?;
+    if purge {
+        let deleted = tokio::select! {
+            deleted = delete_with_all(services, deadline) => deleted,
+            _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+        };
+        if let Err(error) = deleted {
+            // Or whoever deletes it some day, for another reason, would remove everything.
+            return Err(match set_purge(services, false).await {
+                Ok(()) => error.context("spec.purge is set back"),
+                Err(still) => error.context(format!(
+                    "spec.purge could not be set back ({still:#}): `kubectl accel enable` does that"
+                )),
+            });
+        }
+    } else {
+        let now = DeleteParams::default();
+        services.delete(SERVICE_NAME, &now).await.map_err(said)?;
+    }
     while wait.wait
         && let Some(service) = services.get_opt(SERVICE_NAME).await?
     {

@@ -191,7 +191,7 @@ fn the_service_is_ready_only_with_logins_that_are_taken() {
         let mut all = status.conditions.into_iter();
         all.find(|condition| condition.type_ == "Ready").unwrap()
     };
-    assert_eq!(ready(&mut service).status, "False");
+    assert_eq!(ready(&mut service).status, "Unknown");
     service.fail_job(Problem::Unauthorized);
     let said = ready(&mut service);
     assert_eq!((&*said.status, &*said.reason), ("False", ACCESS));
@@ -204,6 +204,22 @@ fn the_service_is_ready_only_with_logins_that_are_taken() {
     ready(&mut service);
     service.end_job("Complete");
     assert_eq!(ready(&mut service).status, "True");
+}
+
+#[test]
+fn a_copy_has_the_logins_and_is_taken_whatever_is_in_them() {
+    let secret = json!({"metadata": {"name": "mine", "namespace": "team"}, "type": SECRET_TYPE,
+        "data": {".dockerconfigjson": "bm8ganNvbg==", "other": "eA=="}});
+    let owner: OwnerReference = serde_json::from_value(
+        json!({"apiVersion": "batch/v1", "kind": "Job", "name": "accel-u-1-0", "uid": "j"}),
+    )
+    .unwrap();
+    let copy = copy(serde_json::from_value(secret).unwrap(), owner);
+    let copy = serde_json::to_value(copy).unwrap();
+    assert_eq!(copy["metadata"]["name"], "accel-u-1-0");
+    assert_eq!(copy["metadata"]["ownerReferences"][0]["uid"], "j");
+    assert_eq!(copy["type"], "Opaque");
+    assert_eq!(copy["data"], json!({".dockerconfigjson": "bm8ganNvbg=="}));
 }
 
 #[test]

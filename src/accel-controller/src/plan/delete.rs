@@ -54,8 +54,11 @@ impl Next<'_> {
         match job.map(|job| (job, job::end(job))) {
             Some((job, None)) => {
                 self.stop_all_but(Some(job));
-                let lacks = self.lend(job);
-                let what = lacks.or_else(|| self.observed.pod.and_then(waits_for));
+                // Without the task's Secret there is another Job, with the service's login.
+                let what = match self.lend(job) {
+                    Some(_) => Some("its Job is being ended".to_owned()),
+                    None => self.observed.pod.and_then(waits_for),
+                };
                 let what = what.unwrap_or_else(|| "is being removed".to_owned());
                 if self.status.used_by.is_empty() {
                     self.say(Phase::Deleting, &what);

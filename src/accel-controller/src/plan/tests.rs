@@ -1,7 +1,6 @@
 use super::*;
 use crate::report::{Accelerated, Erofs, Image, Layer, Problem, Refused, Removal};
 use crate::resource::{ImageAccelerationSpec, UfsSpec, UserStatus};
-use serde_json::json;
 use std::sync::LazyLock;
 
 static SETTINGS: LazyLock<Settings> = LazyLock::new(|| Settings {
@@ -91,6 +90,14 @@ impl Cluster {
                 format!("run {name}")
             }
             Step::Lend { job, uid } => format!("lend {job} {uid}"),
+            Step::Hold(name) => {
+                let mut held = self.jobs.iter_mut();
+                let held = held.find(|job| job.name_any() == name).unwrap();
+                let mut job = serde_json::to_value(&*held).unwrap();
+                job["spec"]["parallelism"] = job::hold()["spec"]["parallelism"].clone();
+                *held = serde_json::from_value(job).unwrap();
+                format!("hold {name}")
+            }
             Step::Stop(name) => {
                 self.jobs.retain(|job| job.name_any() != name);
                 format!("stop {name}")
@@ -234,6 +241,22 @@ fn a_job_that_failed_stays_to_be_looked_at_until_the_next_one() {
     assert_eq!(cluster.step(), ["stop accel-u-1-0"]);
     assert_eq!(cluster.step(), ["run accel-u-1-1"]);
     assert_eq!(cluster.status().failures, 1);
+}
+
+#[test]
+fn finalizers_of_others_stay() {
+    let meta = |finalizers: &[&str]| -> ObjectMeta {
+        serde_json::from_value(json!({"finalizers": finalizers, "resourceVersion": "7"})).unwrap()
+    };
+    for (has, keep, gets) in [
+        (&["other"][..], true, &["other", FINALIZER][..]),
+        (&["other", FINALIZER], true, &["other", FINALIZER]),
+        (&[FINALIZER, "other"], false, &["other"]),
+        (&[], false, &[]),
+    ] {
+        let expected = json!({"metadata": {"finalizers": gets, "resourceVersion": "7"}});
+        assert_eq!(finalizer(&meta(has), keep), expected);
+    }
 }
 
 #[test]
@@ -415,6 +438,20 @@ fn another_source_ends_the_old_job_first() {
     assert_eq!(cluster.phase().0, Phase::Creating);
     assert_eq!(cluster.status().target_digest, None);
     assert_eq!(cluster.condition("Ready").observed_generation, Some(3));
+}
+
+#[test]
+fn a_task_that_is_edited_is_not_ready_any_more() {
+    let mut cluster = Cluster::working();
+    assert!(!is_ready(&cluster.task));
+    cluster.end_job("Complete", "");
+    cluster.log = Some(Ok(report()));
+    cluster.step();
+    assert!(is_ready(&cluster.task));
+    // What it needs is looked for with the first look already.
+    cluster.edit("h/b:v1");
+    assert_eq!(cluster.phase().0, Phase::Ready);
+    assert!(!is_ready(&cluster.task));
 }
 
 /// A task that has made something, and is deleted.
@@ -708,6 +745,7 @@ fn a_registry_that_does_not_let_us_is_a_condition_with_what_to_do() {
             "NotFound",
             "the image cannot be had",
         ),
+        (Problem::NoTarget, None, "NotFound", "name another target"),
         (Problem::Unreachable, None, "Unreachable", "plainHttp"),
         (Problem::Other, None, "Failed", "answer"),
     ] {
@@ -753,6 +791,70 @@ fn a_registry_that_does_not_let_us_is_a_condition_with_what_to_do() {
         cluster.step();
         cluster.step();
         assert_eq!(cluster.condition(ACCESS).status, "Unknown");
+    }
+}
+
+impl Cluster {
+    /// The first of the tries that a Job has ended with a refusal.
+    fn refused(problem: Problem) -> Self {
+        let mut cluster = Self::working();
+        cluster.pod_says(&json!({"terminated": {"exitCode": 4, "reason": "Error",
+            "message": "mkfs-accel: it says no\n"}}));
+        cluster.log = Some(Ok(refused(problem)));
+        cluster
+    }
+}
+
+#[test]
+fn what_does_not_pass_by_itself_is_tried_once_and_told_at_once() {
+    for problem in [
+        Problem::NoLoginFile,
+        Problem::NoLogin,
+        Problem::Unauthorized,
+        Problem::Forbidden,
+        Problem::NotFound,
+        Problem::NoTarget,
+    ] {
+        let mut cluster = Cluster::refused(problem);
+        assert_eq!(cluster.step(), ["hold accel-u-1-0"]);
+        assert_eq!(cluster.condition(ACCESS).status, "False");
+        assert_eq!(cluster.phase().0, Phase::CreateError);
+        assert!(cluster.phase().1.starts_with("it says no ("));
+        assert!(cluster.phase().1.contains("after 1 minutes"));
+        assert_eq!(cluster.status().failures, 1);
+        // It stays to be looked at, and takes no other's place.
+        assert!(!job::is_at_work(&cluster.jobs[0]));
+        for _ in 0..59 {
+            assert!(cluster.step().is_empty());
+        }
+        assert_eq!(cluster.step(), ["stop accel-u-1-0"]);
+        (cluster.pod, cluster.log) = (None, None);
+        assert_eq!(cluster.step(), ["run accel-u-1-1"]);
+    }
+    // The controller was killed before it had done it.
+    let mut cluster = Cluster::refused(Problem::Unauthorized);
+    let job = cluster.jobs[0].clone();
+    cluster.step();
+    cluster.jobs = vec![job];
+    assert_eq!(cluster.step(), ["hold accel-u-1-0"]);
+}
+
+#[test]
+fn what_may_pass_is_told_and_the_job_tries_again() {
+    for problem in [Problem::Unreachable, Problem::Other] {
+        let mut cluster = Cluster::refused(problem);
+        assert!(cluster.step().is_empty());
+        assert_eq!(cluster.condition(ACCESS).status, "False");
+        assert_eq!(cluster.phase().0, Phase::Creating);
+        assert!(cluster.phase().1.ends_with("; its Job tries again"));
+        assert!(job::is_at_work(&cluster.jobs[0]));
+        cluster.pod_says(&json!({"running": {}}));
+        cluster.log = Some(Ok(Output {
+            checked: true,
+            ..Output::default()
+        }));
+        assert!(cluster.step().is_empty());
+        assert_eq!(cluster.condition(ACCESS).status, "True");
     }
 }
 
@@ -803,12 +905,6 @@ fn a_task_has_its_login_from_its_own_namespace() {
     );
     // Whoever made the Job may have been killed before the copy was there.
     assert_eq!(cluster.step(), ["lend accel-u-1-0 j"]);
-    // It has gone before that.
-    cluster.secret = Secret::Missing;
-    assert!(cluster.step().is_empty());
-    assert_eq!(cluster.condition(ACCESS).reason, "NoSecret");
-    assert!(cluster.phase().1.contains("no Secret mine"));
-    cluster.secret = Secret::There;
     cluster.log = Some(Ok(Output::default()));
     assert!(cluster.step().is_empty());
     cluster.end_job("Complete", "");
@@ -834,6 +930,98 @@ fn a_task_has_its_login_from_its_own_namespace() {
         let volumes = &pod["spec"]["template"]["spec"]["volumes"];
         assert_eq!(volumes[1]["secret"]["secretName"], name);
     }
+}
+
+/// A task with a Secret of its own, whose Job waits for the copy.
+fn lent() -> Cluster {
+    let mut cluster = Cluster::new();
+    cluster.task.spec.secret_name = Some("mine".to_owned());
+    cluster.service.as_mut().unwrap().spec.registry.secret_name = Some("login".to_owned());
+    cluster.secret = Secret::There;
+    cluster.step();
+    assert_eq!(cluster.step(), ["run accel-u-1-0"]);
+    cluster.jobs[0].metadata.uid = Some("j".to_owned());
+    cluster
+}
+
+#[test]
+fn a_job_does_not_wait_for_a_secret_that_cannot_be_had() {
+    for (secret, reason) in [
+        (Secret::Missing, "NoSecret"),
+        (Secret::OtherType, "NoSecret"),
+        (Secret::Forbidden, "SecretNotReadable"),
+    ] {
+        let mut cluster = lent();
+        let job = cluster.jobs[0].clone();
+        cluster.secret = secret;
+        assert_eq!(cluster.step(), ["stop accel-u-1-0"]);
+        assert_eq!(cluster.condition(ACCESS).reason, reason);
+        assert_eq!(cluster.phase().0, Phase::CreateError);
+        assert!(cluster.phase().1.starts_with("spec.secretName: "));
+        // It takes its time to go.
+        cluster.jobs = vec![job];
+        let going = Some(Time(Timestamp::UNIX_EPOCH));
+        cluster.jobs[0].metadata.deletion_timestamp = going;
+        assert!(cluster.plan().status.is_none() && cluster.plan().steps.is_empty());
+        cluster.jobs.clear();
+        assert!(cluster.step().is_empty());
+        assert_eq!(cluster.phase().0, Phase::CreateError);
+        assert_eq!(cluster.plan().again, Some(FIRST_RETRY));
+        cluster.secret = Secret::There;
+        assert_eq!(cluster.step(), ["run accel-u-1-0"]);
+    }
+    // One that has begun has what it needs.
+    let mut cluster = lent();
+    cluster.log = Some(Ok(Output::default()));
+    cluster.secret = Secret::Missing;
+    assert!(cluster.step().is_empty());
+}
+
+#[test]
+fn what_is_made_is_removed_with_the_login_of_the_service_if_the_own_one_goes_meanwhile() {
+    let mut cluster = lent();
+    cluster.delete();
+    assert_eq!(cluster.step(), ["stop accel-u-1-0"]);
+    assert_eq!(cluster.step(), ["run accel-u-delete-0"]);
+    cluster.jobs[0].metadata.uid = Some("k".to_owned());
+    assert_eq!(cluster.step(), ["lend accel-u-delete-0 k"]);
+    cluster.secret = Secret::Missing;
+    assert_eq!(cluster.step(), ["stop accel-u-delete-0"]);
+    assert_eq!(cluster.phase().0, Phase::Deleting);
+    assert_eq!(cluster.step(), ["run accel-u-delete-0"]);
+    assert!(!job::is_lent(&cluster.jobs[0]));
+}
+
+#[test]
+fn a_job_whose_secret_the_cluster_refuses_ends_and_the_next_one_waits() {
+    let cluster = lent();
+    let job = cluster.jobs[0].clone();
+    let now = Timestamp::from_second(cluster.now).unwrap();
+    let lend = Step::Lend {
+        job: "accel-u-1-0".to_owned(),
+        uid: "j".to_owned(),
+    };
+    for step in [lend, Step::Run(Box::new(job))] {
+        let status = cluster.status().clone();
+        let (said, stuck) = super::refused(&cluster.task, status, &step, "no more Secrets", now);
+        assert_eq!(stuck.as_deref(), Some("accel-u-1-0"));
+        assert_eq!(said.phase, Phase::CreateError);
+        assert!(said.message.ends_with(": no more Secrets"));
+        let mut cluster = lent();
+        cluster.task.status = Some(said);
+        cluster.jobs.clear();
+        for _ in 0..59 {
+            assert!(cluster.step().is_empty());
+            assert_eq!(cluster.phase().0, Phase::CreateError);
+        }
+        cluster.now += 1;
+        assert_eq!(cluster.step(), ["run accel-u-1-0"]);
+    }
+    // Others need no Secret.
+    let plain = Cluster::working();
+    let step = Step::Run(Box::new(plain.jobs[0].clone()));
+    let (_, stuck) = super::refused(&plain.task, plain.status().clone(), &step, "", now);
+    assert_eq!(stuck, None);
 }
 
 #[test]

@@ -1,13 +1,12 @@
 //! Secrets of tasks, and Jobs that ask registries whether they take logins.
 
-use super::{Context, RETRY, RunError, has_log};
-use crate::job;
-use crate::login::{self, Checked, Checking, SECRET_KEY, SECRET_TYPE, Secret};
+use super::{Context, RETRY, RunError};
+use crate::login::{self, Checked, Checking, SECRET_KEY, Secret};
 use crate::plan::Step;
 use crate::resource::{AcceleratedImage, ImageAcceleration};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt as _;
 use kube::api::{Api, ListParams, PostParams};
@@ -51,11 +50,9 @@ impl Context {
             return Ok(());
         };
         let Some(secret) = secrets.get_opt(&name).await? else {
-            // That is told when the Job fails.
+            // That is told with the next look, and ends the Job.
             return Ok(());
         };
-        let mut data = secret.data.unwrap_or_default();
-        data.retain(|key, _| key == SECRET_KEY);
         let owner = OwnerReference {
             api_version: "batch/v1".to_owned(),
             kind: "Job".to_owned(),
@@ -63,18 +60,7 @@ impl Context {
             uid: uid.to_owned(),
             ..OwnerReference::default()
         };
-        let (key, value) = job::SELECTOR.split_once('=').unwrap_or_default();
-        let copy = v1::Secret {
-            metadata: ObjectMeta {
-                name: Some(job.to_owned()),
-                labels: Some([(key.to_owned(), value.to_owned())].into()),
-                owner_references: Some(vec![owner]),
-                ..ObjectMeta::default()
-            },
-            type_: Some(SECRET_TYPE.to_owned()),
-            data: Some(data),
-            ..v1::Secret::default()
-        };
+        let copy = login::copy(secret, owner);
         let copies = self.own::<v1::Secret>();
         match copies.create(&PostParams::default(), &copy).await {
             // From when it was looked last.
@@ -90,15 +76,7 @@ impl Context {
     ) -> Result<Checked, RunError> {
         let of_checks = ListParams::default().labels(&login::selector());
         let jobs = self.own::<Job>().list(&of_checks).await?.items;
-        let newest = jobs.iter().max_by_key(|job| job.creation_timestamp());
-        let pod = match newest {
-            Some(job) => self.newest_pod(&job.name_any()).await?,
-            None => None,
-        };
-        let log = match &pod {
-            Some(pod) if has_log(pod) => Some(self.log(&pod.name_any()).await),
-            _ => None,
-        };
+        let (pod, log) = self.newest_pod(&jobs).await?;
         Ok(login::check(&Checking {
             service,
             jobs: &jobs,
@@ -118,6 +96,7 @@ impl Context {
                 _ => Ok(()),
             };
             if let Err(error) = done {
+                self.metrics.error();
                 warn!("registries cannot be asked about the logins: {error}");
                 return Some(RETRY);
             }

@@ -1,14 +1,13 @@
 //! Takes the steps of [`crate::purge`].
 
 use super::{Context, RunError};
-use crate::plan::FINALIZER;
+use crate::plan;
 use crate::purge::{self, Step};
 use crate::resource::{AcceleratedImage, ImageAcceleration};
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions};
 use kube::runtime::controller::Action;
-use serde_json::json;
 use std::time::Duration;
 use tracing::info;
 
@@ -44,17 +43,10 @@ impl Context {
     async fn take(&self, service: &ImageAcceleration, step: &Step) -> Result<(), RunError> {
         let taken = match step {
             Step::AddFinalizer | Step::RemoveFinalizer => {
-                let mut finalizers = service.finalizers().to_vec();
-                finalizers.retain(|name| name != FINALIZER);
-                if *step == Step::AddFinalizer {
-                    finalizers.push(FINALIZER.to_owned());
-                }
-                // With the version of what was looked at, or whoever has just asked for a
-                // purge would not get it.
-                let patch = Patch::Merge(json!({"metadata": {
-                    "finalizers": finalizers,
-                    "resourceVersion": service.resource_version(),
-                }}));
+                // Whoever has just asked for a purge would not get it if this were of an older
+                // version.
+                let keep = *step == Step::AddFinalizer;
+                let patch = Patch::Merge(plan::finalizer(&service.metadata, keep));
                 let services = self.all::<ImageAcceleration>();
                 let (name, plain) = (service.name_any(), PatchParams::default());
                 services.patch(&name, &plain, &patch).await.map(drop)

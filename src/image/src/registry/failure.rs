@@ -16,7 +16,12 @@ pub(super) enum Failure {
     /// No answer, or one that broke off.
     Connection(String),
     /// The registry does not let us in.
-    Refused(String),
+    Refused {
+        /// Why, and what to do.
+        why: String,
+        /// The same in one word.
+        problem: Problem,
+    },
     /// Another answer than the wanted one.
     Status {
         code: StatusCode,
@@ -36,7 +41,7 @@ impl Failure {
     pub fn may_pass(&self) -> bool {
         match self {
             Self::Connection(_) => true,
-            Self::Refused(_) => false,
+            Self::Refused { .. } => false,
             Self::Status { code, .. } => {
                 code.is_server_error() && *code != StatusCode::NOT_IMPLEMENTED
                     || *code == StatusCode::TOO_MANY_REQUESTS
@@ -61,7 +66,7 @@ impl Http {
     pub fn problem(&self, failure: &Failure) -> Problem {
         match failure {
             Failure::Connection(_) => Problem::Unreachable,
-            Failure::Refused(_) => self.login.problem().unwrap_or(Problem::Unauthorized),
+            Failure::Refused { problem, .. } => *problem,
             Failure::Status { code, .. } => match code.as_u16() {
                 403 => self.login.problem().unwrap_or(Problem::Forbidden),
                 404 => Problem::NotFound,
@@ -99,7 +104,7 @@ impl Http {
                 };
                 format!("{text}{hint}")
             }
-            Failure::Refused(text) => text.clone(),
+            Failure::Refused { why, .. } => why.clone(),
             Failure::Status { code, said, wait } => {
                 let number = code.as_u16();
                 let what = match number {
@@ -130,6 +135,11 @@ impl Http {
 impl Http {
     /// The error that a failure is when `what` was pushed.
     pub fn push_error(&self, what: &str, failure: &Failure) -> ImageError {
+        let problem = match self.problem(failure) {
+            // What is pushed is what is not there yet.
+            Problem::NotFound => Problem::NoTarget,
+            problem => problem,
+        };
         let why = match failure {
             Failure::Status { code, .. } if code.as_u16() == 404 => {
                 "there is no such repository, and it is not made by pushing: make it first, or name another (404)".to_owned()
@@ -143,14 +153,15 @@ impl Http {
             registry: self.registry.clone(),
             what: what.to_owned(),
             why,
-            problem: self.problem(failure),
+            problem,
         }
     }
 }
 
 /// What an answer says for people: the messages of an error as the distribution
-/// specification has it, or its first line; without the password, which some answer with.
-pub(super) async fn said(mut response: Response, login: &Login) -> String {
+/// specification has it, or its first line; without what `hide` takes from it, as some answer
+/// with what they were told.
+pub(super) async fn said(mut response: Response, hide: impl Fn(String) -> String) -> String {
     let mut body = Vec::new();
     while let Ok(Some(piece)) = response.chunk().await {
         body.extend_from_slice(&piece);
@@ -171,8 +182,8 @@ pub(super) async fn said(mut response: Response, login: &Login) -> String {
         errors.iter().filter_map(message).collect::<Vec<_>>()
     });
     match messages {
-        Some(messages) if !messages.is_empty() => first_line(&login.hidden(messages.join("; "))),
-        _ => first_line(&login.hidden(text.into_owned())),
+        Some(messages) if !messages.is_empty() => first_line(&hide(messages.join("; "))),
+        _ => first_line(&hide(text.into_owned())),
     }
 }
 

@@ -17,7 +17,7 @@
 use super::failure::{Failure, chain, pause, retry_after, said};
 use super::hosts::{Capabilities, Host};
 use super::login::Login;
-use crate::ImageError;
+use crate::{ImageError, Problem};
 use http_auth::ChallengeRef;
 use reqwest::header::{ACCEPT, HeaderMap, RANGE, WWW_AUTHENTICATE};
 use reqwest::{Certificate, Client, Identity, RequestBuilder, Response, StatusCode, Url};
@@ -213,7 +213,7 @@ impl Http {
         loop {
             let authorization = self.authorization();
             let answer = self
-                .send(attempts, || {
+                .send(attempts, authorization.as_ref(), || {
                     self.signed(request(&self.client), authorization.as_ref())
                 })
                 .await?;
@@ -227,10 +227,7 @@ impl Http {
                     *self.lock() = Some(authorization);
                 }
                 Answer::Unauthorized(_, said) => {
-                    return Err(Failure::Refused(format!(
-                        "{} (401, it says {said:?})",
-                        self.login.refused()
-                    )));
+                    return Err(self.refused(&format!("401, it says {said:?}")));
                 }
             }
         }
@@ -279,11 +276,13 @@ impl Http {
                 .get(url.clone())
                 .header(RANGE, format!("bytes={from}-")),
         };
-        match self.send(self.attempts(), request).await? {
+        match self.send(self.attempts(), None, request).await? {
             Answer::Good(response) => Ok(response),
-            Answer::Unauthorized(_, said) => Err(Failure::Refused(format!(
-                "{url} wants a login (401, it says {said:?})"
-            ))),
+            // Which no login for this registry is for.
+            Answer::Unauthorized(_, said) => Err(Failure::Refused {
+                why: format!("{url} wants a login (401, it says {said:?})"),
+                problem: Problem::Other,
+            }),
         }
     }
 
@@ -297,12 +296,32 @@ impl Http {
         self.lock().clone()
     }
 
-    /// Sends a request until it is answered, or cannot be.
+    /// That our login does not let us in; `how` it was said.
+    fn refused(&self, how: &str) -> Failure {
+        Failure::Refused {
+            why: format!("{} ({how})", self.login.refused()),
+            problem: self.login.problem().unwrap_or(Problem::Unauthorized),
+        }
+    }
+
+    /// `text` without what nobody else may see: the login, and what was made of it.
+    fn hidden(&self, text: String, authorization: Option<&Authorization>) -> String {
+        let text = self.login.hidden(text);
+        match authorization {
+            Some(Authorization::Bearer(token)) if !token.is_empty() => text.replace(token, "…"),
+            _ => text,
+        }
+    }
+
+    /// Sends a request, which `authorization` goes along with, until it is answered, or cannot
+    /// be.
     async fn send(
         &self,
         attempts: u32,
+        authorization: Option<&Authorization>,
         request: impl Fn() -> RequestBuilder,
     ) -> Result<Answer, Failure> {
+        let hide = |text| self.hidden(text, authorization);
         let mut attempt = 0;
         loop {
             let failure = match request().send().await {
@@ -312,15 +331,13 @@ impl Http {
                         code if code.is_success() => return Ok(Answer::Good(response)),
                         StatusCode::UNAUTHORIZED => {
                             let headers = response.headers().clone();
-                            return Ok(Answer::Unauthorized(
-                                headers,
-                                said(response, &self.login).await,
-                            ));
+                            let said = said(response, hide).await;
+                            return Ok(Answer::Unauthorized(headers, said));
                         }
                         code => Failure::Status {
                             code,
                             wait: retry_after(response.headers()),
-                            said: said(response, &self.login).await,
+                            said: said(response, hide).await,
                         },
                     }
                 }
@@ -370,10 +387,20 @@ impl Http {
             Login::Password { user, password, .. } if find("Basic").is_some() => {
                 Ok(Authorization::Basic(user.clone(), password.clone()))
             }
-            Login::IdentityToken(_) if find("Basic").is_some() => Err(Failure::Refused(
-                "the registry wants name and password, but your login is an identity token: log in again (401)".to_owned(),
-            )),
-            login => Err(Failure::Refused(format!("{} (401)", login.refused()))),
+            Login::IdentityToken(_) if find("Basic").is_some() => Err(Failure::Refused {
+                why: "the registry wants name and password, but your login is an identity token: log in again (401)".to_owned(),
+                problem: Problem::Unauthorized,
+            }),
+            // It may want something that nobody here knows.
+            Login::Password { .. } | Login::IdentityToken(_) => {
+                let schemes: Vec<_> = challenges.iter().map(|one| one.scheme).collect();
+                let wants = match schemes.is_empty() {
+                    true => "it names none".to_owned(),
+                    false => format!("it wants {}", schemes.join(" or ")),
+                };
+                Err(unknown_way(&format!("{wants} (401)")))
+            }
+            Login::Anonymous { .. } => Err(self.refused("401")),
         }
     }
 
@@ -384,8 +411,7 @@ impl Http {
             all.find(|(key, _)| key.eq_ignore_ascii_case(name))
                 .map(|(_, value)| value.to_unescaped())
         };
-        let wrong =
-            |why: String| Failure::Refused(format!("its way to log in is not understood: {why}"));
+        let wrong = |why: String| unknown_way(&why);
         let realm = parameter("realm").ok_or_else(|| wrong("no token server".to_owned()))?;
         let mut url = Url::parse(&realm).map_err(|error| wrong(format!("{realm:?}: {error}")))?;
         let anonymous = matches!(self.login, Login::Anonymous { .. });
@@ -427,13 +453,8 @@ impl Http {
                 .basic_auth(user, Some(password)),
             (None, _) => self.client.get(url.clone()),
         };
-        let refused = |code: u16, said: &str| {
-            Failure::Refused(format!(
-                "{} ({code}, it says {said:?})",
-                self.login.refused()
-            ))
-        };
-        let response = match self.send(self.attempts(), request).await {
+        let refused = |code: u16, said: &str| self.refused(&format!("{code}, it says {said:?}"));
+        let response = match self.send(self.attempts(), None, request).await {
             Ok(Answer::Good(response)) => response,
             Ok(Answer::Unauthorized(_, said)) => return Err(refused(401, &said)),
             // OAuth 2 says 400 for credentials that are no good.
@@ -443,10 +464,13 @@ impl Http {
             Err(Failure::Status { code, .. })
                 if identity.is_some() && matches!(code.as_u16(), 404 | 405) =>
             {
-                return Err(Failure::Refused(format!(
-                    "your login is an identity token, which the token server {} does not take ({code}): log in again with name and password",
-                    url.host_str().unwrap_or_default(),
-                )));
+                return Err(Failure::Refused {
+                    why: format!(
+                        "your login is an identity token, which the token server {} does not take ({code}): log in again with name and password",
+                        url.host_str().unwrap_or_default(),
+                    ),
+                    problem: Problem::Unauthorized,
+                });
             }
             Err(failure) => return Err(failure),
         };
@@ -458,6 +482,14 @@ impl Http {
             .find_map(|name| body.get(name)?.as_str())
             .map(str::to_owned)
             .ok_or_else(|| wrong("the token server's answer has no token".to_owned()))
+    }
+}
+
+/// No login helps: it is asked for in a way that is none of ours.
+fn unknown_way(why: &str) -> Failure {
+    Failure::Refused {
+        why: format!("its way to log in is not understood: {why}"),
+        problem: Problem::Other,
     }
 }
 

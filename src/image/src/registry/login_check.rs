@@ -2,7 +2,7 @@
 
 use super::Registry;
 use super::failure::Failure;
-use crate::{ImageError, OpenOptions};
+use crate::{ImageError, OpenOptions, Problem};
 use accel_oci::{RegistryReference, Version};
 use serde_json::Value;
 use std::fs::File;
@@ -32,15 +32,20 @@ pub fn check_login(registry: &str, options: &OpenOptions) -> Result<(), ImageErr
         let url = host.url("")?;
         host.ask(|client| client.get(url.clone())).await
     });
-    asked.map(drop).map_err(|failure| ImageError::Login {
-        registry: registry.to_owned(),
-        why: match &failure {
-            Failure::Status { code, .. } if code.as_u16() == 404 => {
-                "there is no registry at this address (404)".to_owned()
-            }
-            failure => host.explain(failure),
-        },
-        problem: host.problem(&failure),
+    asked.map(drop).map_err(|failure| {
+        let (why, problem) = match &failure {
+            // No image was asked for.
+            Failure::Status { code, .. } if code.as_u16() == 404 => (
+                "there is no registry at this address (404)".to_owned(),
+                Problem::Other,
+            ),
+            failure => (host.explain(failure), host.problem(failure)),
+        };
+        ImageError::Login {
+            registry: registry.to_owned(),
+            why,
+            problem,
+        }
     })
 }
 
@@ -80,7 +85,6 @@ fn plain(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Problem;
 
     #[test]
     fn registries_of_a_file_are_named_as_images_name_them() {

@@ -2,7 +2,9 @@
 //!
 //! Each node says how it is in a Lease of its own, `accel-node-NAME` in the controller's
 //! namespace, which is all that it may write (`accel-controller node`). Only the controller
-//! changes nodes: one has the label exactly while it says that it can serve.
+//! changes nodes: one has the label exactly while it says that it can serve. A controller that
+//! has just begun does not know whether what a Lease says is still so: until it has heard the
+//! node itself, or the node has been silent for too long, it leaves a label as it is.
 //!
 //! While acceleration is on the label is the controller's, whoever gave it: `true` on a node
 //! that cannot serve goes. A node on which it has another value is left alone, and gets
@@ -44,13 +46,34 @@ pub fn lease_name(node: &str) -> String {
 /// When each node's Lease was renewed, by the clock of this process: clocks of machines
 /// differ.
 #[derive(Debug, Default)]
-pub struct Seen(HashMap<String, (Option<MicroTime>, Instant)>);
+pub struct Seen(HashMap<String, Sight>);
+
+#[derive(Debug)]
+struct Sight {
+    /// What the Lease says of it.
+    renewed: Option<MicroTime>,
+    /// Since when it has been that.
+    since: Instant,
+    /// Whether it has been renewed before the eyes of this process.
+    heard: bool,
+}
+
+/// Whether a node can serve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Health {
+    /// It says so.
+    Good,
+    /// It says that it cannot, or nothing.
+    Bad,
+    /// It has said that it can, nobody knows how long ago.
+    Unknown,
+}
 
 /// What a node says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Word {
     /// Whether it can serve.
-    pub healthy: bool,
+    pub health: Health,
     /// What came of the last check.
     pub message: String,
 }
@@ -62,14 +85,18 @@ impl Word {
         // It is shown on terminals, and the node has written it.
         let message = says(MESSAGE).replace(char::is_control, " ");
         Self {
-            healthy: says(HEALTHY) == YES,
+            health: match says(HEALTHY) == YES {
+                true => Health::Good,
+                false => Health::Bad,
+            },
             message: message.chars().take(MAX_MESSAGE).collect(),
         }
     }
 }
 
 impl Seen {
-    /// What each node says now. One that is silent says nothing good.
+    /// What each node says now. One that is silent says nothing good; nor does one that has
+    /// not been heard yet, but that it is ill counts at once.
     pub fn look(&mut self, leases: &[Lease], now: Instant) -> BTreeMap<String, Word> {
         let mut words = BTreeMap::new();
         for lease in leases {
@@ -78,16 +105,26 @@ impl Seen {
                 continue;
             };
             let renewed = lease.spec.as_ref().and_then(|spec| spec.renew_time.clone());
-            let seen = self.0.entry(node.to_owned()).or_insert((None, now));
-            if seen.0 != renewed {
-                *seen = (renewed, now);
+            let seen = self.0.entry(node.to_owned()).or_insert_with(|| Sight {
+                renewed: renewed.clone(),
+                since: now,
+                heard: false,
+            });
+            if seen.renewed != renewed {
+                *seen = Sight {
+                    renewed,
+                    since: now,
+                    heard: true,
+                };
             }
             let mut word = Word::of(lease);
-            if seen.0.is_none() || now.duration_since(seen.1) > SILENCE {
+            if seen.renewed.is_none() || now.duration_since(seen.since) > SILENCE {
                 word = Word {
-                    healthy: false,
+                    health: Health::Bad,
                     message: "its agent is silent".to_owned(),
                 };
+            } else if !seen.heard && word.health == Health::Good {
+                word.health = Health::Unknown;
             }
             words.insert(node.to_owned(), word);
         }
@@ -105,6 +142,20 @@ pub struct Labels {
     pub nodes: u32,
     /// Those of them that can serve.
     pub ready: u32,
+}
+
+/// The condition of the service that the cluster takes the label.
+pub const LABELLING: &str = "NodesLabelled";
+
+/// What came of a look at the nodes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Looked {
+    /// Nodes that are meant.
+    pub nodes: u32,
+    /// Those of them that can serve, and have the label.
+    pub ready: u32,
+    /// The first node that could not be changed, and why.
+    pub refused: Option<String>,
 }
 
 /// How a node is to be changed.
@@ -149,8 +200,12 @@ pub fn labels(
         let marks = node.annotations.as_ref().unwrap_or(&nothing);
         let given = marks.get(LABELLED).map(String::as_str);
         let meant = spec.filter(|spec| is_meant(spec, has));
-        let healthy = words.get(name).is_some_and(|word| word.healthy);
-        let wanted = meant.filter(|spec| healthy && !is_kept_out(spec, has));
+        let health = words.get(name).map_or(Health::Bad, |word| word.health);
+        let wanted = meant.filter(|spec| match health {
+            Health::Good => !is_kept_out(spec, has),
+            Health::Bad => false,
+            Health::Unknown => is_labelled(spec, has),
+        });
         labels.nodes += u32::from(meant.is_some());
         labels.ready += u32::from(wanted.is_some());
         let mut changes = serde_json::Map::new();
@@ -206,8 +261,11 @@ mod tests {
     fn words(all: &[(&str, bool)]) -> BTreeMap<String, Word> {
         let word = |(node, healthy): &(&str, bool)| {
             let message = String::new();
-            let healthy = *healthy;
-            ((*node).to_owned(), Word { healthy, message })
+            let health = match healthy {
+                true => Health::Good,
+                false => Health::Bad,
+            };
+            ((*node).to_owned(), Word { health, message })
         };
         all.iter().map(word).collect()
     }
@@ -321,32 +379,72 @@ mod tests {
         }))
         .unwrap();
         let word = Word::of(&lease);
-        assert_eq!((word.healthy, &*word.message), (true, "a [2Jb c"));
+        let expected = (Health::Good, "a [2Jb c");
+        assert_eq!((word.health, &*word.message), expected);
+    }
+
+    fn lease(second: Option<i64>, healthy: bool) -> Lease {
+        let time = second.map(|second| MicroTime(Timestamp::from_second(second).unwrap()));
+        let healthy = healthy.to_string();
+        serde_json::from_value(json!({
+            "metadata": {"name": "accel-node-n.x", "annotations": {HEALTHY: healthy}},
+            "spec": {"renewTime": time},
+        }))
+        .unwrap()
     }
 
     #[test]
     fn a_silent_node_counts_as_one_that_cannot_serve() {
-        let lease = |second: Option<i64>| -> Lease {
-            let time = second.map(|second| MicroTime(Timestamp::from_second(second).unwrap()));
-            serde_json::from_value(json!({
-                "metadata": {"name": "accel-node-n.x", "annotations": {HEALTHY: "true"}},
-                "spec": {"renewTime": time},
-            }))
-            .unwrap()
-        };
         let start = Instant::now();
         let mut seen = Seen::default();
         let mut at = |second: Option<i64>, after: u64| {
             let now = start + Duration::from_secs(after);
-            seen.look(&[lease(second)], now)["n.x"].healthy
+            seen.look(&[lease(second, true)], now)["n.x"].health
         };
-        assert!(!at(None, 0), "it has never said anything");
-        assert!(at(Some(5), 1));
-        assert!(at(Some(5), 19));
-        assert!(!at(Some(5), 20));
-        assert!(at(Some(6), 21));
+        assert_eq!(at(None, 0), Health::Bad, "it has never said anything");
+        assert_eq!(at(Some(5), 1), Health::Good);
+        assert_eq!(at(Some(5), 19), Health::Good);
+        assert_eq!(at(Some(5), 20), Health::Bad);
+        assert_eq!(at(Some(6), 21), Health::Good);
         // Of one whose Lease was removed nothing is remembered.
         assert!(seen.look(&[], start).is_empty());
         assert_eq!(seen.0.len(), 0);
+    }
+
+    #[test]
+    fn what_was_said_before_this_process_looked_gives_no_label_and_takes_none() {
+        let start = Instant::now();
+        let at = |seen: &mut Seen, second: i64, healthy: bool, after: u64| {
+            let now = start + Duration::from_secs(after);
+            seen.look(&[lease(Some(second), healthy)], now)
+        };
+        let health = |words: BTreeMap<String, Word>| words["n.x"].health;
+        // The node may be long gone.
+        let seen = &mut Seen::default();
+        let unknown = at(seen, 5, true, 0);
+        assert_eq!(unknown["n.x"].health, Health::Unknown);
+        assert_eq!(health(at(seen, 5, true, 18)), Health::Unknown);
+        assert_eq!(health(at(seen, 5, true, 19)), Health::Bad);
+        // It is there.
+        let seen = &mut Seen::default();
+        at(seen, 5, true, 0);
+        assert_eq!(health(at(seen, 9, true, 3)), Health::Good);
+        // That it is ill is believed at once.
+        assert_eq!(health(at(&mut Seen::default(), 5, false, 0)), Health::Bad);
+
+        let spec = service(json!({}));
+        let with = |has: Value, marks: Value| {
+            let found = labels(&[node("n.x", has, marks)], &unknown, Some(&spec));
+            (found.ready, found.changes)
+        };
+        assert_eq!(with(json!({}), json!({})), (0, vec![]));
+        let labelled = with(json!({KEY: "true"}), json!({LABELLED: KEY}));
+        assert_eq!(labelled, (1, vec![]));
+        assert_eq!(with(json!({KEY: "no"}), json!({})), (0, vec![]));
+        // Another label is meant by now: the old one goes, the new one waits.
+        let other = service(json!({"label": "h/fast"}));
+        let old = [node("n.x", json!({KEY: "true"}), json!({LABELLED: KEY}))];
+        let found = labels(&old, &unknown, Some(&other));
+        assert_eq!(found.changes, [change("n.x", json!({KEY: null}), None)]);
     }
 }
