@@ -84,6 +84,8 @@ impl Caged {
     }
 
     fn read(&mut self) -> Result<()> {
+        // Told at once and in words: a read of files that are gone waits for them.
+        self.places.ufs.open()?;
         if self.bird.as_ref().is_some_and(|bird| bird.reads == READS) {
             self.bird = None;
         }

@@ -67,13 +67,23 @@ fn setup_with(
     pages: usize,
     decorate: impl FnOnce(Arc<dyn Source>) -> Arc<dyn Source>,
 ) -> Setup {
+    setup_patient(ufs, chunks, pages, Patience::DATA, decorate)
+}
+
+fn setup_patient(
+    ufs: &Path,
+    chunks: usize,
+    pages: usize,
+    patience: Patience,
+    decorate: impl FnOnce(Arc<dyn Source>) -> Arc<dyn Source>,
+) -> Setup {
     let arena = Arc::new(Arena::new(chunks, pages).unwrap());
     let worker = worker("the test's UFS", ufs, &arena);
     let source: Arc<dyn Source> = Arc::<WorkerSource>::clone(&worker);
     let source = decorate(source);
     let sources = Arc::new(Sources::new(vec![source]).unwrap());
     let shared = Arc::<Sources>::clone(&sources);
-    let engine = Engine::start(shared, arena, Patience::DATA).unwrap();
+    let engine = Engine::start(shared, arena, patience).unwrap();
     Setup {
         engine,
         worker,
@@ -230,6 +240,48 @@ fn a_flipped_bit_fails_its_chunk_alone_and_heals() {
     assert!(read(&reader, 2 * CHUNK, CHUNK).unwrap() == image[2 * CHUNK..3 * CHUNK]);
     flip(&[image[CHUNK + 1000]]);
     assert!(read(&reader, 0, 3 * CHUNK).unwrap() == image[..3 * CHUNK]);
+}
+
+/// What a source says of files that are not there, as often as it is asked.
+fn asked_in_vain(setup: &Setup, times: u64) {
+    let until = Instant::now() + Duration::from_secs(60);
+    let failed = || setup.worker.counters().failed_attempts.load(Relaxed);
+    while failed() < times {
+        assert!(Instant::now() < until, "asked {} times", failed());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_read_waits_for_files_that_are_gone_and_not_for_ever() {
+    let ufs = tempfile::tempdir().unwrap();
+    let image = noise(4 * CHUNK, 9);
+    let layer = publish(ufs.path(), "a", &image);
+    let (there, gone) = (ufs.path().join("layers"), ufs.path().join("gone"));
+    let patient = setup(ufs.path(), 16, 16);
+    // Only so that the test ends: on a slow machine, too, it is asked several times meanwhile.
+    let whole = Some(Duration::from_secs(5));
+    let patience = Patience {
+        whole,
+        ..Patience::DATA
+    };
+    let impatient = setup_patient(ufs.path(), 16, 16, patience, |source| source);
+    let [reader, other] = [&patient, &impatient].map(|setup| setup.open(&layer));
+    // As when another directory, or none, is where UFS was.
+    fs::rename(&there, &gone).unwrap();
+    let waiting = start(&reader, CHUNK, 4096);
+    let given_up = start(&other, CHUNK, 4096);
+    asked_in_vain(&patient, 3);
+    asked_in_vain(&impatient, 3);
+    assert!(matches!(waiting.try_recv(), Err(mpsc::TryRecvError::Empty)));
+    let error = given_up.recv().unwrap().unwrap_err().reason;
+    for part in ["chunk 1", ".erofs", "the test's UFS"] {
+        assert!(error.contains(part), "{error}");
+    }
+    assert!(matches!(waiting.try_recv(), Err(mpsc::TryRecvError::Empty)));
+    fs::rename(&gone, &there).unwrap();
+    assert!(waiting.recv().unwrap().unwrap() == image[CHUNK..CHUNK + 4096]);
+    assert!(read(&other, CHUNK, 4096).unwrap() == image[CHUNK..CHUNK + 4096]);
 }
 
 #[test]
