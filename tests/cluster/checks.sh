@@ -3,13 +3,18 @@
 #
 # In: work, bin, registry
 
-# make_cluster_images: what is converted, and the images of our programs.
-make_cluster_images() {
-    local program n
+# push_program_images: of our programs.
+push_program_images() {
+    local program
     "$repo/tools/images" --bin "$bin" "$work/made/programs"
     for program in mkfs-accel accel-controller; do
         push_image "oci:$work/made/programs:$program" "$registry/accel/$program:1"
     done
+}
+
+# make_cluster_images: what is converted.
+make_cluster_images() {
+    local n
     # Two layers; the second image has one more on top.
     "$repo/tools/sample-image" --size tiny "$work/made/tiny"
     push_image "oci:$work/made/tiny:sample" "$registry/team/tiny:1"
@@ -100,17 +105,120 @@ nodes_are() { [ "$(k get imageacceleration cluster -o 'jsonpath={.status.nodesTe
 says() { accel nodes | grep -E "^$1 +$2 +$3"; }
 with_nodes() { k patch imageacceleration cluster --type merge -p "{\"spec\": {\"nodes\": $1}}"; }
 another_node() { printf 'apiVersion: v1\nkind: Node\nmetadata: {name: n2}\n' | k create -f -; }
+# Whatever the node is like from here on until never_without_label.
+begin_to_watch() {
+    "${kubectl[@]}" get node n1 --watch -o "jsonpath={.metadata.labels.${label//./\\.}}{\"\n\"}" >"$work/labels" 3>&- &
+    watch_pid=$!
+    at_exit stop_process "$watch_pid"
+    is_watched() { [ -s "$work/labels" ]; }
+    wait_until is_watched
+}
+never_without_label() {
+    local seen
+    # What the cluster is told last is seen last.
+    seen=$(wc -l <"$work/labels")
+    k annotate --overwrite node n1 seen="$seen"
+    sees_more() { [ "$(wc -l <"$work/labels")" -gt "$seen" ]; }
+    wait_until sees_more
+    stop_process "$watch_pid"
+    same "$(sort -u "$work/labels")" true
+}
+canary() { cat "$work/node-ufs/nodes/"*.n1.canary; }
 on_ufs() { find "$work/ufs" -name '*.erofs' | wc -l; }
 
 cluster_checks=(
+    follows_the_guide
     installs refuses_what_cannot_be waits_for_the_service converts says_what_happened shares_layers runs_lazily
-    takes_ufs_by_its_path tells_errors_in_words keeps_to_the_limit survives_kills
+    runs_without_the_service takes_ufs_by_its_path tells_errors_in_words keeps_to_the_limit survives_kills
     passes_on_the_lead logs_in
-    labels_nodes_that_can_serve labels_nodes_that_are_meant tells_prometheus
+    labels_nodes_that_can_serve labels_nodes_that_are_meant takes_the_label_while_ufs_is_away
+    keeps_the_label_through_trifles survives_kills_on_the_node tells_prometheus
     waits_for_who_uses_it removes_what_nobody_needs deletes_while_ufs_is_away asks_for_nodes_that_are_silent
     deletes turns_off
     obeys_the_plug_in purges
 )
+
+# What somebody does with it from beginning to end, some of it broken meanwhile.
+cluster_story=(
+    follows_the_guide installs waits_for_the_service converts shares_layers runs_lazily runs_without_the_service
+    survives_kills labels_nodes_that_can_serve takes_the_label_while_ufs_is_away survives_kills_on_the_node
+    waits_for_who_uses_it removes_what_nobody_needs turns_off
+)
+
+# of_guide FROM TO: what the guide says to type between these headings, with the paths that
+# things have here. The registry on loopback has no TLS, and this cluster has nothing that leads
+# to its services.
+of_guide() {
+    /usr/bin/python3 - "$repo/deploy/kubernetes/README.md" "$1" "$2" >"$guide/steps" <<'PY'
+import re, sys
+guide, first, last = sys.argv[1:]
+text = open(guide).read()
+print("\n".join(re.findall(r"^```sh\n(.*?)^```", text[text.index(first) : text.index(last) if last else None], re.S | re.M)))
+PY
+    # What comes in must not be taken for what the guide says: /tmp is part of many a path.
+    sed -e '/^cargo build /d' -e 's|NODE|n1|g' -e "s|/tmp/|$guide/|g" -e "s|target/release|$bin|g" \
+        -e "s|/usr/local/bin/|$guide/bin/|" -e "s|/mnt/ufs|$work/node-ufs|g" -e "s|/run/accel-agent|$guide/run|g" \
+        -e "s|/etc/image-accel|$guide/etc|g" -e "s|registry\.example:5000|$registry|g" \
+        -e "s|accel-snapshotter agent|& --socket $run/accel.sock|" \
+        -e "s|nfs: {server: nfs.example, path: /ufs}|hostPath: {path: $work/ufs, type: Directory}|" \
+        -e 's|^ *skopeo copy|& --dest-tls-verify=false|' -e 's|kubectl accel enable|& --plain-http|' \
+        -e "s|^kubectl apply -k .*|&; kubectl -n image-accel set env deployment/accel-controller \
+KUBERNETES_SERVICE_HOST=$cluster_address KUBERNETES_SERVICE_PORT=${cluster_server##*:}|" "$guide/steps" >"$guide/typed"
+    (
+        cd "$repo"
+        PATH=$guide/bin:$bin:$(dirname "${kubectl[0]}"):$PATH timeout 1200 sh -ex "$guide/typed"
+    ) >>"$guide/output" 2>&1 || { cat "$guide/output"; return 1; }
+}
+
+# What the guide says, word by word, from nothing to nothing.
+follows_the_guide() {
+    local guide=$work/guide kustomize
+    at_exit end_guide_agents
+    mkdir -p "$guide/bin" "$guide/etc"
+    umoci config --image "$work/made/tiny:sample" --tag app --config.cmd /bin/sh --config.cmd -c \
+        --config.cmd 'trap exit TERM; echo works; while :; do sleep 1; done'
+    push_image "oci:$work/made/tiny:app" "$registry/team/app:v1"
+    of_guide '## The programs' '## Each node'
+    # The machine is both.
+    of_guide '## Each node' 'Bring it to the node'
+    cp "$guide/n1.kubeconfig" "$guide/etc/kubeconfig"
+    cp "$guide/cluster-id" "$guide/etc/"
+    of_guide 'Bring it to the node' '## And back'
+    k logs app | grep -x works
+    labelled
+    same "$(field fallbacks)" 0
+    same "$(field hits)" 2
+    # Later versions of kubectl read the base in the same way.
+    for kustomize in "${kubectl[0]}" "$(unpack_deb kubectl trixie)/usr/bin/kubectl"; do
+        same "$("$kustomize" kustomize "$guide/image-accel" | grep -oE '(image|value): .*accel.*' | sort | xargs)" \
+            "image: $registry/accel/accel-controller:1 value: $registry/accel/mkfs-accel:1"
+    done
+    of_guide '## And back' ''
+    # Of what it has made nothing is left.
+    not_labelled
+    same "$(k get crd,namespaces,pv -o name | grep -e accel -e ufs)" ''
+    same "$(k get clusterroles,clusterrolebindings -o name | grep accel)" ''
+    same "$(on_ufs)" 0
+    not_there team/app v1-acc
+    # Nor on the node, for what follows.
+    # shellcheck disable=SC2046 # a list of names
+    node_ctr images remove --sync $(node_ctr images list -q | grep -v "^$pause")
+    wait_until nothing_lazy
+    holds_nothing() { [ "$(cat "$work/ufs/nodes/"*.n1.*.json | jq '.held | length')" = 0 ]; }
+    wait_until holds_nothing
+    [ "$(guide_agents | wc -w)" = 2 ]
+    end_guide_agents
+}
+guide_agents() { pid_of "$work/guide/run/health.json"; }
+end_guide_agents() {
+    # shellcheck disable=SC2046 # a list of numbers
+    [ -z "$(guide_agents)" ] || kill $(guide_agents)
+    no_guide_agents() { [ -z "$(guide_agents)" ]; }
+    wait_until no_guide_agents
+    # In a trap `return` gives what was before it.
+    true
+}
+node_ctr() { "$(peer containerd-1.6)/usr/bin/ctr" --address "$node_containerd/socket" -n k8s.io "$@"; }
 
 # The base as it is, with what differs from cluster to cluster.
 installs() {
@@ -249,6 +357,27 @@ runs_lazily() {
     k logs lazy | grep .
     same "$(since_then | grep /blobs/)" "$(the_config "$registry/team/tiny:1-acc")"
     same "$(field fallbacks)" 0
+}
+
+# The same tag on a node that has nothing of ours: an ordinary image.
+runs_without_the_service() {
+    local kubelet ours=$node_containerd containerd=$containerd_pid output
+    output=$(k logs lazy)
+    begin_log
+    start_cluster_node plain "$pause"
+    kubelet=${_cluster_pids[kubelet-plain]}
+    k run plain --image "$registry/team/tiny:1-acc" --image-pull-policy Always --restart Never \
+        --overrides '{"apiVersion": "v1", "spec": {"nodeName": "plain"}}' --command -- /bin/sh -c /app/hello
+    plain_ended() { [ "$(k get pod plain -o 'jsonpath={.status.phase}')" = Succeeded ]; }
+    wait_until plain_ended
+    same "$(k logs plain)" "$output"
+    # Config and both layers.
+    same "$(since_then | grep -c '/team/tiny/blobs/')" 3
+    k delete pod plain --grace-period 0 --timeout 120s
+    stop_process "$kubelet"
+    stop_process "$containerd_pid"
+    k delete node plain
+    node_containerd=$ours containerd_pid=$containerd
 }
 
 # As nodes have it mounted, and through the claim again.
@@ -456,6 +585,7 @@ labels_nodes_that_can_serve() {
     says n1 no 'says nothing'
     start_agent
     start_node_agent n1
+    node_pid=$node_agent_pid
     wait_until labelled
     wait_until nodes_are 1/1
     says n1 yes 'reads from UFS'
@@ -520,6 +650,137 @@ labels_nodes_that_are_meant() {
     with_nodes 'null'
     wait_until labelled
     same "$(k get node n1 -o 'jsonpath={.metadata.labels.example\.com/fast}')" ''
+}
+
+# The pod as the product's guide has it.
+guided_pod() {
+    k apply -f - <<YAML
+apiVersion: v1
+kind: Pod
+metadata: {name: guided}
+spec:
+  affinity:
+    nodeAffinity:
+      requiredDuringSchedulingIgnoredDuringExecution:
+        nodeSelectorTerms:
+          - matchExpressions:
+              - {key: $label, operator: In, values: ["true"]}
+  containers:
+    - name: app
+      image: $registry/team/tiny:1-acc
+      imagePullPolicy: Always
+      command: [/bin/sh, -c, 'while :; do sleep 1; done']
+YAML
+    k wait --for condition=ready pod/guided --timeout 300s
+}
+still_runs() { same "$(k get pod guided -o 'jsonpath={.status.phase} {.status.containerStatuses[0].restartCount}')" 'Running 0'; }
+
+# The pod runs on whatever happens to the label.
+takes_the_label_while_ufs_is_away() {
+    local gone
+    guided_pod
+    # UFS is unmounted, and nobody has it open any more.
+    umount -l "$work/node-ufs"
+    # shellcheck disable=SC2046 # a list of numbers
+    kill -KILL $(server_status | jq '.sources[].worker')
+    wait_until not_labelled
+    wait_until nodes_are 0/1
+    # A read may have been under way.
+    says n1 no '.*(UFS is not mounted|does not answer)'
+    # Nobody takes the directory for UFS that it was mounted at.
+    same "$(find "$work/node-ufs" -mindepth 1)" ''
+    mount_node_ufs
+    wait_until labelled
+    # It is there, and its files are gone: reads wait for them.
+    gone=$work/node-ufs/nodes/$(canary | sed 's/.*://').canary
+    mv "$gone" "$gone-away"
+    # shellcheck disable=SC2046 # a list of numbers
+    kill -KILL $(server_status | jq '.sources[].worker')
+    wait_until not_labelled
+    says n1 no '.*does not answer'
+    mv "$gone-away" "$gone"
+    wait_until labelled
+    # Nothing answers.
+    kill -STOP "$server_pid"
+    wait_until not_labelled
+    says n1 no '.*does not answer'
+    kill -CONT "$server_pid"
+    wait_until labelled
+    # The snapshotter is not there: nothing could be started.
+    kill_now "$snapshotter_pid"
+    wait_until not_labelled
+    says n1 no '.*the snapshotter'
+    start_snapshotter
+    wait_until labelled
+    still_runs
+    k delete pod guided --grace-period 0 --timeout 120s
+}
+
+# All that a node has is killed under a pod that runs, goes on, and is not started again.
+survives_kills_on_the_node() {
+    local top
+    guided_pod
+    kill_now "$server_pid"
+    kill_now "$snapshotter_pid"
+    kill_now "$containerd_pid"
+    kill_now "$agent_pid"
+    kill_now "$node_pid"
+    start_server "$work/node-ufs"
+    start_snapshotter
+    start_containerd "$node_containerd" "$node_containerd/../cri.toml"
+    start_agent
+    start_node_agent n1
+    node_pid=$node_agent_pid
+    # What nobody has read before comes from UFS.
+    top=$(skopeo inspect --raw "oci:$work/made/tiny:sample" | jq -r '.layers[-1].digest | sub(":"; "/")')
+    read_in_pod() { k exec guided -- /bin/busybox md5sum /app/data/random | cut -d' ' -f1 >"$work/read"; }
+    wait_until read_in_pod
+    same "$(cat "$work/read")" "$(tar -xzOf "$work/made/tiny/blobs/$top" ./app/data/random | md5sum | cut -d' ' -f1)"
+    wait_until labelled
+    wait_until nodes_are 1/1
+    still_runs
+    k delete pod guided --grace-period 0 --timeout 120s
+    k run lazy-again --image "$registry/team/tiny:1-acc" --image-pull-policy Always --restart Never --command -- \
+        /bin/sh -c /app/hello
+    again_ended() { [ "$(k get pod lazy-again -o 'jsonpath={.status.phase}')" = Succeeded ]; }
+    wait_until again_ended
+    same "$(field fallbacks)" 0
+    k delete pod lazy-again --grace-period 0 --timeout 120s
+}
+
+keeps_the_label_through_trifles() {
+    local digest before
+    begin_to_watch
+    # One read that fails is nothing: the canary is damaged, and another one comes.
+    digest=$(canary)
+    another_canary() { [ -n "$(canary)" ] && [ "$(canary)" != "$digest" ]; }
+    truncate -s 0 "$work/node-ufs/nodes/${digest#*:}.canary"
+    truncate -s 256M "$work/node-ufs/nodes/${digest#*:}.canary"
+    wait_until another_canary
+    # Nor is who looks and who tells when they are killed.
+    digest=$(canary)
+    kill_now "$agent_pid"
+    start_agent
+    kill_now "$node_pid"
+    start_node_agent n1
+    node_pid=$node_agent_pid
+    wait_until another_canary
+    # An agent that is ended takes its canary with it.
+    stop_process "$agent_pid"
+    same "$(find "$work/node-ufs/nodes" -name '*canary*')" ''
+    same "$(server_status | jq '[.exports[] | select(.name | startswith("canary"))] | length')" 0
+    start_agent
+    wait_until canary
+    # Nor is a controller that is replaced.
+    before=$(leader)
+    k -n image-accel delete pod "${before%-*}" --wait=false
+    wait_until another_leads
+    another_node
+    wait_until nodes_are 1/2
+    k delete node n2
+    wait_until nodes_are 1/1
+    k -n image-accel rollout status deployment/accel-controller --timeout 300s
+    never_without_label
 }
 
 # metric NAME[{LABELS}]: as the controller that leads says it.
@@ -676,12 +937,27 @@ deletes() {
 turns_off() {
     # An agent that was away for long is believed again.
     wait_until labelled
+    task last "$registry/many/of:2" "target: $registry/many/of:last"
+    becomes last Ready
+    k run old --image "$registry/many/of:last" --image-pull-policy Always --restart Never --command -- \
+        /bin/busybox sleep 1000000
+    k wait --for condition=ready pod/old --timeout 300s
     k delete imageacceleration cluster --timeout 60s
     wait_until not_labelled
     task later "$registry/team/tiny:1"
     becomes later Creating
     same "$(condition later Accepted reason)" Disabled
-    k delete acceleratedimage later --timeout 60s
+    # What runs goes on until it ends, and the original is what runs next.
+    phase_is last Ready
+    k exec old -- /bin/busybox cat /of-it | grep -x 2
+    same "$(k get pod old -o 'jsonpath={.status.phase} {.status.containerStatuses[0].restartCount}')" 'Running 0'
+    k delete pod old --grace-period 0 --timeout 120s
+    k run original --image "$registry/many/of:2" --image-pull-policy Always --restart Never --command -- /bin/busybox cat /of-it
+    original_ended() { [ "$(k get pod original -o 'jsonpath={.status.phase}')" = Succeeded ]; }
+    wait_until original_ended
+    same "$(k logs original)" 2
+    k delete pod original --grace-period 0 --timeout 120s
+    k delete acceleratedimage later last --timeout 60s
 }
 
 # The same with `kubectl accel`, from nothing to nothing.

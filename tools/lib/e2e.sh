@@ -6,6 +6,8 @@
 #     full, not empty if guests are to run all that is there
 
 programs=(mkfs-accel ublk-server ublk-rescue accel-snapshotter accel-e2e torture bench-node tree-manifest cri slow-ufs)
+# Those that only a cluster needs.
+cluster_programs=(accel-controller kubectl-accel)
 
 # build_programs DIR: the programs as they are released, and those that try them.
 build_programs() {
@@ -16,9 +18,10 @@ build_programs() {
     for program in "${programs[@]}"; do install -m 755 "$target/release/$program" "$dir/" || return; done
 }
 
-# build_checked DIR: the same with the checks of debug builds, optimised because emulation is
-# slow; a daemon that does not verify, which the checks have to see through; all tests, with
-# their executables in DIR/../tests, a line "PACKAGE:TEST FILE" each.
+# build_checked DIR: the same, and those of a cluster, with the checks of debug builds,
+# optimised because emulation is slow; a daemon that does not verify, which the checks have to
+# see through; all tests, with their executables in DIR/../tests, a line "PACKAGE:TEST FILE"
+# each.
 build_checked() {
     local dir=$1 target=${CARGO_TARGET_DIR:-$repo/target} program
     # Always the whole workspace and a test: what else is chosen would give dependencies
@@ -29,7 +32,9 @@ build_checked() {
     "${build[@]}" --bin ublk-server --test engine --features ublk-server/insecure-skip-verification || return
     install -m 755 "$target/checked/ublk-server" "$dir/ublk-server-unverified" || return
     "${build[@]}" --all-targets --message-format json-render-diagnostics >"$dir/../built.json" || return
-    for program in "${programs[@]}"; do install -m 755 "$target/checked/$program" "$dir/" || return; done
+    for program in "${programs[@]}" "${cluster_programs[@]}"; do
+        install -m 755 "$target/checked/$program" "$dir/" || return
+    done
     /usr/bin/python3 - "$dir/../built.json" >"$dir/../tests" <<'PYTHON'
 import json, pathlib, sys
 for line in open(sys.argv[1]):
