@@ -677,7 +677,6 @@ still_runs() { same "$(k get pod guided -o 'jsonpath={.status.phase} {.status.co
 
 # The pod runs on whatever happens to the label.
 takes_the_label_while_ufs_is_away() {
-    local gone
     guided_pod
     # UFS is unmounted, and nobody has it open any more.
     umount -l "$work/node-ufs"
@@ -690,15 +689,6 @@ takes_the_label_while_ufs_is_away() {
     # Nobody takes the directory for UFS that it was mounted at.
     same "$(find "$work/node-ufs" -mindepth 1)" ''
     mount_node_ufs
-    wait_until labelled
-    # It is there, and its files are gone: reads wait for them.
-    gone=$work/node-ufs/nodes/$(canary | sed 's/.*://').canary
-    mv "$gone" "$gone-away"
-    # shellcheck disable=SC2046 # a list of numbers
-    kill -KILL $(server_status | jq '.sources[].worker')
-    wait_until not_labelled
-    says n1 no '.*does not answer'
-    mv "$gone-away" "$gone"
     wait_until labelled
     # Nothing answers.
     kill -STOP "$server_pid"
