@@ -70,6 +70,8 @@ service() {
 }
 leader() { k -n image-accel get lease accel-controller -o 'jsonpath={.spec.holderIdentity}'; }
 leads() { [ -n "$(leader)" ]; }
+# Another than $before.
+another_leads() { [ -n "$(leader)" ] && [ "$(leader)" != "$before" ]; }
 events_of() {
     k get events.events.k8s.io -o json |
         jq -r --arg name "$1" '.items[] | select(.regarding.kind == "AcceleratedImage" and .regarding.name == $name) | .reason'
@@ -105,25 +107,6 @@ nodes_are() { [ "$(k get imageacceleration cluster -o 'jsonpath={.status.nodesTe
 says() { accel nodes | grep -E "^$1 +$2 +$3"; }
 with_nodes() { k patch imageacceleration cluster --type merge -p "{\"spec\": {\"nodes\": $1}}"; }
 another_node() { printf 'apiVersion: v1\nkind: Node\nmetadata: {name: n2}\n' | k create -f -; }
-# Whatever the node is like from here on until never_without_label.
-begin_to_watch() {
-    "${kubectl[@]}" get node n1 --watch -o "jsonpath={.metadata.labels.${label//./\\.}}{\"\n\"}" >"$work/labels" 3>&- &
-    watch_pid=$!
-    at_exit stop_process "$watch_pid"
-    is_watched() { [ -s "$work/labels" ]; }
-    wait_until is_watched
-}
-never_without_label() {
-    local seen
-    # What the cluster is told last is seen last.
-    seen=$(wc -l <"$work/labels")
-    k annotate --overwrite node n1 seen="$seen"
-    sees_more() { [ "$(wc -l <"$work/labels")" -gt "$seen" ]; }
-    wait_until sees_more
-    stop_process "$watch_pid"
-    same "$(sort -u "$work/labels")" true
-}
-canary() { cat "$work/node-ufs/nodes/"*.n1.canary; }
 on_ufs() { find "$work/ufs" -name '*.erofs' | wc -l; }
 
 cluster_checks=(
@@ -132,7 +115,7 @@ cluster_checks=(
     runs_without_the_service takes_ufs_by_its_path tells_errors_in_words keeps_to_the_limit survives_kills
     passes_on_the_lead logs_in
     labels_nodes_that_can_serve labels_nodes_that_are_meant takes_the_label_while_ufs_is_away
-    keeps_the_label_through_trifles survives_kills_on_the_node tells_prometheus
+    survives_kills_on_the_node tells_prometheus
     waits_for_who_uses_it removes_what_nobody_needs deletes_while_ufs_is_away asks_for_nodes_that_are_silent
     deletes turns_off
     obeys_the_plug_in purges
@@ -463,7 +446,6 @@ passes_on_the_lead() {
     wait_until leads
     before=$(leader)
     k -n image-accel delete pod "${before%-*}" --wait=false
-    another_leads() { [ -n "$(leader)" ] && [ "$(leader)" != "$before" ]; }
     wait_until another_leads
     task after "$registry/many/of:1" "target: $registry/many/of:after"
     becomes after Ready
@@ -736,41 +718,6 @@ survives_kills_on_the_node() {
     wait_until again_ended
     same "$(field fallbacks)" 0
     k delete pod lazy-again --grace-period 0 --timeout 120s
-}
-
-keeps_the_label_through_trifles() {
-    local digest before
-    begin_to_watch
-    # One read that fails is nothing: the canary is damaged, and another one comes.
-    digest=$(canary)
-    another_canary() { [ -n "$(canary)" ] && [ "$(canary)" != "$digest" ]; }
-    truncate -s 0 "$work/node-ufs/nodes/${digest#*:}.canary"
-    truncate -s 256M "$work/node-ufs/nodes/${digest#*:}.canary"
-    wait_until another_canary
-    # Nor is who looks and who tells when they are killed.
-    digest=$(canary)
-    kill_now "$agent_pid"
-    start_agent
-    kill_now "$node_pid"
-    start_node_agent n1
-    node_pid=$node_agent_pid
-    wait_until another_canary
-    # An agent that is ended takes its canary with it.
-    stop_process "$agent_pid"
-    same "$(find "$work/node-ufs/nodes" -name '*canary*')" ''
-    same "$(server_status | jq '[.exports[] | select(.name | startswith("canary"))] | length')" 0
-    start_agent
-    wait_until canary
-    # Nor is a controller that is replaced.
-    before=$(leader)
-    k -n image-accel delete pod "${before%-*}" --wait=false
-    wait_until another_leads
-    another_node
-    wait_until nodes_are 1/2
-    k delete node n2
-    wait_until nodes_are 1/1
-    k -n image-accel rollout status deployment/accel-controller --timeout 300s
-    never_without_label
 }
 
 # metric NAME[{LABELS}]: as the controller that leads says it.
