@@ -70,6 +70,8 @@ service() {
 }
 leader() { k -n image-accel get lease accel-controller -o 'jsonpath={.spec.holderIdentity}'; }
 leads() { [ -n "$(leader)" ]; }
+# Another than $before.
+another_leads() { [ -n "$(leader)" ] && [ "$(leader)" != "$before" ]; }
 events_of() {
     k get events.events.k8s.io -o json |
         jq -r --arg name "$1" '.items[] | select(.regarding.kind == "AcceleratedImage" and .regarding.name == $name) | .reason'
@@ -184,7 +186,8 @@ follows_the_guide() {
     cp "$guide/n1.kubeconfig" "$guide/etc/kubeconfig"
     cp "$guide/cluster-id" "$guide/etc/"
     of_guide 'Bring it to the node' '## And back'
-    k logs app | grep -x works
+    app_works() { k logs app | grep -qx works; }
+    wait_until app_works
     labelled
     same "$(field fallbacks)" 0
     same "$(field hits)" 2
@@ -463,7 +466,6 @@ passes_on_the_lead() {
     wait_until leads
     before=$(leader)
     k -n image-accel delete pod "${before%-*}" --wait=false
-    another_leads() { [ -n "$(leader)" ] && [ "$(leader)" != "$before" ]; }
     wait_until another_leads
     task after "$registry/many/of:1" "target: $registry/many/of:after"
     becomes after Ready
