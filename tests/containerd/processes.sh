@@ -35,15 +35,40 @@ accel_config() {
 start_node() {
     accel_config "${@:-default}" >"$work/accel.toml"
     # What pods need beside; not every machine lets its root lower an OOM score.
+    local cri='"io.containerd.grpc.v1.cri"'
     case $containerd_version in
-    1.*) printf '[plugins."io.containerd.grpc.v1.cri"]\nsandbox_image = "%s"\nrestrict_oom_score_adj = true\n' "$pause" ;;
+    1.*) printf '[plugins.%s]\nsandbox_image = "%s"\n' "$cri" "$pause" ;;
     *)
         printf '[plugins."io.containerd.cri.v1.images".pinned_images]\nsandbox = "%s"\n' "$pause"
-        printf '[plugins."io.containerd.cri.v1.runtime"]\nrestrict_oom_score_adj = true\n'
+        cri='"io.containerd.cri.v1.runtime"'
+        printf '[plugins.%s]\n' "$cri"
         ;;
     esac >>"$work/accel.toml"
+    echo "restrict_oom_score_adj = true" >>"$work/accel.toml"
+    # A network of their own have only the pods of a check that is not for guests.
+    if [ -z "${ACCEL_PEERS:-}" ]; then
+        pods_network
+        cat >>"$work/accel.toml" <<TOML
+netns_mounts_under_state_dir = true
+[plugins.$cri.cni]
+bin_dir = "$(peer containernetworking-plugins)/usr/lib/cni"
+conf_dir = "$work/net.d"
+TOML
+    fi
     start_containerd "$work/containerd-$containerd_version" "$work/accel.toml"
 }
+# pods_network: a bridge of this machine that leads nowhere.
+pods_network() {
+    [ ! -d "$work/net.d" ] || return 0
+    mkdir "$work/net.d"
+    local bridge=accel-$$
+    cat >"$work/net.d/10-pods.conflist" <<JSON
+{"cniVersion": "0.4.0", "name": "pods", "plugins": [{"type": "bridge", "bridge": "$bridge",
+    "ipam": {"type": "host-local", "subnet": "198.18.7.0/24", "dataDir": "$work/addresses"}}]}
+JSON
+    at_exit remove_bridge "$bridge"
+}
+remove_bridge() { [ ! -e "/sys/class/net/$1" ] || ip link delete "$1"; }
 # wait_until CMD…: up to five minutes; guests are slow.
 wait_until() {
     local i
