@@ -824,7 +824,7 @@ checks_for() {
         reads_what_the_mount_needs)
     [ "$1" != 2 ] || all+=(runs_a_hundred_layers pulls_without_the_transfer_service)
     [ "$1" = 1.6 ] || all+=(pulls_for_a_runtime_class)
-    all+=(doctor_mends_a_configuration ends_containerd)
+    all+=(doctor_mends_a_configuration doctor_mends_each_fault ends_containerd)
     [ "$1" != 1.7 ] || all+=(follows_the_readme)
     echo "${all[@]}"
 }
@@ -838,4 +838,5 @@ checks_here=(starts_containerd goes_on_without_the_server falls_back keeps_to_it
     survives_death_while_pulling survives_a_ufs_that_goes_while_pulling survives_a_ufs_that_stalls_while_running)
 # Those whose subject are layers that are unpacked, or that look for them themselves.
 checks_of_fallbacks=(falls_back keeps_to_its_ufs refuses_a_hostile_manifest waits_for_a_server_once
-    survives_death_while_pulling survives_a_ufs_that_goes_while_pulling follows_the_readme)
+    survives_death_while_pulling survives_a_ufs_that_goes_while_pulling follows_the_readme
+    doctor_mends_each_fault)

@@ -7,7 +7,7 @@
 stop_containers() { end_shims "$work"; }
 
 start_server() { # [UFS]
-    "$bin/ublk-server" serve --ufs "${1:-$images/ufs}" --socket "$run/ublk.sock" --cache-size 256M \
+    "${server_program:-$bin/ublk-server}" serve --ufs "${1:-$images/ufs}" --socket "$run/ublk.sock" --cache-size 256M \
         --transport "$transport" >>"$work/ublk-server.log" 2>&1 &
     server_pid=$!
     at_exit stop_process "$server_pid"
@@ -16,7 +16,8 @@ start_server() { # [UFS]
 start_snapshotter() { # [OPTION…]
     # Guests are slow, and so is a busy machine: a hundred layers take their time.
     [ $# -gt 0 ] || set -- --budget 120
-    "$bin/accel-snapshotter" serve --root "$work/accel" --socket "$run/accel.sock" --server "$run/ublk.sock" "$@" \
+    "$bin/accel-snapshotter" serve --root "$work/accel" --socket "$run/accel.sock" \
+        --server "${asked_server:-$run/ublk.sock}" "$@" \
         >>"$work/snapshotter.log" 2>&1 &
     snapshotter_pid=$!
     # It counts from its start.
