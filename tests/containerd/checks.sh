@@ -215,6 +215,49 @@ maps_ids() {
     same "$(container unmapped "$tiny" -- /bin/sh -c 'busybox stat -c %u /bin')" 0
 }
 fails_quietly() { ! "$@"; }
+
+# The same for a pod with `hostUsers: false`, as a kubelet asks for it over the CRI: its files
+# are root's in its own user namespace, and belong to whom they do in the image; nothing was
+# copied, neither into its upper directory nor into a snapshot below.
+runs_pods_with_their_own_users() {
+    local pod id committed mounts
+    cri pull "$pause"
+    cri pull "$implied"
+    committed=$(counted Committed k8s snapshots --snapshotter accel ls)
+    own_users "$implied" &
+    pod=$!
+    wait_until id_of_the_pods_container
+    id=$(id_of_the_pods_container)
+    wait_until k8s tasks exec --exec-id look "$id" /bin/sh -c 'cat /app/mapped'
+    mounts=$(k8s snapshots --snapshotter accel mounts /nowhere "$id")
+    same "$(grep -o 'lowerdir=[^, ]*' <<<"$mounts" | cut -d= -f2 | tr : '\n' | grep -cv "^$work/accel/idmaps/")" 0
+    same "$(grep -o 'lowerdir=[^, ]*' <<<"$mounts" | tr : '\n' | wc -l)" "$(image_has layers "$implied")"
+    same "$(cd "$(upper_of "$id")" && find . -type f -size +0c -printf '%p %U %G\n')" "./app/mapped 100000 100000"
+    same "$(counted Committed k8s snapshots --snapshotter accel ls)" "$committed"
+    k8s tasks exec --exec-id enough "$id" /bin/sh -c ': >/app/enough'
+    wait "$pod"
+    same "$(cat "$work/own-users")" "0 100000 65536
+0 100000 65536
+0:0
+12:34
+0:0"
+    forget_image "$pause"
+    wait_until fails_quietly grep -q "$work/accel/idmaps/" /proc/self/mountinfo
+}
+# own_users IMAGE: runs such a pod until its container has a file /app/enough; what it printed
+# is in own-users.
+own_users() {
+    "$bin/cri" pod --address "$containerd_socket" --user-namespace 100000 "$1" -- /bin/sh -c '
+        busybox awk "{ print \$1, \$2, \$3 }" /proc/self/uid_map /proc/self/gid_map
+        echo mapped >/app/mapped.new && busybox mv /app/mapped.new /app/mapped
+        busybox stat -c %u:%g /bin /app/sticky/one /app/mapped
+        until [ -e /app/enough ]; do busybox sleep 0.1; done' >"$work/own-users"
+}
+id_of_the_pods_container() {
+    local id
+    id=$(k8s containers ls -q 'labels."io.cri-containerd.kind"==container')
+    [ -n "$id" ] && echo "$id"
+}
 upper_of() { k8s snapshots --snapshotter accel mounts /nowhere "$1" | grep -o 'upperdir=[^, ]*' | cut -d= -f2; }
 
 # A pod's runtime class decides, if containerd is told of it when it pulls. Without,
@@ -547,77 +590,6 @@ exports_what_was_downloaded() {
     wait_until nothing_lazy
 }
 
-# A node without a word about us in its configuration: the doctor finds what is missing,
-# and after what it says containerd pulls lazily.
-doctor_mends_a_configuration() {
-    local main=$work/doctor/config.toml
-    stop_process "$containerd_pid"
-    mkdir -p "$work/doctor"
-    echo '[plugins]' >"$work/bare.toml"
-    # The CRI stays as it is there.
-    start_containerd "$work/containerd-$containerd_version" "$work/bare.toml"
-    cp "$containerd_config" "$main"
-    fails doctor "$main" --json >"$work/doctor/before"
-    grep -q '"check": "proxy-plugin"' "$work/doctor/before"
-    "$bin/accel-snapshotter" config --containerd "$(version_of_containerd)" --root "$work/accel" --socket "$run/accel.sock" --into "$main"
-    stop_process "$containerd_pid"
-    # Not restarted yet: the configuration is right, the running one is not.
-    use_config=$main start_containerd "$work/containerd-$containerd_version"
-    doctor "$main" --json >"$work/doctor/after" || [ $? = 3 ]
-    fails grep -q '"level": "fault"' "$work/doctor/after"
-    begin_log
-    cri pull "$tiny"
-    same "$(since_then | grep /blobs/)" "$(the_config "$tiny")"
-    # Somebody else's socket: the commands are run as they are told.
-    chmod 666 "$run/accel.sock"
-    chown 1:1 "$run/accel.sock"
-    fails doctor "$main" --json >"$work/doctor/socket"
-    same "$(faults_in "$work/doctor/socket")" snapshotter
-    commands_in "$work/doctor/socket" snapshotter >"$work/doctor/commands"
-    sh -ex "$work/doctor/commands"
-    no_faults "$main"
-    # A layer that is mounted no more, and nobody who could serve it: it is there again when
-    # there is.
-    kill_now "$snapshotter_pid"
-    stop_process "$server_pid"
-    umount "$(awk -v at="$work/accel/layers/" 'index($5, at) == 1 { print $5; exit }' /proc/self/mountinfo)"
-    start_snapshotter
-    fails doctor "$main" --json >"$work/doctor/unmounted"
-    same "$(faults_in "$work/doctor/unmounted")" "ublk-server lazy-layers"
-    grep -q 'mounted as soon as ublk-server and UFS answer' "$work/doctor/unmounted"
-    start_server
-    wait_until no_faults "$main"
-    same "$(lazy_mounts)" "$(image_has layers "$tiny")"
-    wait_until asks_the_snapshotter
-    forget_image "$tiny"
-    # What does not run is said, with what to do.
-    stop_process "$server_pid"
-    fails doctor "$main" >"$work/doctor/stopped"
-    grep -q 'FAULT *ublk-server' "$work/doctor/stopped"
-    grep -q 'systemctl restart ublk-server' "$work/doctor/stopped"
-    start_server
-    wait_until nothing_lazy
-}
-doctor() { # CONFIG [OPTION…]
-    local main=$1
-    shift
-    "$bin/accel-snapshotter" doctor --socket "$run/accel.sock" --root "$work/accel" --server "$run/ublk.sock" \
-        --containerd-socket "$containerd_socket" --containerd-config "$main" "$@"
-}
-no_faults() { # CONFIG
-    doctor "$1" --json >"$work/doctor/now" || [ $? = 3 ] || return
-    [ -z "$(faults_in "$work/doctor/now")" ]
-}
-# faults_in FILE: the names of the checks that found one; commands_in FILE CHECK: what is
-# to be run for it.
-faults_in() { /usr/bin/python3 -c 'import json, sys
-print(*[f["check"] for f in json.load(open(sys.argv[1]))["findings"] if f["level"] == "fault"])' "$1"; }
-commands_in() { /usr/bin/python3 -c 'import json, sys
-for finding in json.load(open(sys.argv[1]))["findings"]:
-    if finding["check"] == sys.argv[2]:
-        for step in finding["mend"]: print(step["run"])' "$1" "$2"; }
-version_of_containerd() { "${ctr[@]}" version | awk '/^Server:/ { server = 1 } server && /Version:/ { print $2; exit }'; }
-
 # What the README tells to do on a node, word by word, with the real paths: only on a
 # machine that is thrown away afterwards. There is no systemd and no crictl there; what
 # stands for them does what they are asked for in the README.
@@ -846,11 +818,13 @@ checks_for() {
     local all=(pulls_lazily pulls_again runs runs_a_linked_program runs_pods trees_are_overlayfs
         writes_stay_in_the_container gives_disk_figures commits_on_top ten_at_once)
     [ "$1" != 2 ] || all+=(ctr_pulls_lazily maps_ids)
+    # Guests have an older runc.
+    [ "$1" != 2 ] || [ -n "${ACCEL_PEERS:-}" ] || all+=(runs_pods_with_their_own_users)
     all+=(survives_its_own_death survives_the_servers_death survives_containerds_restart leaves_nothing
         reads_what_the_mount_needs)
     [ "$1" != 2 ] || all+=(runs_a_hundred_layers pulls_without_the_transfer_service)
     [ "$1" = 1.6 ] || all+=(pulls_for_a_runtime_class)
-    all+=(doctor_mends_a_configuration ends_containerd)
+    all+=(doctor_mends_a_configuration doctor_mends_each_fault ends_containerd)
     [ "$1" != 1.7 ] || all+=(follows_the_readme)
     echo "${all[@]}"
 }
@@ -864,4 +838,5 @@ checks_here=(starts_containerd goes_on_without_the_server falls_back keeps_to_it
     survives_death_while_pulling survives_a_ufs_that_goes_while_pulling survives_a_ufs_that_stalls_while_running)
 # Those whose subject are layers that are unpacked, or that look for them themselves.
 checks_of_fallbacks=(falls_back keeps_to_its_ufs refuses_a_hostile_manifest waits_for_a_server_once
-    survives_death_while_pulling survives_a_ufs_that_goes_while_pulling follows_the_readme)
+    survives_death_while_pulling survives_a_ufs_that_goes_while_pulling follows_the_readme
+    doctor_mends_each_fault)

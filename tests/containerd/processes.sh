@@ -7,7 +7,7 @@
 stop_containers() { end_shims "$work"; }
 
 start_server() { # [UFS]
-    "$bin/ublk-server" serve --ufs "${1:-$images/ufs}" --socket "$run/ublk.sock" --cache-size 256M \
+    "${server_program:-$bin/ublk-server}" serve --ufs "${1:-$images/ufs}" --socket "$run/ublk.sock" --cache-size 256M \
         --transport "$transport" >>"$work/ublk-server.log" 2>&1 &
     server_pid=$!
     at_exit stop_process "$server_pid"
@@ -16,7 +16,8 @@ start_server() { # [UFS]
 start_snapshotter() { # [OPTION…]
     # Guests are slow, and so is a busy machine: a hundred layers take their time.
     [ $# -gt 0 ] || set -- --budget 120
-    "$bin/accel-snapshotter" serve --root "$work/accel" --socket "$run/accel.sock" --server "$run/ublk.sock" "$@" \
+    "$bin/accel-snapshotter" serve --root "$work/accel" --socket "$run/accel.sock" \
+        --server "${asked_server:-$run/ublk.sock}" "$@" \
         >>"$work/snapshotter.log" 2>&1 &
     snapshotter_pid=$!
     # It counts from its start.
@@ -35,15 +36,40 @@ accel_config() {
 start_node() {
     accel_config "${@:-default}" >"$work/accel.toml"
     # What pods need beside; not every machine lets its root lower an OOM score.
+    local cri='"io.containerd.grpc.v1.cri"'
     case $containerd_version in
-    1.*) printf '[plugins."io.containerd.grpc.v1.cri"]\nsandbox_image = "%s"\nrestrict_oom_score_adj = true\n' "$pause" ;;
+    1.*) printf '[plugins.%s]\nsandbox_image = "%s"\n' "$cri" "$pause" ;;
     *)
         printf '[plugins."io.containerd.cri.v1.images".pinned_images]\nsandbox = "%s"\n' "$pause"
-        printf '[plugins."io.containerd.cri.v1.runtime"]\nrestrict_oom_score_adj = true\n'
+        cri='"io.containerd.cri.v1.runtime"'
+        printf '[plugins.%s]\n' "$cri"
         ;;
     esac >>"$work/accel.toml"
+    echo "restrict_oom_score_adj = true" >>"$work/accel.toml"
+    # A network of their own have only the pods of a check that is not for guests.
+    if [ -z "${ACCEL_PEERS:-}" ]; then
+        pods_network
+        cat >>"$work/accel.toml" <<TOML
+netns_mounts_under_state_dir = true
+[plugins.$cri.cni]
+bin_dir = "$(peer containernetworking-plugins)/usr/lib/cni"
+conf_dir = "$work/net.d"
+TOML
+    fi
     start_containerd "$work/containerd-$containerd_version" "$work/accel.toml"
 }
+# pods_network: a bridge of this machine that leads nowhere.
+pods_network() {
+    [ ! -d "$work/net.d" ] || return 0
+    mkdir "$work/net.d"
+    local bridge=accel-$$
+    cat >"$work/net.d/10-pods.conflist" <<JSON
+{"cniVersion": "0.4.0", "name": "pods", "plugins": [{"type": "bridge", "bridge": "$bridge",
+    "ipam": {"type": "host-local", "subnet": "198.18.7.0/24", "dataDir": "$work/addresses"}}]}
+JSON
+    at_exit remove_bridge "$bridge"
+}
+remove_bridge() { [ ! -e "/sys/class/net/$1" ] || ip link delete "$1"; }
 # wait_until CMD…: up to five minutes; guests are slow.
 wait_until() {
     local i

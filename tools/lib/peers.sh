@@ -4,7 +4,8 @@
 # end with the script. Needs common.sh and debian.sh; undo_on_exit must be on.
 
 # peer NAME: the directory of a peer's package, unpacked: docker-registry, runc,
-# libseccomp2, or containerd-VERSION with 1.6, 1.7 or 2 as version. Where there is no
+# libseccomp2, containernetworking-plugins, or containerd-VERSION with 1.6, 1.7 or 2 as
+# version; runc-2 is the one that goes with the last of these. Where there is no
 # archive, as in the test guest, from $ACCEL_PEERS, which collect_peers has filled.
 peer() {
     local suite=''
@@ -23,8 +24,30 @@ peer() {
         [ "$suite" != "$(debian_codename)" ] || suite=''
         unpack_deb containerd $suite
         ;;
+    runc-2) locked runc-2 _runc_2 ;;
     *) unpack_deb "$1" ;;
     esac
+}
+
+# containerd 2 asks runc whether it can map ids of mounts, which it can since 1.2, before it
+# starts a pod with users of its own. That of Debian 13 is 1.1; sid's wants newer libraries
+# than Debian 12 has, and starts itself again from memory: so it is told where they are.
+_runc_2() {
+    local dir=$cache/debs/runc-2 libc seccomp patchelf
+    if [ ! -e "$dir/.complete" ]; then
+        libc=$(unpack_deb libc6 sid)
+        seccomp=$(unpack_deb libseccomp2 sid)
+        patchelf=$(unpack_deb patchelf)/usr/bin/patchelf
+        rm -rf "$dir"
+        mkdir -p "$dir/lib" "$dir/usr/sbin"
+        cp -L "$(unpack_deb runc sid)/usr/sbin/runc" "$dir/usr/sbin/"
+        cp -L "$libc"/usr/lib/x86_64-linux-gnu/{libc.so.6,ld-linux-x86-64.so.2} \
+            "$seccomp/usr/lib/x86_64-linux-gnu/libseccomp.so.2" "$dir/lib/"
+        "$patchelf" --set-interpreter "$dir/lib/ld-linux-x86-64.so.2" --force-rpath --set-rpath "$dir/lib" \
+            "$dir/usr/sbin/runc" || die "cannot tell runc where its libraries are"
+        touch "$dir/.complete"
+    fi
+    echo "$dir"
 }
 
 # collect_peers DIR NAME…: for use as $ACCEL_PEERS.
@@ -86,7 +109,10 @@ print(user + ":" + crypt.crypt(password, crypt.mksalt(crypt.METHOD_BLOWFISH, rou
 start_containerd() {
     local dir=$1 more=${2:-} programs runc i path
     programs=$(peer "containerd-${containerd_version:-1.6}")/usr/bin
-    runc=$(peer runc)/usr/sbin
+    runc=runc
+    # It works where it was unpacked only.
+    if [[ ${containerd_version:-1.6} = 2* ]] && [ -z "${ACCEL_PEERS:-}" ]; then runc=runc-2; fi
+    runc=$(peer "$runc")/usr/sbin
     mkdir -p "$dir"
     containerd_config=${use_config:-$dir/config.toml}
     [ -n "${use_config:-}" ] || containerd_settings "$dir" ${more:+"$more"} >"$containerd_config"

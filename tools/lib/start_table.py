@@ -4,7 +4,8 @@
 usage: start_table.py FILE
 
 FILE has a JSON object per run: image, way, ufs; milliseconds pull, first (from the
-pull's beginning to the first line of output), second; bytes registry, from_ufs; how many layers
+pull's beginning to the first line of output), second (from the beginning of a later
+container); bytes registry, from_ufs; how many layers
 were unpacked instead of mounted: fallbacks.
 """
 
@@ -72,6 +73,18 @@ def main(path):
                 f"| {seconds(median(key, 'second'))} | {mib(median(key, 'registry'))} "
                 f"| {mib(median(key, 'from_ufs')) if way != 'overlayfs' else ''} | {len(runs[key])} |"
             )
+    ratios = []
+    for image, name in IMAGES.items():
+        ordinary, ours = (image, "overlayfs", "-"), (image, "accel", "plain")
+        if ordinary in runs and ours in runs:
+            faster = median(ordinary, "first") / median(ours, "first")
+            again = median(ours, "second") / median(ordinary, "second")
+            ratios.append(f"| {name} | {faster:.1f} times{unpacked(ours)} | {again:.2f} times |")
+    if ratios:
+        print()
+        print("| accel beside the ordinary pull | the first output is faster | the second time takes |")
+        print("|---|---|---|")
+        print("\n".join(ratios))
     if all(key[2] in ("-", "plain") for key in runs):
         return
     print()

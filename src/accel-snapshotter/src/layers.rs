@@ -164,6 +164,11 @@ impl Layers {
             .collect())
     }
 
+    /// Whether something is mounted at the layer's mount point, which nothing else is.
+    pub fn is_mounted(&self, layer: &Layer) -> Result<bool> {
+        system::is_mount_point(&self.places.layer(layer.number))
+    }
+
     /// What UFS has for a chain ID on top of `below`: nobody else vouches for that.
     /// `digest`: of the layer's blob, if it is known.
     pub fn find(
@@ -198,8 +203,7 @@ impl Layers {
     pub fn ensure(&self, layer: &Layer, stale: bool) -> Result<(), LayerFailure> {
         let _one = self.operate();
         let point = self.places.layer(layer.number);
-        let mounted = self.mounted().context("cannot read the list of mounts")?;
-        let mounted = mounted.contains_key(&point);
+        let mounted = self.is_mounted(layer)?;
         if mounted && !stale {
             return Ok(());
         }

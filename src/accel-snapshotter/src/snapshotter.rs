@@ -254,16 +254,14 @@ impl Snapshotter {
 
     /// The first layer that is not mounted.
     fn unmounted(&self, lower: &[Lower]) -> Result<Option<Layer>> {
-        let mut layers = lower.iter().filter_map(|lower| match lower {
-            Lower::Layer(layer) => Some(*layer),
-            Lower::Directory(_) => None,
-        });
-        let Some(first) = layers.next() else {
-            return Ok(None);
-        };
-        let mounted = self.mounted()?;
-        let missing = |layer: &Layer| !mounted.contains_key(&self.places.layer(layer.number));
-        Ok(std::iter::once(first).chain(layers).find(missing))
+        for lower in lower {
+            let Lower::Layer(layer) = lower else { continue };
+            let mounted = self.layers.is_mounted(layer);
+            if !mounted.map_err(|error| not_mounted(layer, format!("{error:#}")))? {
+                return Ok(Some(*layer));
+            }
+        }
+        Ok(None)
     }
 
     /// Makes a snapshot's directory. Its root belongs to `owner`, else to whom the one
@@ -408,8 +406,7 @@ impl Snapshotter {
     /// The snapshots that match the filters.
     pub fn walk(&self, filters: &[String]) -> Result<Vec<(String, Snapshot)>> {
         let filters = Filters::parse(filters)?;
-        let mut all: Vec<_> = self.store.all().into_iter().collect();
-        all.retain(|(name, snapshot)| {
+        Ok(self.store.matching(|name, snapshot| {
             filters.matches(|path| {
                 let (first, rest) = path.split_first()?;
                 match (first.as_str(), rest) {
@@ -420,8 +417,7 @@ impl Snapshotter {
                     _ => None,
                 }
             })
-        });
-        Ok(all)
+        }))
     }
 
     /// Disk space of a snapshot. A lazy one has none.

@@ -305,6 +305,18 @@ impl Store {
         self.inner().snapshots.clone()
     }
 
+    /// Those snapshots that are wanted, by name.
+    pub fn matching(
+        &self,
+        mut wanted: impl FnMut(&str, &Snapshot) -> bool,
+    ) -> Vec<(String, Snapshot)> {
+        let inner = self.inner();
+        let all = inner.snapshots.iter();
+        all.filter(|(name, snapshot)| wanted(name, snapshot))
+            .map(|(name, snapshot)| (name.clone(), snapshot.clone()))
+            .collect()
+    }
+
     /// What a view or active snapshot consists of.
     pub fn stack(&self, key: &str) -> Result<Stack> {
         self.inner().stack(key)
@@ -444,7 +456,7 @@ impl Store {
             id,
             kind: Kind::Committed,
             parent: parent.map(str::to_owned),
-            labels,
+            labels: filled(labels),
             created: now,
             updated: now,
             usage: Usage::default(),
@@ -528,9 +540,14 @@ impl Store {
     }
 }
 
-/// As in containerd, a label without a value is none.
+/// The digests of all layers of an image, which the CRI gives each of them: up to 4 KiB.
+/// containerd keeps it itself, and reads all of our labels whenever it collects garbage,
+/// which is when a container has ended, while the next one waits.
+const IMAGE_LAYERS: &str = "containerd.io/snapshot/cri.image-layers";
+
+/// What is kept of labels: as in containerd, one without a value is none.
 fn filled(mut labels: Labels) -> Labels {
-    labels.retain(|_, value| !value.is_empty());
+    labels.retain(|key, value| !value.is_empty() && key != IMAGE_LAYERS);
     labels
 }
 
@@ -623,7 +640,8 @@ fn load(database: Database) -> std::result::Result<Inner, Failure> {
     let mut snapshots = BTreeMap::new();
     for entry in look.open_table(SNAPSHOTS)?.iter()? {
         let (name, json) = entry?;
-        let snapshot: Snapshot = serde_json::from_slice(json.value())?;
+        let mut snapshot: Snapshot = serde_json::from_slice(json.value())?;
+        snapshot.labels = filled(snapshot.labels);
         snapshots.insert(name.value().to_owned(), snapshot);
     }
     let mut layers = HashMap::new();

@@ -2,12 +2,14 @@
 //! found, and is gone when what the doctor says has been done to the files.
 
 use accel_client::protocol::{CacheStatus, SourceStatus, Status as ServerStatus};
+use accel_oci::{DiffId, Digest};
 use accel_snapshotter::config::{self, Containerd, Scope, Wanted};
 use accel_snapshotter::doctor::containerd::{Configuration, File, examine, scope};
 use accel_snapshotter::doctor::node::{self, Asked, Node, Running, Support};
 use accel_snapshotter::doctor::{Finding, Level, Step};
 use accel_snapshotter::edit;
-use accel_snapshotter::status::Status;
+use accel_snapshotter::status::{LayerStatus, Status};
+use accel_ufs::index::Root;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,6 +22,7 @@ struct Etc {
     version: Containerd,
     scope: Scope,
     maps_ids: bool,
+    root: &'static Path,
 }
 
 impl Etc {
@@ -29,6 +32,7 @@ impl Etc {
             version: version.parse().unwrap(),
             scope,
             maps_ids: true,
+            root: Path::new("/var/lib/containerd/io.containerd.snapshotter.v1.accel"),
         };
         fs::create_dir(etc.path("conf.d")).unwrap();
         etc.write(MAIN, &config::stanza(&etc.wanted()).unwrap());
@@ -40,7 +44,7 @@ impl Etc {
             version: self.version,
             scope: self.scope,
             socket: Path::new("/run/accel/snapshotter.sock"),
-            root: Path::new("/var/lib/containerd/io.containerd.snapshotter.v1.accel"),
+            root: self.root,
             local_pull: false,
             maps_ids: self.maps_ids,
         }
@@ -110,6 +114,16 @@ impl Etc {
             edit::apply(&finding.mend).unwrap();
         }
         self.is_well();
+    }
+
+    /// The doctor finds this, and says with these words what a person has to do.
+    fn says(&self, check: &str, level: Level, words: &str) {
+        let findings = self.findings();
+        let found = |finding: &&Finding| finding.check == check && finding.level == level;
+        let finding = findings.iter().find(found);
+        let finding = finding.unwrap_or_else(|| panic!("no {check} in {findings:#?}"));
+        let says = |step: &Step| matches!(step, Step::Do(what) if what.contains(words));
+        assert!(finding.mend.iter().any(says), "{words:?}: {finding:#?}");
     }
 
     fn is_well(&self) {
@@ -197,10 +211,16 @@ fn a_missing_runtime_handler_is_seen() {
         );
         etc.is_mended("runtime-handler", Level::Fault);
     }
+    // 1.6 has none of its own: what is left is another scope, or another containerd.
     let mut etc = Etc::new("1.6", Scope::Default);
     etc.scope = Scope::RuntimeClass;
-    let findings = etc.findings();
-    assert_eq!(findings[0].check, "runtime-handler", "{findings:?}");
+    etc.says(
+        "runtime-handler",
+        Level::Fault,
+        "this snapshotter for all pods",
+    );
+    etc.scope = Scope::Default;
+    etc.is_well();
 }
 
 #[test]
@@ -322,11 +342,16 @@ fn missing_disk_figures_are_seen() {
     let etc = Etc::new("1.7", Scope::Default);
     etc.replace("    root = ", "    other = ");
     etc.is_mended("disk-figures", Level::Warning);
-    let etc = Etc::new("1.6", Scope::Default);
+    let mut etc = Etc::new("1.6", Scope::Default);
     etc.replace("version = 2", "root = \"/data/containerd\"\nversion = 2");
-    let findings = etc.findings();
-    assert_eq!(findings[0].check, "disk-figures", "{findings:?}");
-    assert_eq!(findings[0].level, Level::Warning);
+    let root = "/data/containerd/io.containerd.snapshotter.v1.accel";
+    etc.says(
+        "disk-figures",
+        Level::Warning,
+        &format!("start accel-snapshotter with --root {root}"),
+    );
+    etc.root = Path::new(root);
+    etc.is_well();
 }
 
 #[test]
@@ -334,10 +359,19 @@ fn a_format_that_containerd_does_not_read_is_seen() {
     let etc = Etc::new("1.7", Scope::Default);
     etc.replace("version = 2", "version = 3");
     etc.is_mended("configuration-format", Level::Fault);
-    let etc = Etc::new("1.7", Scope::Default);
-    etc.replace("version = 2", "");
-    let findings = etc.findings();
-    assert_eq!(findings[0].check, "configuration-format", "{findings:?}");
+    // An old format: only 1.7 and later can write it anew.
+    for (version, words) in [
+        ("1.6", "write it anew with version = 2"),
+        ("1.7", "`containerd config migrate`, or with version = 2"),
+        ("2.1", "`containerd config migrate`, or with version = 3"),
+    ] {
+        let etc = Etc::new(version, Scope::Default);
+        let wanted = format!("version = {}", etc.version.format());
+        etc.replace(&wanted, "");
+        etc.says("configuration-format", Level::Fault, words);
+        etc.write(MAIN, &format!("{wanted}\n{}", etc.text(MAIN)));
+        etc.is_well();
+    }
 }
 
 #[test]
@@ -466,10 +500,13 @@ fn perform(node: &mut Node, command: &str) {
         "systemctl restart ublk-server" => node.server.answer = Ok(server()),
         "systemctl restart accel-snapshotter" => node.snapshotter.answer = Ok(snapshotter()),
         "systemctl restart containerd" => node.containerd = well().containerd,
-        "chmod 600 /run/accel.sock" => node.access = Some((0, 0o600)),
-        _ if command.starts_with("echo ")
-            || command.starts_with("systemctl enable ")
-            || command.starts_with("chown root:root ") => {}
+        "chown root:root /run/accel.sock" => {
+            node.access = node.access.map(|(_, mode)| (0, mode));
+        }
+        "chmod 600 /run/accel.sock" => {
+            node.access = node.access.map(|(owner, _)| (owner, 0o600));
+        }
+        _ if command.starts_with("echo ") || command.starts_with("systemctl enable ") => {}
         other => panic!("what does {other:?} do?"),
     }
 }
@@ -482,7 +519,7 @@ fn a_node_that_is_well_is_well() {
 #[test]
 fn faults_of_a_node_are_mended_by_the_commands() {
     type Change = fn(&mut Node);
-    let injected: [(&str, Level, Change); 10] = [
+    let injected: [(&str, Level, Change); 12] = [
         ("kernel", Level::Warning, |node| {
             node.erofs = Support::Loadable;
         }),
@@ -508,8 +545,14 @@ fn faults_of_a_node_are_mended_by_the_commands() {
         ("snapshotter", Level::Fault, |node| {
             node.access = Some((0, 0o666));
         }),
+        ("snapshotter", Level::Fault, |node| {
+            node.access = Some((1000, 0o600));
+        }),
         ("containerd", Level::Fault, |node| {
             node.containerd.answer.as_mut().unwrap().knows_us = false;
+        }),
+        ("containerd", Level::Fault, |node| {
+            node.containerd.answer = Err("no such file".to_owned());
         }),
     ];
     for (check, level, change) in injected {
@@ -532,54 +575,190 @@ fn faults_of_a_node_are_mended_by_the_commands() {
     }
 }
 
+/// What is done by hand: the words that say so, and what it does to a node.
+struct ByHand {
+    check: &'static str,
+    level: Level,
+    inject: fn(&mut Node),
+    words: &'static str,
+    mend: fn(&mut Node),
+}
+
+fn by_hand(
+    check: &'static str,
+    level: Level,
+    inject: fn(&mut Node),
+    words: &'static str,
+    mend: fn(&mut Node),
+) -> ByHand {
+    ByHand {
+        check,
+        level,
+        inject,
+        words,
+        mend,
+    }
+}
+
+fn status(node: &mut Node) -> &mut Status {
+    node.snapshotter.answer.as_mut().unwrap()
+}
+
+fn server_status(node: &mut Node) -> &mut ServerStatus {
+    node.server.answer.as_mut().unwrap()
+}
+
 #[test]
-fn what_only_people_mend_is_said() {
-    type Change = fn(&mut Node);
-    let injected: [(&str, Level, Change); 12] = [
-        ("kernel", Level::Fault, |node| node.erofs = Support::Absent),
-        ("ublk", Level::Warning, |node| node.ublk = Support::Absent),
-        ("ublk", Level::Fault, |node| {
-            node.ublk = Support::Absent;
-            node.fuse = Support::Absent;
-        }),
-        ("ublk", Level::Fault, |node| {
-            node.ublk = Support::Absent;
-            node.loops = Support::Absent;
-            node.release = "6.1.0".to_owned();
-        }),
-        ("ublk-server", Level::Fault, |node| {
-            node.server.answer.as_mut().unwrap().verifies = false;
-        }),
-        ("ufs", Level::Fault, |node| {
-            let status = node.server.answer.as_mut().unwrap();
-            status.sources[0].in_use = false;
-            status.sources[0].state = "does not answer".to_owned();
-        }),
-        ("snapshotter", Level::Fault, |node| {
-            node.snapshotter.answer.as_mut().unwrap().server = "/other".into();
-        }),
-        ("snapshotter", Level::Fault, |node| {
-            node.snapshotter.answer.as_mut().unwrap().ufs = Some("/mnt/other".into());
-        }),
-        ("fallbacks", Level::Warning, |node| {
-            node.snapshotter.answer.as_mut().unwrap().fallbacks = 3;
-        }),
-        ("runtime-handler", Level::Fault, |node| {
-            node.nvidia = Some(false);
-        }),
-        ("ufs", Level::Warning, |node| {
-            let status = node.server.answer.as_mut().unwrap();
-            status.sources.push(status.sources[0].clone());
-            status.sources[1].in_use = false;
-        }),
-        ("containerd", Level::Fault, |node| {
-            node.containerd.answer = Err("no such file".to_owned());
-        }),
+fn faults_that_people_mend_are_mended_by_what_is_said() {
+    let boot: fn(&mut Node) = |node| {
+        node.release = "6.12.1".to_owned();
+        node.erofs = Support::Present;
+        node.overlay = Support::Present;
+        node.ublk = Support::Present;
+    };
+    let injected = [
+        by_hand(
+            "kernel",
+            Level::Fault,
+            |node| node.erofs = Support::Absent,
+            "boot a kernel that has it",
+            boot,
+        ),
+        by_hand(
+            "kernel",
+            Level::Fault,
+            |node| node.overlay = Support::Absent,
+            "boot a kernel that has it",
+            boot,
+        ),
+        by_hand(
+            "ublk",
+            Level::Warning,
+            |node| node.ublk = Support::Absent,
+            "boot Linux 6.5 or later with CONFIG_BLK_DEV_UBLK",
+            boot,
+        ),
+        by_hand(
+            "ublk",
+            Level::Fault,
+            |node| {
+                node.ublk = Support::Absent;
+                node.fuse = Support::Absent;
+            },
+            "boot a kernel with ublk",
+            boot,
+        ),
+        by_hand(
+            "ublk",
+            Level::Fault,
+            |node| {
+                node.ublk = Support::Absent;
+                node.loops = Support::Absent;
+                node.release = "6.1.0".to_owned();
+            },
+            "boot a kernel with either",
+            boot,
+        ),
+        by_hand(
+            "ublk-server",
+            Level::Fault,
+            |node| server_status(node).verifies = false,
+            "install a release build",
+            |node| node.server.answer = Ok(server()),
+        ),
+        by_hand(
+            "ublk-server",
+            Level::Warning,
+            |node| server_status(node).version = "0.9".to_owned(),
+            "install the same version of both",
+            |node| node.server.answer = Ok(server()),
+        ),
+        by_hand(
+            "ufs",
+            Level::Fault,
+            |node| {
+                server_status(node).sources[0].in_use = false;
+                server_status(node).sources[0].state = "does not answer".to_owned();
+            },
+            "see that it is mounted and answers: findmnt --target /mnt/ufs; ls /mnt/ufs/layers",
+            |node| server_status(node).sources[0].in_use = true,
+        ),
+        by_hand(
+            "ufs",
+            Level::Warning,
+            |node| {
+                let mut second = server_status(node).sources[0].clone();
+                second.in_use = false;
+                server_status(node).sources.push(second);
+            },
+            "see that it is mounted and answers",
+            |node| server_status(node).sources[1].in_use = true,
+        ),
+        by_hand(
+            "snapshotter",
+            Level::Fault,
+            |node| status(node).server = "/other".into(),
+            "start it with --server /run/ublk.sock",
+            |node| status(node).server = "/run/ublk.sock".into(),
+        ),
+        by_hand(
+            "snapshotter",
+            Level::Fault,
+            |node| status(node).ufs = Some("/mnt/other".into()),
+            "give both the same --ufs",
+            |node| status(node).ufs = Some("/mnt/ufs".into()),
+        ),
+        by_hand(
+            "lazy-layers",
+            Level::Fault,
+            |node| {
+                status(node).layers.push(LayerStatus {
+                    diff_id: DiffId(Digest::of(b"layer")),
+                    root: Root([1; 32]),
+                    size: 4096,
+                    point: "/r/layers/1".into(),
+                    mounted: false,
+                    snapshots: 1,
+                    users: 0,
+                    trust: "manifest".to_owned(),
+                });
+            },
+            "they are mounted as soon as ublk-server and UFS answer",
+            |node| status(node).layers[0].mounted = true,
+        ),
+        by_hand(
+            "fallbacks",
+            Level::Warning,
+            |node| status(node).fallbacks = 3,
+            "`accel-snapshotter status` says which and why",
+            // They are counted since the start.
+            |node| node.snapshotter.answer = Ok(snapshotter()),
+        ),
+        by_hand(
+            "runtime-handler",
+            Level::Fault,
+            |node| node.nvidia = Some(false),
+            "install NVIDIA's container toolkit",
+            |node| node.nvidia = Some(true),
+        ),
     ];
-    for (check, level, change) in injected {
+    for ByHand {
+        check,
+        level,
+        inject: change,
+        words,
+        mend,
+    } in injected
+    {
         let bad = inject(change);
         assert_eq!(bad.len(), 1, "{bad:#?}");
         assert_eq!((bad[0].check, bad[0].level), (check, level), "{bad:#?}");
-        assert!(!bad[0].mend.is_empty());
+        let says = |step: &Step| matches!(step, Step::Do(what) if what.contains(words));
+        assert!(bad[0].mend.iter().any(says), "{words:?}: {:#?}", bad[0]);
+        let left = inject(|node| {
+            change(node);
+            mend(node);
+        });
+        assert_eq!(left, [], "{check}, after {words:?}");
     }
 }

@@ -438,3 +438,54 @@ proptest! {
         }
     }
 }
+
+/// containerd reads all labels of all snapshots each time it collects garbage, when a
+/// container has ended, and what starts waits for that. What the CRI says to every layer
+/// of the whole image it keeps itself.
+#[test]
+fn what_is_kept_of_labels_does_not_grow_with_the_image() {
+    const ALL: &str = "containerd.io/snapshot/cri.image-layers";
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("metadata.redb");
+    let store = Store::open(&path).unwrap();
+    let said: Labels = [
+        (ALL.to_owned(), "sha256:0".repeat(500)),
+        (
+            "containerd.io/snapshot/cri.image-ref".to_owned(),
+            "i".to_owned(),
+        ),
+    ]
+    .into_iter()
+    .collect();
+    let new = || New {
+        labels: said.clone(),
+        ..New::default()
+    };
+    let prepare = |_| Ok(PathBuf::new());
+    let wanted = lazy(&store, None, 1);
+    store.pin(&layer(1), wanted).unwrap();
+    store.commit_lazy(None, said.clone(), wanted).unwrap();
+    store
+        .create(Kind::Active, "a", None, new(), prepare)
+        .unwrap();
+    store
+        .create(Kind::Active, "b", None, new(), prepare)
+        .unwrap();
+    store
+        .commit("a", "c", said.clone(), Usage::default())
+        .unwrap();
+    store.update("c", &said, &[]).unwrap();
+    store
+        .update("b", &said, &[format!("labels.{ALL}")])
+        .unwrap();
+    let all = store.all();
+    assert_eq!(all.len(), 3);
+    for (name, snapshot) in all {
+        let kept: Vec<_> = snapshot.labels.keys().collect();
+        assert_eq!(kept, ["containerd.io/snapshot/cri.image-ref"], "{name}");
+    }
+    drop(store);
+    let kept = std::fs::read(&path).unwrap();
+    let kept = String::from_utf8_lossy(&kept);
+    assert!(kept.contains("cri.image-ref") && !kept.contains(ALL));
+}

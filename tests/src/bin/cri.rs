@@ -40,6 +40,10 @@ enum Action {
     Pod {
         /// HOST/REPO:TAG
         image: String,
+        /// As with `hostUsers: false`: in a user namespace of the pod's own, which has this
+        /// id of the host as its root, and 65,535 that follow; on a network of its own, too
+        #[arg(long, value_name = "ID")]
+        user_namespace: Option<u32>,
         /// What the container runs
         #[arg(last = true, required = true)]
         command: Vec<String>,
@@ -67,6 +71,8 @@ struct Arguments {
     handler_in_annotation: bool,
 }
 
+/// How many ids a pod's user namespace has: as many as a kubelet gives it.
+const IDS: u32 = 65_536;
 /// Where containerd 1.7 looks for the runtime handler of a pull.
 const HANDLER: &str = "io.containerd.cri.runtime-handler";
 /// How long a container may run.
@@ -81,15 +87,8 @@ struct Kubelet {
     /// The handler of a pull, in the request's field and in the pod's annotations.
     field: String,
     annotation: Option<(String, String)>,
-}
-
-/// What is said of a pod on the host's network.
-fn hosts_network() -> Option<api::NamespaceOption> {
-    Some(api::NamespaceOption {
-        network: api::NamespaceMode::Node.into(),
-        pid: api::NamespaceMode::Container.into(),
-        ipc: api::NamespaceMode::Pod.into(),
-    })
+    /// The id of the host that is root in the pod's user namespace, if it has one.
+    user_namespace: Option<u32>,
 }
 
 fn told(status: &tonic::Status) -> anyhow::Error {
@@ -97,6 +96,32 @@ fn told(status: &tonic::Status) -> anyhow::Error {
 }
 
 impl Kubelet {
+    /// A user namespace goes with a network of the pod's own: without one the kernel
+    /// does not let it mount /sys.
+    fn namespaces(&self) -> Option<api::NamespaceOption> {
+        let network = match self.user_namespace {
+            Some(_) => api::NamespaceMode::Pod,
+            None => api::NamespaceMode::Node,
+        };
+        let ids = |host_id| {
+            vec![api::IdMapping {
+                host_id,
+                container_id: 0,
+                length: IDS,
+            }]
+        };
+        Some(api::NamespaceOption {
+            network: network.into(),
+            pid: api::NamespaceMode::Container.into(),
+            ipc: api::NamespaceMode::Pod.into(),
+            userns_options: self.user_namespace.map(|first| api::UserNamespace {
+                mode: api::NamespaceMode::Pod.into(),
+                uids: ids(first),
+                gids: ids(first),
+            }),
+        })
+    }
+
     fn image(&self, image: &str) -> Option<api::ImageSpec> {
         Some(api::ImageSpec {
             image: image.to_owned(),
@@ -121,7 +146,7 @@ impl Kubelet {
             annotations: self.annotation.clone().into_iter().collect(),
             linux: Some(api::LinuxPodSandboxConfig {
                 security_context: Some(api::LinuxSandboxSecurityContext {
-                    namespace_options: hosts_network(),
+                    namespace_options: self.namespaces(),
                 }),
             }),
         }
@@ -209,7 +234,7 @@ impl Kubelet {
                 log_path: LOG.to_owned(),
                 linux: Some(api::LinuxContainerConfig {
                     security_context: Some(api::LinuxContainerSecurityContext {
-                        namespace_options: hosts_network(),
+                        namespace_options: self.namespaces(),
                     }),
                 }),
             }),
@@ -290,6 +315,10 @@ async fn run(arguments: Arguments) -> Result<()> {
         handler,
         field,
         annotation,
+        user_namespace: match arguments.action {
+            Action::Pod { user_namespace, .. } => user_namespace,
+            _ => None,
+        },
     };
     match arguments.action {
         Action::Pull { image } => {
@@ -303,7 +332,7 @@ async fn run(arguments: Arguments) -> Result<()> {
                 println!("{place} {}", usage.used_bytes.unwrap_or_default().value);
             }
         }
-        Action::Pod { image, command } => {
+        Action::Pod { image, command, .. } => {
             let logs = std::env::temp_dir().join(format!("cri-pod-{}", std::process::id()));
             fs::create_dir(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
             let done = kubelet.pod(&image, &command, &logs).await;

@@ -273,9 +273,12 @@ fn format(config: &Configuration, version: Containerd) -> Vec<Finding> {
         1 => vec![Finding::fault(
             "configuration-format",
             format!("{what}, an old format"),
-            vec![Step::Do(format!(
-                "write it anew with `containerd config migrate`, or with version = {wants}"
-            ))],
+            vec![Step::Do(match version {
+                Containerd::V1_6 => format!("write it anew with version = {wants}"),
+                _ => format!(
+                    "write it anew with `containerd config migrate`, or with version = {wants}"
+                ),
+            })],
         )],
         has if has > wants => vec![Finding::fault(
             "configuration-format",

@@ -184,7 +184,10 @@ fn server(node: &Node) -> Vec<Finding> {
         Ok(status) if !status.verifies => Finding::fault(
             CHECK,
             "this build does not compare what it reads with its digest: it is for one test",
-            vec![Step::Do("install a release build".to_owned())],
+            vec![
+                Step::Do("install a release build".to_owned()),
+                run("systemctl restart ublk-server"),
+            ],
         ),
         Ok(status) if status.version != node.version => Finding::warning(
             CHECK,
