@@ -9,6 +9,7 @@ use accel_source::{
     WorkerCommand, WorkerSource,
 };
 use accel_transport::{ReadError, Reader, Request, Wanted};
+use accel_ufs::canary::Canary;
 use accel_ufs::index::{CHUNK_SIZE, Root};
 use accel_ufs::names::{self, LayerName};
 use accel_ufs::node::NodeName;
@@ -359,12 +360,18 @@ fn a_canary_is_exported_under_its_own_name_only() {
     let node = node();
     let ufs = Ufs::open(node.ufs.path()).unwrap();
     let name = NodeName::new("c", "n").unwrap();
-    let canary = ufs.put_canary(&name).unwrap();
-    let attach = |root| {
+    let [before, canary] = [(); 2].map(|()| ufs.put_canary(&name).unwrap());
+    let attach_one = |canary: &Canary, root| {
         let bytes = (root, canary.size);
         let attached = node.registry.attach_canary(canary.digest, bytes, "agent");
         attached.unwrap()
     };
+    let attach = |root| attach_one(&canary, root);
+    // Another one has taken its place.
+    assert!(matches!(
+        attach_one(&before, before.root),
+        LayerAnswer::Absent
+    ));
     let wrong = attach(node.layers[0].root);
     assert!(matches!(wrong, LayerAnswer::OtherRoot(root) if root == canary.root));
     let LayerAnswer::Attached(attached) = attach(canary.root) else {
@@ -374,6 +381,4 @@ fn a_canary_is_exported_under_its_own_name_only() {
     assert_eq!(node.registry.status().0[0].holders, ["agent"]);
     let released = node.registry.detach(&Holder::Layer("agent".to_owned()));
     assert_eq!(released.unwrap().ended.len(), 1);
-    ufs.remove_canary(&name).unwrap();
-    assert!(matches!(attach(canary.root), LayerAnswer::Absent));
 }
