@@ -1,6 +1,6 @@
 //! A node's canary: what it reads to see whether it can read.
 //!
-//! It looks like a layer, and no image has it: [`SLOTS`] slots of a mebibyte, each with 4 KiB
+//! It looks like a layer, and no image has it: 256 slots of a mebibyte, each with 4 KiB
 //! of bytes at its beginning that exist nowhere else, and a hole behind them. So it takes a
 //! mebibyte on UFS. Each slot is read once: no cache of the node can have what comes, and
 //! what comes is known beforehand. When all were read another canary takes its place.
