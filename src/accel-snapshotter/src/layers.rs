@@ -164,9 +164,10 @@ impl Layers {
             .collect())
     }
 
-    /// Whether something is mounted at the layer's mount point, which nothing else is.
+    /// Whether the layer is mounted at its mount point. What somebody else has put there is
+    /// no layer.
     pub fn is_mounted(&self, layer: &Layer) -> Result<bool> {
-        system::is_mount_point(&self.places.layer(layer.number))
+        system::is_erofs(&self.places.layer(layer.number))
     }
 
     /// What UFS has for a chain ID on top of `below`: nobody else vouches for that.

@@ -29,6 +29,8 @@ const BUSY: Duration = Duration::from_secs(1);
 const SERVED: Duration = Duration::from_secs(60);
 /// Where the UUID lies in an EROFS image: in the superblock, which is at 1024.
 const UUID_OFFSET: u64 = 1024 + 48;
+/// What statfs(2) calls EROFS.
+const EROFS_MAGIC: rustix::fs::FsWord = 0xE0F5_E1E2;
 /// The kernel takes option strings of less than a page.
 const OPTIONS: usize = 4000;
 
@@ -199,7 +201,8 @@ pub fn is_mounted(point: &Path, kind: &str) -> Result<bool> {
 }
 
 /// Whether anything is mounted at `point` (a real path). Neither what is mounted there nor
-/// who serves it is asked for anything.
+/// who serves it is asked for anything; what the directory is in is. Where that may not
+/// answer, [`mountinfo::is_mount_point`] is the one to ask.
 pub fn is_mount_point(point: &Path) -> Result<bool> {
     // A node has thousands of mounts: their list takes the kernel longer than a container
     // may wait, and each of its layers asks.
@@ -220,6 +223,14 @@ pub fn is_mount_point(point: &Path) -> Result<bool> {
             Ok(!kinds.is_empty())
         }
     }
+}
+
+/// Whether EROFS is mounted at `point` (a real path), topmost. Who serves its image is asked
+/// for nothing.
+pub fn is_erofs(point: &Path) -> Result<bool> {
+    Ok(is_mount_point(point)?
+        // Of another kind, or gone meanwhile.
+        && rustix::fs::statfs(point).is_ok_and(|found| found.f_type == EROFS_MAGIC))
 }
 
 /// Unmounts what is at `point`, if anything is.
@@ -321,6 +332,8 @@ mod tests {
         std::os::unix::fs::symlink("/proc", path("link")).unwrap();
         for mounted in ["/", "/proc"] {
             assert!(is_mount_point(Path::new(mounted)).unwrap(), "{mounted}");
+            // Not by us.
+            assert!(!is_erofs(Path::new(mounted)).unwrap(), "{mounted}");
         }
         for other in ["", "file", "link", "missing", "file/beneath"] {
             assert!(!is_mount_point(&path(other)).unwrap(), "{other:?}");

@@ -68,7 +68,8 @@ enum Command {
         transport: Wanted,
         /// How long a thread that serves block devices looks for the next request before
         /// it sleeps, in microseconds, at most; it does so while requests follow each
-        /// other closely, and all together for at most half of the processors' time. 0: never. FUSE has none of this.
+        /// other closely, on at most half of the processors at once. 0: never. FUSE has
+        /// none of this.
         #[arg(long, value_name = "N", default_value = "200", value_parser = clap::value_parser!(u64).range(0..=1000))]
         poll_us: u64,
         /// Where to answer Prometheus over HTTP (`/metrics`), such as

@@ -278,8 +278,9 @@ impl QueueRing {
         self.push(&entry)
     }
 
-    /// Whether a [`turn`](Self::turn) finds something without waiting; costs no system
-    /// call.
+    /// Whether a [`turn`](Self::turn) may find something without waiting; costs no system
+    /// call. It may find nothing: the kernel queues its work first and then says so, and
+    /// another turn may have taken it in between.
     pub fn is_ready(&mut self) -> bool {
         self.ring.submission().taskrun() || !self.ring.completion().is_empty()
     }

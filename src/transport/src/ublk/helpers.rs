@@ -32,8 +32,9 @@ struct State<T> {
 }
 
 impl<T: Work> Pile<T> {
-    /// Does all of these, some of them by helpers. Returns when none is left that nobody
-    /// has begun.
+    /// Does as many as these, some of them by helpers. Another queue's may be among them,
+    /// whose thread then does as many of ours: none is left on the pile that no thread is
+    /// bound to take.
     pub fn share(&self, tasks: &mut Vec<T>) {
         if self.helpers == 0 || tasks.len() < 2 {
             return tasks.drain(..).for_each(Work::run);

@@ -68,8 +68,7 @@ pub struct UblkOptions {
     pub queue_threads: usize,
     /// How long a queue thread looks for the next request before it sleeps, at most and
     /// while requests follow each other closely; zero: it does not. All threads together
-    /// look on at most half of the processors that the process may use, and for at most a
-    /// quarter of their time.
+    /// look on at most half of the processors that the process may use.
     pub poll: Duration,
     /// How long a control command may take, and a device file to appear.
     pub control_timeout: Duration,
@@ -90,7 +89,7 @@ impl Default for UblkOptions {
     fn default() -> Self {
         UblkOptions {
             queue_threads: 2,
-            poll: Duration::from_micros(50),
+            poll: Duration::from_micros(200),
             control_timeout: Duration::from_secs(30),
             drain_timeout: Duration::from_secs(30),
             recovery_timeout: Duration::from_secs(60),

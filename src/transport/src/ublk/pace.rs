@@ -6,13 +6,13 @@
 //!
 //! * while requests follow each other closely ([`Pace`]): a few in a row have to, and
 //!   when looking finds nothing several times in a row, it is tried ever more rarely;
-//! * within what all threads together may spend ([`Allowance`]): at most half of
-//!   the processors' time, on at most half of them at once; on a machine with a single
-//!   one never.
+//! * within what all threads together may take ([`Allowance`]): at most half of the
+//!   processors at once; on a machine with a single one never.
 //!
 //! An idle thread looks in vain once and sleeps. Times are nanoseconds; only [`Polling`]
 //! has a clock.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -28,11 +28,6 @@ const LEAST: u64 = 8;
 /// again, and so on for [`LONGEST`] times.
 const PAUSE: u32 = 16;
 const LONGEST: u32 = 8;
-
-/// Of the processors' time threads may spend one part in so many looking.
-const SHARE: u64 = 2;
-/// What they did not spend within this time, nanoseconds, they may spend later.
-const SAVED: u64 = 10_000_000;
 
 /// How closely the requests of one thread follow each other.
 #[derive(Debug)]
@@ -160,17 +155,65 @@ impl Polling {
     pub fn now(&self) -> u64 {
         nanoseconds(self.since.elapsed())
     }
+
+    /// Looks for as long as `window`, if that may be; says whether something came. What only
+    /// seemed to be there was not: who has looked in vain sleeps.
+    ///
+    /// # Errors
+    /// Those of taking it.
+    pub fn look(
+        &self,
+        pace: &mut Pace,
+        window: u64,
+        what: &mut impl LookedFor,
+    ) -> io::Result<bool> {
+        if !self.allowance.begin() {
+            return Ok(false);
+        }
+        let begun = self.now();
+        let looked = loop {
+            let seems_there = what.seems_there();
+            let looked = self.now().saturating_sub(begun);
+            if seems_there {
+                break Some(looked);
+            }
+            if looked >= window {
+                break None;
+            }
+            std::hint::spin_loop();
+        };
+        let taken = looked.map(|_| what.take()).transpose();
+        let found = matches!(taken, Ok(Some(true)));
+        // A thread that was stopped meanwhile has not looked all the time.
+        let spent = looked.unwrap_or(window).min(2 * window);
+        self.allowance.end(spent, found);
+        match found {
+            true => pace.found(spent),
+            false => pace.missed(),
+        }
+        taken.map(|_| found)
+    }
 }
 
-/// What all threads together may spend looking.
+/// What is looked for.
+pub(super) trait LookedFor {
+    /// Whether it may be there; costs next to nothing, and may say so in vain.
+    fn seems_there(&mut self) -> bool;
+
+    /// Takes it; says whether there was anything.
+    ///
+    /// # Errors
+    /// It cannot be taken.
+    fn take(&mut self) -> io::Result<bool>;
+}
+
+/// How many threads may look at once.
 #[derive(Debug)]
 pub(super) struct Allowance {
-    /// Processors that the process may use.
-    processors: u64,
+    /// At most so many.
+    most: usize,
     /// Threads that look.
     looking: AtomicUsize,
-    /// Up to when the time that was spent is paid for; beyond now: nothing may be spent.
-    paid: AtomicU64,
     found: AtomicU64,
     missed: AtomicU64,
     spent: AtomicU64,
@@ -180,9 +223,8 @@ impl Allowance {
     /// For a process that may use so many processors.
     pub fn new(processors: usize) -> Self {
         Allowance {
-            processors: processors as u64,
+            most: processors / 2,
             looking: AtomicUsize::new(0),
-            paid: AtomicU64::new(0),
             found: AtomicU64::new(0),
             missed: AtomicU64::new(0),
             spent: AtomicU64::new(0),
@@ -190,25 +232,16 @@ impl Allowance {
     }
 
     /// Whether one thread more may look now; if so, [`end`](Self::end) must follow.
-    pub fn begin(&self, now: u64) -> bool {
-        if self.paid.load(Relaxed) > now {
-            return false;
-        }
-        let one_more = |looking: usize| {
-            let fits = (looking as u64) < self.processors / 2;
-            fits.then_some(looking + 1)
-        };
+    pub fn begin(&self) -> bool {
+        let one_more = |looking| (looking < self.most).then_some(looking + 1);
         self.looking
             .fetch_update(Relaxed, Relaxed, one_more)
             .is_ok()
     }
 
-    /// A thread has looked until `now`, for `spent`, and something came or not.
-    pub fn end(&self, now: u64, spent: u64, found: bool) {
+    /// A thread has looked for `spent` nanoseconds, and something came or not.
+    pub fn end(&self, spent: u64, found: bool) {
         self.looking.fetch_sub(1, Relaxed);
-        let cost = spent.saturating_mul(SHARE) / self.processors.max(1);
-        let pay = |paid: u64| Some(paid.max(now.saturating_sub(SAVED)).saturating_add(cost));
-        let _ = self.paid.fetch_update(Relaxed, Relaxed, pay);
         let counter = if found { &self.found } else { &self.missed };
         counter.fetch_add(1, Relaxed);
         self.spent.fetch_add(spent, Relaxed);
@@ -261,18 +294,13 @@ mod tests {
         }
 
         /// Waits for a request that comes `gap` after the last was served.
-        fn wait(&mut self, gap: u64, allowance: Option<&Allowance>) {
+        fn wait(&mut self, gap: u64) {
             let begun = self.now;
-            let window = self.pace.window();
-            let window = window.filter(|_| allowance.is_none_or(|it| it.begin(begun)));
-            if let Some(window) = window {
+            if let Some(window) = self.pace.window() {
                 let looked = window.min(gap);
                 let found = gap <= window;
                 self.spent += looked;
                 self.now += looked;
-                if let Some(allowance) = allowance {
-                    allowance.end(self.now, looked, found);
-                }
                 if found {
                     self.found += 1;
                     return self.pace.found(looked);
@@ -288,7 +316,7 @@ mod tests {
     #[test]
     fn requests_that_follow_closely_are_looked_for() {
         let mut thread = Thread::new();
-        (0..10_000).for_each(|_| thread.wait(20_000, None));
+        (0..10_000).for_each(|_| thread.wait(20_000));
         // All but those that showed that it is worth it.
         assert_eq!(
             (thread.found, thread.missed),
@@ -297,18 +325,18 @@ mod tests {
         // It looks about as long as it must: when they stop, little is lost.
         assert!(thread.pace.window().unwrap() <= LIMIT);
         let mut quick = Thread::new();
-        (0..10_000).for_each(|_| quick.wait(2_000, None));
+        (0..10_000).for_each(|_| quick.wait(2_000));
         assert_eq!(quick.pace.window(), Some(LIMIT / LEAST));
     }
 
     #[test]
     fn who_is_idle_sleeps() {
         let mut thread = Thread::new();
-        (0..100).for_each(|_| thread.wait(20_000, None));
+        (0..100).for_each(|_| thread.wait(20_000));
         let (found, spent) = (thread.found, thread.spent);
         assert!(found > 0);
         // One look in vain, and none from then on, however long this goes on.
-        (0..1000).for_each(|_| thread.wait(SECOND, None));
+        (0..1000).for_each(|_| thread.wait(SECOND));
         assert_eq!((thread.found, thread.missed), (found, 1));
         assert!(thread.spent <= spent + LIMIT);
         assert_eq!(thread.pace.window(), None);
@@ -318,7 +346,7 @@ mod tests {
     fn requests_that_come_now_and_then_are_slept_for() {
         for gap in [LIMIT * CLOSE, MILLISECOND, 100 * MILLISECOND] {
             let mut thread = Thread::new();
-            (0..10_000).for_each(|_| thread.wait(gap, None));
+            (0..10_000).for_each(|_| thread.wait(gap));
             assert_eq!((thread.found, thread.missed), (0, 0), "{gap}");
         }
     }
@@ -327,12 +355,12 @@ mod tests {
     #[test]
     fn looking_in_vain_is_given_up_ever_longer() {
         let mut thread = Thread::new();
-        (0..100_000).for_each(|_| thread.wait(LIMIT + 1, None));
+        (0..100_000).for_each(|_| thread.wait(LIMIT + 1));
         assert_eq!(thread.found, 0);
         assert!(thread.missed > 0);
         assert!(thread.missed < 200, "{} in vain", thread.missed);
         // When they come in time again, they are found again.
-        (0..10_000).for_each(|_| thread.wait(10_000, None));
+        (0..10_000).for_each(|_| thread.wait(10_000));
         assert!(thread.found > 5000, "{}", thread.found);
     }
 
@@ -344,49 +372,51 @@ mod tests {
         assert_eq!(pace.window(), None);
     }
 
-    /// Whatever comes, all threads together look for no longer than their share.
+    /// What seems to be there, or not, and never is.
+    struct Nothing {
+        seems: bool,
+        taken: u32,
+    }
+
+    impl LookedFor for Nothing {
+        fn seems_there(&mut self) -> bool {
+            self.seems
+        }
+
+        fn take(&mut self) -> io::Result<bool> {
+            self.taken += 1;
+            Ok(false)
+        }
+    }
+
     #[test]
-    fn all_threads_together_have_a_share_of_the_time() {
-        for processors in [1, 2, 4, 64] {
-            let allowance = Allowance::new(processors);
-            let mut threads: Vec<_> = (0..16).map(|_| Thread::new()).collect();
-            let until = SECOND / 10;
-            // The one that is behind goes on, always with the gap that it just misses or
-            // just finds.
-            let mut turn = 0;
-            loop {
-                let thread = threads.iter_mut().min_by_key(|thread| thread.now).unwrap();
-                if thread.now > until {
-                    break;
-                }
-                thread.wait(LIMIT - turn % 3, Some(&allowance));
-                turn += 1;
+    fn what_only_seems_to_be_there_is_looked_for_in_vain() {
+        for seems in [true, false] {
+            let polling = Polling::new(Duration::from_micros(200), 2);
+            let mut pace = polling.pace();
+            let mut nothing = Nothing { seems, taken: 0 };
+            (0..STREAK).for_each(|_| pace.slept(1000));
+            let mut looks = 0;
+            while let Some(window) = pace.window() {
+                assert!(!polling.look(&mut pace, window, &mut nothing).unwrap());
+                looks += 1;
             }
-            let spent: u64 = threads.iter().map(|thread| thread.spent).sum();
-            let share = (until + SAVED) * processors as u64 / SHARE;
-            // Those that look at the moment are not counted yet.
-            let most = share + (processors as u64 / 2) * LIMIT;
-            assert!(spent <= most, "{spent} of {most} on {processors}");
-            if processors == 1 {
-                assert_eq!(spent, 0);
-            } else {
-                // None looks all the time.
-                let can = most.min(threads.len() as u64 * until);
-                assert!(spent > can / 2, "{spent} of {can} on {processors}");
-            }
-            let polls = allowance.polls();
-            assert_eq!(polls.spent, Duration::from_nanos(spent));
-            assert_eq!(polls.found, threads.iter().map(|it| it.found).sum::<u64>());
+            assert!((1..10).contains(&looks), "{looks}");
+            assert_eq!(nothing.taken, if seems { looks } else { 0 });
+            let polls = polling.allowance.polls();
+            assert_eq!((polls.found, polls.missed), (0, u64::from(looks)));
+            assert!(polls.spent <= Duration::from_micros(400) * looks);
         }
     }
 
     #[test]
     fn only_half_of_the_processors_look_at_once() {
         let allowance = Allowance::new(5);
-        assert!(allowance.begin(0) && allowance.begin(0));
-        assert!(!allowance.begin(0));
-        allowance.end(1000, 1000, true);
-        assert!(allowance.begin(SECOND));
-        assert!(!allowance.begin(SECOND));
+        assert!(allowance.begin() && allowance.begin());
+        assert!(!allowance.begin());
+        allowance.end(1000, true);
+        assert!(allowance.begin());
+        assert!(!allowance.begin());
+        assert!(!Allowance::new(1).begin());
     }
 }

@@ -41,7 +41,7 @@ use rustix::thread::CapabilitySet;
 use super::error::{UblkError, Unavailable};
 use super::helpers::{Pile, Work};
 use super::mailbox::{Done, Mailbox, Own, lock};
-use super::pace::{Pace, Polling};
+use super::pace::{LookedFor, Pace, Polling};
 use crate::request::{ReadError, Reader, Request};
 use accel_sys::ublk::{self as driver, Ask};
 use accel_sys::ublk::{Descriptors, QueueEvent, QueueRing};
@@ -418,6 +418,24 @@ impl<R> Slot<R> {
     }
 }
 
+/// What a queue thread looks for.
+struct Next<'a> {
+    ring: &'a mut QueueRing,
+    mailbox: &'a Mailbox,
+    events: &'a mut Vec<QueueEvent>,
+}
+
+impl LookedFor for Next<'_> {
+    fn seems_there(&mut self) -> bool {
+        self.ring.is_ready() || self.mailbox.has_mail()
+    }
+
+    fn take(&mut self) -> io::Result<bool> {
+        self.ring.turn(&self.mailbox.wake, false, self.events)?;
+        Ok(!self.events.is_empty() || self.mailbox.has_mail())
+    }
+}
+
 /// The queue thread. The ring stands before the slots: dropped in this order,
 /// the driver's commands end before the devices' files are closed.
 struct Worker<R> {
@@ -495,10 +513,14 @@ impl<R: Reader> Worker<R> {
                 // There is no pause between requests that one could look into.
                 return Ok(());
             }
-            let begun = self.polling.now();
-            since = Some(begun);
-            if self.polling.allowance.begin(begun) && self.look(begun, window) {
-                return self.ring.turn(&self.mailbox.wake, false, events);
+            since = Some(self.polling.now());
+            let mut next = Next {
+                ring: &mut self.ring,
+                mailbox: &self.mailbox,
+                events,
+            };
+            if self.polling.look(&mut self.pace, window, &mut next)? {
+                return Ok(());
             }
         }
         let since = since.unwrap_or_else(|| self.polling.now());
@@ -506,24 +528,6 @@ impl<R: Reader> Worker<R> {
         let waited = self.polling.now().saturating_sub(since);
         self.pace.slept(waited);
         Ok(())
-    }
-
-    /// Looks for what comes next, for as long as `window`; says whether something came.
-    fn look(&mut self, begun: u64, window: u64) -> bool {
-        loop {
-            let found = self.ring.is_ready() || self.mailbox.has_mail();
-            let now = self.polling.now();
-            let looked = now.saturating_sub(begun);
-            if found || looked >= window {
-                self.polling.allowance.end(now, looked, found);
-                match found {
-                    true => self.pace.found(looked),
-                    false => self.pace.missed(),
-                }
-                return found;
-            }
-            std::hint::spin_loop();
-        }
     }
 
     /// Hands over what is queued and sleeps until something comes, unless there is mail.

@@ -11,7 +11,7 @@ use crate::journal::{Entry, State as JournalState, Transport};
 use crate::orphans;
 use crate::paths::Paths;
 use crate::protocol::{Holder, Orphan};
-use accel_client::system::is_mount_point;
+use accel_client::mountinfo;
 use accel_transport::ublk::{DeviceInfo, DeviceState, Inventory, Removal, UblkError};
 use anyhow::{Context, Result, bail};
 use std::collections::HashSet;
@@ -50,10 +50,13 @@ impl Registry {
     /// of them.
     fn forget_earlier_boots(&self, paths: &Paths) -> Result<()> {
         let entries = self.journal.forget_earlier_boots();
-        for entry in entries.context("cannot tidy the journal")? {
+        let entries = entries.context("cannot tidy the journal")?;
+        // Not the directories themselves: they may be on a file system that does not answer.
+        let mounts = mountinfo::read().context("cannot read the list of mounts")?;
+        for entry in entries {
             for holder in entry.holders {
                 let directory = Path::new(&holder.holder);
-                if directory.is_absolute() && !is_mount_point(directory)? {
+                if directory.is_absolute() && !mountinfo::is_mount_point(&mounts, directory) {
                     let _ = fs::remove_file(paths.note(directory));
                 }
             }
