@@ -973,7 +973,8 @@ obeys_the_plug_in() {
     same "$(k get acceleratedimages -o name)" ''
     fails accel delete of-4
     # All that was made stays,
-    accel create "$registry/many/of:2" --target "$registry/many/of:to-stay" --name stays --wait
+    # Of what no other tag is left (many/of:2 has one): a registry removes all of a manifest at once.
+    accel create "$registry/many/of:3" --target "$registry/many/of:to-stay" --name stays --wait
     accel disable --wait
     fails accel disable
     phase_is stays Ready
