@@ -17,7 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long to ask again: one program takes another's place, or memory is short.
-const TROUBLE: Duration = Duration::from_secs(60);
+const ASK_AGAIN: Duration = Duration::from_secs(60);
 /// Pause before the next one is asked.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -109,7 +109,7 @@ pub(crate) fn ask_for<T: DeserializeOwned>(
         match ask_once(socket, command, fd, patience)? {
             Reply::Ok(answer) => return Ok(answer),
             // Whoever comes next finds the connection waiting.
-            Reply::Again(_) if since.elapsed() < TROUBLE => thread::sleep(PAUSE),
+            Reply::Again(_) if since.elapsed() < ASK_AGAIN => thread::sleep(PAUSE),
             Reply::Again(error) | Reply::Error(error) => bail!(error),
         }
     }
