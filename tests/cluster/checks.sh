@@ -57,9 +57,12 @@ of_task() { k get acceleratedimage "$1" -o "jsonpath={.status.$2}"; }
 condition() { of_task "$1" "conditions[?(@.type==\"$2\")].$3"; }
 phase_is() { [ "$(of_task "$1" phase)" = "$2" ]; }
 becomes() { wait_until phase_is "$1" "$2" || { k get acceleratedimage "$1" -o yaml; return 1; }; }
-is_gone() { [ -z "$(k get acceleratedimage "$1" -o name --ignore-not-found)" ]; }
+# nothing CMD…: it succeeds, and says nothing.
+nothing() { local said; said=$("$@") && [ -z "$said" ]; }
+is_gone() { nothing k get acceleratedimage "$1" -o name --ignore-not-found; }
 jobs() { k -n image-accel get jobs -o name; }
-no_jobs() { [ -z "$(jobs)" ]; }
+no_jobs() { nothing jobs; }
+pod_ended() { [ "$(k get pod "$1" -o 'jsonpath={.status.phase}')" = Succeeded ]; }
 # service LINE OF THE SPEC…
 service() {
     {
@@ -102,7 +105,7 @@ start_node_agent() {
 label=node.uk8s.ucloud.cn/uimgacc
 label_of() { k get node "$1" -o "jsonpath={.metadata.labels.${label//./\\.}}"; }
 labelled() { [ "$(label_of "${1:-n1}")" = true ]; }
-not_labelled() { [ -z "$(label_of "${1:-n1}")" ]; }
+not_labelled() { nothing label_of "${1:-n1}"; }
 nodes_are() { [ "$(k get imageacceleration cluster -o 'jsonpath={.status.nodesText}')" = "$1" ]; }
 says() { accel nodes | grep -E "^$1 +$2 +$3"; }
 with_nodes() { k patch imageacceleration cluster --type merge -p "{\"spec\": {\"nodes\": $1}}"; }
@@ -199,8 +202,10 @@ follows_the_guide() {
     of_guide '## And back' ''
     # Of what it has made nothing is left.
     not_labelled
-    same "$(k get crd,namespaces,pv -o name | grep -e accel -e ufs)" ''
-    same "$(k get clusterroles,clusterrolebindings -o name | grep accel)" ''
+    k get crd,namespaces,pv -o name >"$guide/left"
+    fails grep -e accel -e ufs "$guide/left"
+    k get clusterroles,clusterrolebindings -o name >"$guide/left"
+    fails grep accel "$guide/left"
     same "$(on_ufs)" 0
     not_there team/app v1-acc
     # Nor on the node, for what follows.
@@ -355,8 +360,7 @@ runs_lazily() {
     begin_log
     k run lazy --image "$registry/team/tiny:1-acc" --image-pull-policy Always --restart Never --command -- \
         /bin/sh -c /app/hello
-    ended() { [ "$(k get pod lazy -o 'jsonpath={.status.phase}')" = Succeeded ]; }
-    wait_until ended
+    wait_until pod_ended lazy
     k logs lazy | grep .
     same "$(since_then | grep /blobs/)" "$(the_config "$registry/team/tiny:1-acc")"
     same "$(field fallbacks)" 0
@@ -371,8 +375,7 @@ runs_without_the_service() {
     kubelet=${_cluster_pids[kubelet-plain]}
     k run plain --image "$registry/team/tiny:1-acc" --image-pull-policy Always --restart Never \
         --overrides '{"apiVersion": "v1", "spec": {"nodeName": "plain"}}' --command -- /bin/sh -c /app/hello
-    plain_ended() { [ "$(k get pod plain -o 'jsonpath={.status.phase}')" = Succeeded ]; }
-    wait_until plain_ended
+    wait_until pod_ended plain
     same "$(k logs plain)" "$output"
     # Config and both layers.
     same "$(since_then | grep -c '/team/tiny/blobs/')" 3
@@ -562,7 +565,7 @@ logs_in() {
     condition own RegistryAccess message | grep 'accel-controller secret-access default mine'
     "$bin/accel-controller" secret-access default mine | k apply -f -
     becomes own Ready
-    no_copies() { [ -z "$(k -n image-accel get secrets -l app.kubernetes.io/managed-by=accel-controller -o name)" ]; }
+    no_copies() { nothing k -n image-accel get secrets -l app.kubernetes.io/managed-by=accel-controller -o name; }
     wait_until no_copies
     can() { k auth can-i "$@" --as system:serviceaccount:image-accel:accel-controller; }
     can get secrets/mine
@@ -734,8 +737,7 @@ survives_kills_on_the_node() {
     k delete pod guided --grace-period 0 --timeout 120s
     k run lazy-again --image "$registry/team/tiny:1-acc" --image-pull-policy Always --restart Never --command -- \
         /bin/sh -c /app/hello
-    again_ended() { [ "$(k get pod lazy-again -o 'jsonpath={.status.phase}')" = Succeeded ]; }
-    wait_until again_ended
+    wait_until pod_ended lazy-again
     same "$(field fallbacks)" 0
     k delete pod lazy-again --grace-period 0 --timeout 120s
 }
@@ -945,8 +947,7 @@ turns_off() {
     same "$(k get pod old -o 'jsonpath={.status.phase} {.status.containerStatuses[0].restartCount}')" 'Running 0'
     k delete pod old --grace-period 0 --timeout 120s
     k run original --image "$registry/many/of:2" --image-pull-policy Always --restart Never --command -- /bin/busybox cat /of-it
-    original_ended() { [ "$(k get pod original -o 'jsonpath={.status.phase}')" = Succeeded ]; }
-    wait_until original_ended
+    wait_until pod_ended original
     same "$(k logs original)" 2
     k delete pod original --grace-period 0 --timeout 120s
     k delete acceleratedimage later last --timeout 60s

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# The checks of the doctor, each a function. Needs common.sh, processes.sh and images.sh.
+# The checks of the doctor, each a function. Needs common.sh, processes.sh, images.sh and
+# checks.sh.
 #
 # In: work, run, bin, images, registry, containerd_version
 
@@ -27,11 +28,7 @@ doctor_mends_a_configuration() {
     # Somebody else's socket: the commands are run as they are told.
     chmod 666 "$run/accel.sock"
     chown 1:1 "$run/accel.sock"
-    fails doctor "$main" --json >"$work/doctor/socket"
-    same "$(faults_in "$work/doctor/socket")" snapshotter
-    commands_in "$work/doctor/socket" snapshotter >"$work/doctor/commands"
-    sh -ex "$work/doctor/commands"
-    no_faults "$main"
+    is_mended "$main" snapshotter
     # A layer that is mounted no more, and nobody who could serve it: it is there again when
     # there is.
     kill_now "$snapshotter_pid"
@@ -64,20 +61,15 @@ no_faults() { # CONFIG [OPTION…]
     doctor "$@" --json >"$work/doctor/now" || [ $? = 3 ] || return
     [ -z "$(faults_in "$work/doctor/now")" ]
 }
-# faults_in FILE: the names of the checks that found one; commands_in FILE CHECK: what is
-# to be run for it.
+# faults_in FILE: the names of the checks that found one.
 faults_in() { /usr/bin/python3 -c 'import json, sys
 print(*[f["check"] for f in json.load(open(sys.argv[1]))["findings"] if f["level"] == "fault"])' "$1"; }
-commands_in() { /usr/bin/python3 -c 'import json, sys
-for finding in json.load(open(sys.argv[1]))["findings"]:
-    if finding["check"] == sys.argv[2]:
-        for step in finding["mend"]: print(step["run"])' "$1" "$2"; }
 version_of_containerd() { "${ctr[@]}" version | awk '/^Server:/ { server = 1 } server && /Version:/ { print $2; exit }'; }
 
 # Each fault that a node can be given: the doctor names it, and nothing else; what its message
 # says is done, and then there is none. At the end the node pulls lazily.
 doctor_mends_each_fault() {
-    local main=$work/doctor/each.toml images_table=plugins/io.containerd.cri.v1.images pull_pid
+    local main=$work/doctor/each.toml images_table=plugins/io.containerd.cri.v1.images
     mkdir -p "$work/doctor"
     stop_process "$containerd_pid"
     start_node

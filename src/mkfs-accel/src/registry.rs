@@ -1,8 +1,8 @@
 //! How a command reaches registries.
 
-use accel_image::{Credentials, ImageError, OpenOptions, Problem};
+use crate::output::say;
+use accel_image::{Credentials, ImageError, OpenOptions};
 use anyhow::{Context, ensure};
-use serde::Serialize;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -77,21 +77,16 @@ impl RegistryArguments {
     }
 }
 
-/// What is told to programs of a registry that does not do what it is asked for.
-#[derive(Debug, Serialize)]
-struct Refused<'a> {
-    /// Empty if it is none in particular.
-    registry: &'a str,
-    problem: Problem,
-}
-
-/// The line of JSON by which programs know what kind of error this is, if a registry is the
-/// reason; people read the error itself.
-pub fn refused(error: &anyhow::Error) -> Option<String> {
-    let (registry, problem) = error
-        .chain()
-        .filter_map(|error| error.downcast_ref::<ImageError>())
-        .find_map(ImageError::refusal)?;
-    let refused = Refused { registry, problem };
-    Some(serde_json::json!({"refused": refused}).to_string())
+/// Tells programs, in a line of JSON, what a registry refuses, if that is why this failed;
+/// people read the error itself. The registry is empty if it is none in particular.
+pub fn tell_refusal<T>(done: &anyhow::Result<T>) -> io::Result<()> {
+    let refusal = done.as_ref().err().and_then(|error| {
+        let mut causes = error.chain().filter_map(|cause| cause.downcast_ref());
+        causes.find_map(ImageError::refusal)
+    });
+    if let Some((registry, problem)) = refusal {
+        let refused = serde_json::json!({"registry": registry, "problem": problem});
+        say!("{}", serde_json::json!({"refused": refused}))?;
+    }
+    Ok(())
 }

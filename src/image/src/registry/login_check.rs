@@ -25,9 +25,8 @@ pub fn check_login(registry: &str, options: &OpenOptions) -> Result<(), ImageErr
     };
     let opened = Registry::open(&reference, options)?;
     // Mirrors come before it, and have logins of their own.
-    let Some(host) = opened.hosts.last() else {
-        return Ok(());
-    };
+    let host = opened.hosts.last();
+    let host = host.ok_or_else(|| ImageError::Setup(format!("there is no host for {registry}")))?;
     let asked = opened.runtime.block_on(async {
         let url = host.url("")?;
         host.ask(|client| client.get(url.clone())).await

@@ -1,7 +1,7 @@
 //! `mkfs-accel check`: whether registries take the logins that there are for them.
 
 use crate::output::say;
-use crate::registry::{RegistryArguments, refused};
+use crate::registry::{RegistryArguments, tell_refusal};
 use accel_image::{check_login, logins};
 use anyhow::ensure;
 use std::collections::BTreeSet;
@@ -21,22 +21,20 @@ pub struct Arguments {
 }
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let mut registries: BTreeSet<_> = arguments.registries.iter().cloned().collect();
-    let checked = check(arguments, &mut registries);
-    if let (Err(error), true) = (&checked, arguments.json)
-        && let Some(line) = refused(error)
-    {
-        say!("{line}")?;
+    let checked = check(arguments);
+    if arguments.json {
+        tell_refusal(&checked)?;
     }
-    checked?;
+    let registries = checked?;
     if arguments.json {
         say!("{}", serde_json::json!({"checked": registries}))?;
     }
     Ok(())
 }
 
-/// The first that fails is the error; the others are told before it.
-fn check(arguments: &Arguments, registries: &mut BTreeSet<String>) -> anyhow::Result<()> {
+/// Which were checked. The first that fails is the error; the others are told before it.
+fn check(arguments: &Arguments) -> anyhow::Result<BTreeSet<String>> {
+    let mut registries: BTreeSet<_> = arguments.registries.iter().cloned().collect();
     let options = arguments.registry.options()?;
     if let Some(path) = arguments.registry.login_file() {
         registries.extend(logins(path)?);
@@ -46,7 +44,7 @@ fn check(arguments: &Arguments, registries: &mut BTreeSet<String>) -> anyhow::Re
         "there is nothing to check: name a registry, or a file with logins (--registry-config)"
     );
     let mut first = None;
-    for registry in registries.iter() {
+    for registry in &registries {
         match check_login(registry, &options) {
             Ok(()) if arguments.json => {}
             Ok(()) => say!("{registry}: we are let in")?,
@@ -54,5 +52,5 @@ fn check(arguments: &Arguments, registries: &mut BTreeSet<String>) -> anyhow::Re
             Err(error) => eprintln!("mkfs-accel: {error}"),
         }
     }
-    first.map_or(Ok(()), |error| Err(error.into()))
+    first.map_or(Ok(registries), |error| Err(error.into()))
 }

@@ -4,7 +4,7 @@
 use crate::layers::{self, Done, Fate, Tell};
 use crate::output::{Bytes, Seconds, say};
 use crate::published::Published;
-use crate::registry::{RegistryArguments, refused};
+use crate::registry::{RegistryArguments, tell_refusal};
 use crate::{interrupt, jobs};
 use accel_image::{Accelerated, Image, Images, OpenOptions, Platforms, Target};
 use accel_oci::{Digest, ImageSource, Platform, PlatformError};
@@ -193,10 +193,8 @@ impl<'a> LayerReport<'a> {
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let done = work(arguments);
-    if let (Err(error), Tell::Programs) = (&done, arguments.tell())
-        && let Some(line) = refused(error)
-    {
-        say!("{line}")?;
+    if let Tell::Programs = arguments.tell() {
+        tell_refusal(&done)?;
     }
     done
 }
