@@ -8,8 +8,7 @@
 //! waits for.
 
 use crate::ufs_place::UfsPlace;
-use accel_client::exports::{device, release_within};
-use accel_client::lock::Lock;
+use accel_client::exports::{alone, device, release_within};
 use accel_client::paths::Paths;
 use accel_client::protocol::{Command, Holder, LayerAnswer};
 use accel_client::wire;
@@ -118,25 +117,23 @@ impl Places {
     fn export(&self) -> Result<Bird> {
         let canary = self.ufs.open()?.put_canary(&self.node)?;
         let server = self.server();
-        // What clients do to exports and FUSE files they do one at a time.
-        let lock = Lock::wait_within(&server.client_lock(), PATIENCE)?;
         let command = Command::AttachCanary {
             digest: canary.digest,
             root: canary.root,
             size: canary.size,
             holder: HOLDER.to_owned(),
         };
-        let attached = match wire::ask_within(&server.socket, &command, EXPORT)? {
-            LayerAnswer::Attached(attached) => attached,
-            LayerAnswer::Absent => bail!(
-                "ublk-server does not find the canary: does it read the UFS {}?",
-                self.ufs.path.display()
-            ),
-            LayerAnswer::OtherRoot(_) => bail!("ublk-server finds another canary"),
-            LayerAnswer::Unreadable(why) => bail!("ublk-server cannot read the canary: {why}"),
-        };
-        let device = device(&server, &attached)?;
-        lock.remove();
+        let device = alone(&server, PATIENCE, || {
+            match wire::ask_within(&server.socket, &command, EXPORT)? {
+                LayerAnswer::Attached(attached) => device(&server, &attached),
+                LayerAnswer::Absent => bail!(
+                    "ublk-server does not find the canary: does it read the UFS {}?",
+                    self.ufs.path.display()
+                ),
+                LayerAnswer::OtherRoot(_) => bail!("ublk-server finds another canary"),
+                LayerAnswer::Unreadable(why) => bail!("ublk-server cannot read the canary: {why}"),
+            }
+        })?;
         Ok(Bird {
             canary,
             device,
@@ -150,11 +147,9 @@ impl Places {
     /// `ublk-server` or UFS does not do it.
     pub fn clear(&self) -> Result<()> {
         let server = self.server();
-        let lock = Lock::wait_within(&server.client_lock(), PATIENCE)?;
-        let released = release_within(&server, Holder::Layer(HOLDER.to_owned()), PATIENCE);
-        lock.remove();
-        server.tidy();
-        released?;
+        alone(&server, PATIENCE, || {
+            release_within(&server, Holder::Layer(HOLDER.to_owned()), PATIENCE)
+        })?;
         self.ufs.open()?.remove_canary(&self.node)?;
         Ok(())
     }
