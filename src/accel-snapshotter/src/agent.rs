@@ -5,24 +5,21 @@
 //! answer cannot be ended. Neither containers nor pulls wait for it. When it is gone for long
 //! everything counts as used that the node had mounted (`accel_ufs::node`).
 
-use crate::canary::{Caged, HOLDER, Places};
-use crate::health::{Health, Watched};
+use crate::canary::HOLDER;
 use crate::layers::holders;
 use crate::service;
 use crate::status::Status;
 use crate::ufs_place::UfsPlace;
+use crate::watch;
 use accel_client::protocol::{Command, ExportStatus, Status as Served};
 use accel_client::wire;
 use accel_ufs::index::Root;
 use accel_ufs::node::{NodeLease, NodeName, RENEWAL, SETTLE};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
-use tokio::signal::unix::{SignalKind, signal};
 
 /// How often to look.
 const LOOK: Duration = Duration::from_secs(3);
@@ -30,17 +27,6 @@ const LOOK: Duration = Duration::from_secs(3);
 const QUESTION: Duration = Duration::from_secs(2);
 // What a node uses is said in time although neither answers, and there is some left for UFS.
 const _: () = assert!(LOOK.as_secs() + 2 * QUESTION.as_secs() + 2 < SETTLE.as_secs());
-
-/// How often it is checked whether the node can serve.
-const CHECK: Duration = Duration::from_secs(5);
-/// How soon after a result that nobody had expected.
-const AGAIN: Duration = Duration::from_secs(1);
-/// How long a check may take. At worst a check has just gone well; then it takes CHECK,
-/// ANSWER, AGAIN and ANSWER until it is known that the node cannot serve: 18 s, and who tells
-/// the cluster and who takes the label away look every few seconds.
-const ANSWER: Duration = Duration::from_secs(6);
-/// How long the agent may take to end: it takes its canary away.
-const END: Duration = Duration::from_secs(3);
 
 /// What `agent` was told.
 #[derive(Debug, clap::Args)]
@@ -124,138 +110,14 @@ pub fn run(options: &Options) -> Result<()> {
             .map(|point| point.unwrap_or_else(|| options.ufs.clone())),
     };
     if let Some(file) = &options.health {
-        let watch = Watch {
-            socket: options.socket.clone(),
-            ufs: ufs.clone(),
-            node: name.clone(),
-            file: std::path::absolute(file)?,
-            shared: Arc::default(),
-        };
-        let shared = Arc::clone(&watch.shared);
-        spawn("health", move || watch.run())?;
-        spawn("end", move || shared.end_when_told())?;
+        let file = std::path::absolute(file)?;
+        watch::start(options.socket.clone(), ufs.clone(), name.clone(), file)?;
     }
     say_all(&options.socket, &ufs, &name)
 }
 
-fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
-    let thread = thread::Builder::new().name(name.to_owned());
-    thread.spawn(work).context("cannot start a thread")?;
-    Ok(())
-}
-
-fn runtime() -> Result<tokio::runtime::Runtime> {
-    let mut builder = tokio::runtime::Builder::new_current_thread();
-    builder.enable_all().build().context("cannot start")
-}
-
-/// Finds out again and again whether the node can serve, and writes that down.
-struct Watch {
-    socket: PathBuf,
-    ufs: UfsPlace,
-    node: NodeName,
-    file: PathBuf,
-    shared: Arc<Shared>,
-}
-
-/// What has to be known when the agent ends.
-#[derive(Default)]
-struct Shared {
-    ending: AtomicBool,
-    /// Where the canary is, if there may be one.
-    places: Mutex<Option<Places>>,
-}
-
-impl Watch {
-    fn run(&self) {
-        let mut health = Health::resume(&self.file);
-        let mut watched = Watched::<Option<Caged>>::new();
-        let mut wrong = String::new();
-        while !self.shared.ending.load(Relaxed) {
-            let was = health.healthy;
-            let checked = watched.check(self.check(), ANSWER);
-            if self.shared.ending.load(Relaxed) {
-                // The canary may have been taken from it.
-                return;
-            }
-            health.observe(checked);
-            if health.healthy != was {
-                tracing::info!(healthy = health.healthy, "{}", health.message);
-            }
-            let written = health.write(&self.file);
-            let now = written.map_or_else(|error| format!("{error:#}"), |()| String::new());
-            if now != wrong && !now.is_empty() {
-                tracing::warn!(error = now, "nobody can know how this node is");
-            }
-            wrong = now;
-            thread::sleep(match health.is_unsure() {
-                true => AGAIN,
-                false => CHECK,
-            });
-        }
-    }
-
-    /// A node can serve if its snapshotter answers, and `ublk-server`, whichever that
-    /// has, gives what is on UFS.
-    fn check(&self) -> impl FnOnce(&mut Option<Caged>) -> Result<(), String> + Send + 'static {
-        let (socket, ufs) = (self.socket.clone(), self.ufs.clone());
-        let (node, shared) = (self.node.clone(), Arc::clone(&self.shared));
-        let check = move |caged: &mut Option<Caged>| {
-            let asked = service::ask_status(socket, ANSWER);
-            let server = runtime()?.block_on(asked)?.server;
-            let places = Places { ufs, node, server };
-            shared.found(&places)?;
-            caged
-                .get_or_insert_with(|| Caged::new(places.clone()))
-                .check(places)
-        };
-        move |caged| check(caged).map_err(|error| format!("{error:#}"))
-    }
-}
-
-impl Shared {
-    /// Notes where there will be a canary.
-    fn found(&self, places: &Places) -> Result<()> {
-        let mut known = self.places.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.ending.load(Relaxed) {
-            bail!("the agent ends");
-        }
-        *known = Some(places.clone());
-        Ok(())
-    }
-
-    /// Ends the process on SIGTERM, without leaving a canary if that can be done soon.
-    fn end_when_told(&self) {
-        let told = async {
-            let mut told = signal(SignalKind::terminate())?;
-            told.recv().await;
-            Ok::<_, anyhow::Error>(())
-        };
-        if let Err(error) = runtime().and_then(|runtime| runtime.block_on(told)) {
-            tracing::warn!(error = format!("{error:#}"), "will leave its canary behind");
-            return;
-        }
-        self.ending.store(true, Relaxed);
-        let known = self.places.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(places) = known.clone() {
-            let (sender, done) = mpsc::channel();
-            let cleared = spawn("clear", move || {
-                let _ = sender.send(places.clear());
-            });
-            let cleared = cleared.and_then(|()| done.recv_timeout(END).context("no answer")?);
-            if let Err(error) = cleared {
-                tracing::warn!(
-                    error = format!("{error:#}"),
-                    "leaves its canary, which the next agent removes"
-                );
-            }
-        }
-        std::process::exit(0);
-    }
-}
-
 fn say_all(socket: &Path, ufs: &UfsPlace, name: &NodeName) -> Result<()> {
-    let runtime = runtime()?;
+    let runtime = service::runtime()?;
     let look = || {
         let asked = service::ask_status(socket.to_owned(), QUESTION);
         let snapshotter = runtime.block_on(asked)?;

@@ -4,12 +4,11 @@
 //! ([`accel_ufs::canary`]); what comes is compared here once more. It passes the kernel's
 //! cache by.
 //!
-//! What a check waits for may hang for long: [`Caged::check`] belongs on a thread that nobody
+//! What a check waits for may hang for long: [`NodeCanary::check`] belongs on a thread that nobody
 //! waits for.
 
 use crate::ufs_place::UfsPlace;
-use accel_client::exports::{device, release_within};
-use accel_client::lock::Lock;
+use accel_client::exports::{alone, device, release_within};
 use accel_client::paths::Paths;
 use accel_client::protocol::{Command, Holder, LayerAnswer};
 use accel_client::wire;
@@ -41,69 +40,64 @@ pub struct Places {
     pub server: PathBuf,
 }
 
-/// A node's canary, as soon as there is one.
-#[derive(Debug)]
-pub struct Caged {
-    places: Places,
-    bird: Option<Bird>,
+/// A node's canary. There is none until the first check.
+#[derive(Debug, Default)]
+pub struct NodeCanary {
+    /// Where it is, or would be.
+    places: Option<Places>,
+    exported: Option<Exported>,
 }
 
-/// One that is exported.
+/// A canary that is exported.
 #[derive(Debug)]
-struct Bird {
+struct Exported {
     canary: Canary,
     device: PathBuf,
     /// How often it was read.
     reads: u64,
 }
 
-impl Caged {
-    /// There is none until the first check.
-    pub const fn new(places: Places) -> Self {
-        Self { places, bird: None }
-    }
-
+impl NodeCanary {
     /// Reads what nobody has read yet.
     ///
     /// # Errors
     /// Why the node cannot serve.
     pub fn check(&mut self, places: Places) -> Result<()> {
-        if places != self.places {
+        if let Some(last) = self.places.take_if(|last| *last != places) {
             // Who served it may be gone for good.
-            if let Err(error) = self.places.clear() {
+            if let Err(error) = last.clear() {
                 tracing::warn!(error = format!("{error:#}"), "a canary stays");
             }
-            *self = Self::new(places);
+            self.exported = None;
         }
-        let checked = self.read();
+        let checked = self.read(&places);
+        self.places = Some(places);
         if checked.is_err() {
             // The next one begins from nothing: devices do not last for ever.
-            self.bird = None;
+            self.exported = None;
         }
         checked
     }
 
-    fn read(&mut self) -> Result<()> {
+    fn read(&mut self, places: &Places) -> Result<()> {
         // Told at once and in words: a read of files that are gone waits for them.
-        self.places.ufs.open()?;
-        if self.bird.as_ref().is_some_and(|bird| bird.reads == READS) {
-            self.bird = None;
-        }
-        let bird = match &mut self.bird {
-            Some(bird) => bird,
+        places.ufs.open()?;
+        self.exported.take_if(|one| one.reads == READS);
+        let exported = match &mut self.exported {
+            Some(exported) => exported,
             none => {
-                self.places.clear()?;
-                none.insert(self.places.export()?)
+                places.clear()?;
+                none.insert(places.export()?)
             }
         };
-        let number = bird.reads;
-        bird.reads += 1;
-        let found = read_direct(&bird.device, Canary::offset(number))
-            .with_context(|| format!("cannot read the canary {}", bird.device.display()))?;
+        let number = exported.reads;
+        exported.reads += 1;
+        let found = read_direct(&exported.device, Canary::offset(number))
+            .with_context(|| format!("cannot read the canary {}", exported.device.display()))?;
         ensure!(
-            found == bird.canary.content(number),
+            found == exported.canary.content(number),
             "the canary {} gives wrong bytes",
-            bird.device.display()
+            exported.device.display()
         );
         Ok(())
     }
@@ -115,29 +109,27 @@ impl Places {
     }
 
     /// Puts a canary on UFS, and has it exported.
-    fn export(&self) -> Result<Bird> {
+    fn export(&self) -> Result<Exported> {
         let canary = self.ufs.open()?.put_canary(&self.node)?;
         let server = self.server();
-        // What clients do to exports and FUSE files they do one at a time.
-        let lock = Lock::wait_within(&server.client_lock(), PATIENCE)?;
         let command = Command::AttachCanary {
             digest: canary.digest,
             root: canary.root,
             size: canary.size,
             holder: HOLDER.to_owned(),
         };
-        let attached = match wire::ask_within(&server.socket, &command, EXPORT)? {
-            LayerAnswer::Attached(attached) => attached,
-            LayerAnswer::Absent => bail!(
-                "ublk-server does not find the canary: does it read the UFS {}?",
-                self.ufs.path.display()
-            ),
-            LayerAnswer::OtherRoot(_) => bail!("ublk-server finds another canary"),
-            LayerAnswer::Unreadable(why) => bail!("ublk-server cannot read the canary: {why}"),
-        };
-        let device = device(&server, &attached)?;
-        lock.remove();
-        Ok(Bird {
+        let device = alone(&server, PATIENCE, || {
+            match wire::ask_within(&server.socket, &command, EXPORT)? {
+                LayerAnswer::Attached(attached) => device(&server, &attached),
+                LayerAnswer::Absent => bail!(
+                    "ublk-server does not find the canary: does it read the UFS {}?",
+                    self.ufs.path.display()
+                ),
+                LayerAnswer::OtherRoot(_) => bail!("ublk-server finds another canary"),
+                LayerAnswer::Unreadable(why) => bail!("ublk-server cannot read the canary: {why}"),
+            }
+        })?;
+        Ok(Exported {
             canary,
             device,
             reads: 0,
@@ -150,11 +142,9 @@ impl Places {
     /// `ublk-server` or UFS does not do it.
     pub fn clear(&self) -> Result<()> {
         let server = self.server();
-        let lock = Lock::wait_within(&server.client_lock(), PATIENCE)?;
-        let released = release_within(&server, Holder::Layer(HOLDER.to_owned()), PATIENCE);
-        lock.remove();
-        server.tidy();
-        released?;
+        alone(&server, PATIENCE, || {
+            release_within(&server, Holder::Layer(HOLDER.to_owned()), PATIENCE)
+        })?;
         self.ufs.open()?.remove_canary(&self.node)?;
         Ok(())
     }

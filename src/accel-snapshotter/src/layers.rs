@@ -9,8 +9,7 @@
 use crate::mounts::Places;
 use crate::remote;
 use crate::snapshot::{Labels, Layer, Trust};
-use accel_client::exports::{device, release_within};
-use accel_client::lock::Lock;
+use accel_client::exports::{alone, device, release_within};
 use accel_client::paths::Paths;
 use accel_client::protocol::{
     Command, DeviceView, ExportStatus, FindAnswer, Holder, LayerAnswer, Status,
@@ -208,11 +207,7 @@ impl Layers {
         if mounted && !stale {
             return Ok(());
         }
-        let lock = self.lock()?;
-        let result = self.mount(layer, &point, mounted);
-        lock.remove();
-        self.server.tidy();
-        result
+        alone(&self.server, LOCK, || self.mount(layer, &point, mounted))
     }
 
     fn mount(&self, layer: &Layer, point: &Path, mounted: bool) -> Result<(), LayerFailure> {
@@ -258,11 +253,7 @@ impl Layers {
     /// Unmounts a layer and gives it back to the daemon. The caller holds
     /// [`Layers::operate`]. May be repeated after an error.
     pub fn end(&self, layer: &Layer) -> Result<()> {
-        let lock = self.lock()?;
-        let result = self.unmount(layer);
-        lock.remove();
-        self.server.tidy();
-        result
+        alone(&self.server, LOCK, || self.unmount(layer))
     }
 
     fn unmount(&self, layer: &Layer) -> Result<()> {
@@ -323,17 +314,11 @@ impl Layers {
         for holder in self.status()?.holders {
             let name = holder.holder;
             if name.starts_with(&prefix) && !known.contains(&name) {
-                let lock = self.lock()?;
-                let released = release_within(&self.server, Holder::Layer(name), EXPORT);
-                lock.remove();
-                self.server.tidy();
-                released?;
+                alone(&self.server, LOCK, || {
+                    release_within(&self.server, Holder::Layer(name), EXPORT)
+                })?;
             }
         }
         Ok(())
-    }
-
-    fn lock(&self) -> Result<Lock> {
-        Lock::wait_within(&self.server.client_lock(), LOCK)
     }
 }

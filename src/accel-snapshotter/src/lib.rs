@@ -32,3 +32,4 @@ pub mod status;
 pub mod store;
 pub mod ufs_place;
 pub mod usage;
+pub mod watch;

@@ -135,11 +135,7 @@ fn change(main: &Path, wanted: &Wanted<'_>) -> Result<()> {
 }
 
 fn block_on<T>(work: impl Future<Output = T>) -> Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start")?;
-    Ok(runtime.block_on(work))
+    Ok(service::runtime()?.block_on(work))
 }
 
 fn run(command: Command) -> Result<ExitCode> {

@@ -257,6 +257,16 @@ pub async fn connect(
 /// How long people wait for what the snapshotter says.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// What [`ask_status`] can be waited for with, on the caller's thread.
+///
+/// # Errors
+/// The system has no room for it.
+pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    use anyhow::Context as _;
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_all().build().context("cannot start")
+}
+
 /// Asks the snapshotter at a socket how it is; gives up after so long.
 pub async fn ask_status(
     socket: std::path::PathBuf,

@@ -1,11 +1,29 @@
 //! From an export of the daemon to something that can be mounted, and back.
 
+use crate::lock::Lock;
 use crate::paths::Paths;
 use crate::protocol::{AttachedLayer, Command, Detached, DeviceView, Ended, Holder};
 use crate::{system, wire};
 use anyhow::{Context, Result};
 use std::path::PathBuf;
 use std::time::Duration;
+
+/// Does something to exports and FUSE files, which clients do one at a time. Waits so long for
+/// the others. What has become empty is tidied away, whatever came of the work.
+///
+/// # Errors
+/// Others are at it for longer, or the work's own.
+pub fn alone<T, E: From<anyhow::Error>>(
+    paths: &Paths,
+    patience: Duration,
+    work: impl FnOnce() -> Result<T, E>,
+) -> Result<T, E> {
+    let lock = Lock::wait_within(&paths.client_lock(), patience)?;
+    let done = work();
+    lock.remove();
+    paths.tidy();
+    done
+}
 
 /// Where a layer's bytes are: a block device, or a file on FUSE, which is
 /// mounted here if need be.

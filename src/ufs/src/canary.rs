@@ -102,7 +102,7 @@ impl Ufs {
         let digest = Digest::of(format!("{} {node:?} {now:?}", self.owner()).as_bytes());
         let name = LayerName::Canary(digest);
         // Before there is anything that would have to be removed.
-        let note = self.root().join(node.canary());
+        let note = self.root().join(node.canary_note());
         write(&note, |file| {
             (&*file).write_all(digest.to_string().as_bytes())
         })?;
@@ -143,7 +143,7 @@ impl Ufs {
     /// # Errors
     /// UFS cannot be written to.
     pub fn remove_canary(&self, node: &NodeName) -> Result<(), UfsError> {
-        let note = self.root().join(node.canary());
+        let note = self.root().join(node.canary_note());
         let noted = match fs::read_to_string(&note) {
             Ok(noted) => noted,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -285,7 +285,7 @@ mod tests {
         assert_eq!(files(), others);
         ufs.index_header(&LayerName::Canary(kept.digest)).unwrap();
         // As a crash can leave it.
-        fs::write(ufs.root().join(node.canary()), "sha2").unwrap();
+        fs::write(ufs.root().join(node.canary_note()), "sha2").unwrap();
         ufs.put_canary(&node).unwrap();
     }
 }

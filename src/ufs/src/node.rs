@@ -77,7 +77,7 @@ impl NodeName {
     }
 
     /// Where it is noted which canary is the node's.
-    pub(crate) fn canary(&self) -> String {
+    pub(crate) fn canary_note(&self) -> String {
         format!("{NODES}/{}.{}.canary", self.cluster, self.node)
     }
 }

@@ -270,16 +270,19 @@ fn format(config: &Configuration, version: Containerd) -> Vec<Finding> {
             format!("{} is empty or missing", main.path.display()),
             vec![main.set(version, &["version"], Value::from(wants))],
         )],
-        1 => vec![Finding::fault(
-            "configuration-format",
-            format!("{what}, an old format"),
-            vec![Step::Do(match version {
-                Containerd::V1_6 => format!("write it anew with version = {wants}"),
-                _ => format!(
-                    "write it anew with `containerd config migrate`, or with version = {wants}"
-                ),
-            })],
-        )],
+        1 => {
+            let how = match version {
+                Containerd::V1_6 => "",
+                _ => "`containerd config migrate`, or with ",
+            };
+            vec![Finding::fault(
+                "configuration-format",
+                format!("{what}, an old format"),
+                vec![Step::Do(format!(
+                    "write it anew with {how}version = {wants}"
+                ))],
+            )]
+        }
         has if has > wants => vec![Finding::fault(
             "configuration-format",
             format!("{what}; containerd 1.x reads 2 and ends"),
