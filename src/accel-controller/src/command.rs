@@ -2,9 +2,7 @@
 
 use crate::labels::{Health, LABELLING, Word, is_kept_out, is_labelled, is_meant, lease_name};
 use crate::reference::Names;
-use crate::resource::{
-    AcceleratedImage, AcceleratedImageStatus, ImageAcceleration, Phase, RegistrySpec, SERVICE_NAME,
-};
+use crate::resource::{AcceleratedImage, ImageAcceleration, Phase, RegistrySpec, SERVICE_NAME};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::jiff::Timestamp;
 use kube::{Resource, ResourceExt};
@@ -94,7 +92,7 @@ pub enum Waiting {
 
 /// How a task stands, for someone who waits for it to be Ready.
 pub fn waiting(task: &AcceleratedImage) -> Waiting {
-    let Some(status) = current(task) else {
+    let Some(status) = task.current() else {
         return Waiting::GoesOn;
     };
     match status.phase {
@@ -104,12 +102,6 @@ pub fn waiting(task: &AcceleratedImage) -> Waiting {
         }
         Phase::Creating | Phase::Unknown => Waiting::GoesOn,
     }
-}
-
-/// The status, if it speaks of the task as it is now.
-pub fn current(task: &AcceleratedImage) -> Option<&AcceleratedImageStatus> {
-    let status = task.status.as_ref()?;
-    (status.observed_generation == task.metadata.generation.unwrap_or_default()).then_some(status)
 }
 
 /// Tasks as lines of a table; `wide` with what else there is.
@@ -248,7 +240,7 @@ fn age(seconds: i64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::resource::{AcceleratedImageSpec, ProgressStatus};
+    use crate::resource::{AcceleratedImageSpec, AcceleratedImageStatus, ProgressStatus};
     use k8s_openapi::api::core::v1::Node;
 
     fn task(name: &str, source: &str, phase: Phase) -> AcceleratedImage {

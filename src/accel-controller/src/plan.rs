@@ -107,17 +107,24 @@ pub fn finalizer(of: &ObjectMeta, keep: bool) -> Value {
 /// Whether nothing more has to be done for a task as it is now: what was said of another version
 /// of it does not count.
 pub fn is_ready(task: &AcceleratedImage) -> bool {
-    let generation = task.metadata.generation.unwrap_or_default();
-    let status = task.status.as_ref();
-    status.is_some_and(|status| {
-        status.phase == Phase::Ready && status.observed_generation == generation
-    })
+    task.current()
+        .is_some_and(|status| status.phase == Phase::Ready)
+}
+
+/// Whether what has to be done for a task depends on the service.
+pub fn needs_service(task: &AcceleratedImage) -> bool {
+    !is_ready(task) || task.metadata.deletion_timestamp.is_some()
+}
+
+/// Whether an object that is deleted stays until the controller lets it go.
+pub fn is_kept(of: &impl ResourceExt) -> bool {
+    of.finalizers().iter().any(|name| name == FINALIZER)
 }
 
 /// Decides.
 pub fn plan(observed: &Observed<'_>) -> Plan {
     let task = observed.task;
-    let kept = task.finalizers().iter().any(|name| name == FINALIZER);
+    let kept = is_kept(task);
     if task.metadata.deletion_timestamp.is_some() {
         return match kept {
             true => delete::delete(observed),

@@ -4,7 +4,7 @@
 //! Each task is deleted, and removes what it made as always; the service stays until the last
 //! of them is gone, because their Jobs need what it says.
 
-use crate::plan::{FINALIZER, IN_USE, set_condition};
+use crate::plan::{IN_USE, is_kept, set_condition};
 use crate::resource::{AcceleratedImage, ImageAcceleration, ImageAccelerationStatus, Phase};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
@@ -42,7 +42,7 @@ pub fn serves(service: &ImageAcceleration, task: &AcceleratedImage) -> bool {
 
 /// Decides.
 pub fn plan(service: &ImageAcceleration, tasks: &[AcceleratedImage]) -> Vec<Step> {
-    let kept = service.finalizers().iter().any(|name| name == FINALIZER);
+    let kept = is_kept(service);
     let Some(Time(deleted)) = &service.metadata.deletion_timestamp else {
         return match (service.spec.purge, kept) {
             (true, false) => vec![Step::AddFinalizer],
@@ -142,6 +142,7 @@ fn some(names: &[String]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::FINALIZER;
     use serde_json::{Value, json};
 
     fn service(purge: bool, metadata: Value) -> ImageAcceleration {

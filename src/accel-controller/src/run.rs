@@ -143,8 +143,10 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
             context.all::<ImageAcceleration>(),
             watcher::Config::default(),
             move |_| {
+                // Each status of it that is written is an event, too.
                 let all = known.state();
                 all.iter()
+                    .filter(|task| plan::needs_service(task))
                     .map(|task| ObjectRef::from_obj(&**task))
                     .collect::<Vec<_>>()
             },

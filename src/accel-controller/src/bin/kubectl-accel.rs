@@ -2,7 +2,7 @@
 
 use accel_controller::command::{self, Waiting};
 use accel_controller::labels;
-use accel_controller::plan::FINALIZER;
+use accel_controller::plan::is_kept;
 use accel_controller::purge::PURGED;
 use accel_controller::resource::{
     AcceleratedImage, AcceleratedImageSpec, ImageAcceleration, SERVICE_NAME,
@@ -363,10 +363,6 @@ async fn delete_with_all(
     services: &Api<ImageAcceleration>,
     deadline: Option<Instant>,
 ) -> Result<()> {
-    let is_kept = |service: &ImageAcceleration| {
-        let mut finalizers = service.finalizers().iter();
-        finalizers.any(|name| name == FINALIZER)
-    };
     // The controller keeps it from now on; deleted before that, it would be gone at once.
     while !is_kept(&services.get(SERVICE_NAME).await.map_err(said)?) {
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
@@ -463,7 +459,7 @@ impl Tasks {
                 }
                 Waiting::GoesOn => {}
             }
-            let status = command::current(&task).cloned().unwrap_or_default();
+            let status = task.current().cloned().unwrap_or_default();
             let text = match status.progress {
                 Some(progress) => {
                     bar.set_length(progress.bytes);

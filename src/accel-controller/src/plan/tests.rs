@@ -454,6 +454,22 @@ fn a_task_that_is_edited_is_not_ready_any_more() {
     assert!(!is_ready(&cluster.task));
 }
 
+#[test]
+fn the_service_matters_for_tasks_that_are_not_ready_and_for_those_that_go() {
+    let mut cluster = Cluster::working();
+    assert!(needs_service(&cluster.task));
+    cluster.end_job("Complete", "");
+    cluster.log = Some(Ok(report()));
+    cluster.step();
+    assert!(!needs_service(&cluster.task));
+    let ready = cluster.task.clone();
+    cluster.edit("h/b:v1");
+    assert!(needs_service(&cluster.task));
+    cluster.task = ready;
+    cluster.task.metadata.deletion_timestamp = Some(Time(Timestamp::UNIX_EPOCH));
+    assert!(needs_service(&cluster.task));
+}
+
 /// A task that has made something, and is deleted.
 fn deleted() -> Cluster {
     let mut cluster = Cluster::working();
