@@ -1,5 +1,6 @@
 //! What `kubectl accel` does without a cluster: names and tables.
 
+use crate::conditions;
 use crate::labels::{Health, LABELLING, Word, is_kept_out, is_labelled, is_meant, lease_name};
 use crate::reference::Names;
 use crate::resource::{AcceleratedImage, ImageAcceleration, Phase, RegistrySpec, SERVICE_NAME};
@@ -179,9 +180,8 @@ pub fn node_state(
     let spec = service.map(|service| &service.spec.nodes);
     let ready = spec.is_some_and(|spec| is_labelled(spec, labels));
     let status = service.and_then(|service| service.status.as_ref());
-    let mut conditions = status.iter().flat_map(|status| &status.conditions);
-    let refused =
-        conditions.find(|condition| condition.type_ == LABELLING && condition.status == "False");
+    let labelling = status.and_then(|status| conditions::find(&status.conditions, LABELLING));
+    let refused = labelling.filter(|labelling| labelling.status == "False");
     let own = lease_name(&name);
     let lease = leases.iter().find(|lease| lease.name_any() == own);
     let message = match (spec, lease.map(Word::of)) {

@@ -11,6 +11,7 @@
 //! but in the cluster.
 
 pub mod command;
+pub mod conditions;
 pub mod job;
 pub mod labels;
 pub mod lead;

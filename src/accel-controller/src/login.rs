@@ -6,15 +6,16 @@
 //! where a Job cannot have it from; the controller reads it if that namespace lets it
 //! ([`access`]), and makes a copy that belongs to the Job and goes with it.
 
+use crate::conditions;
 use crate::job::{self, CHECK, Settings};
-use crate::plan::{Step, in_words, pause, set_condition, terminated, waits_for};
+use crate::plan::{Step, in_words, pause, terminated, waits_for};
 use crate::report::{Output, Problem, Refused};
 use crate::resource::{AcceleratedImage, CheckStatus, ImageAcceleration, ImageAccelerationSpec};
 use accel_oci::Digest;
 use anyhow::Result;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{self, ContainerStateTerminated, Pod};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta, OwnerReference, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::{Resource as _, ResourceExt};
 use serde_json::json;
@@ -250,10 +251,7 @@ pub fn check(observed: &Checking<'_>) -> Checked {
         ..CheckStatus::default()
     });
     // What was said of these settings stays until there is something else to say.
-    let before = said.and_then(|status| {
-        let mut conditions = status.conditions.iter();
-        conditions.find(|condition| condition.type_ == ACCESS)
-    });
+    let before = said.and_then(|status| conditions::find(&status.conditions, ACCESS));
     let says = |state: &CheckStatus, what: &str| match before {
         Some(before) if state.failures > 0 => {
             ("False", before.reason.clone(), before.message.clone())
@@ -399,19 +397,12 @@ pub(crate) fn failure(
 
 /// Writes it into a status.
 pub fn tell(checked: &Checked, service: &mut ImageAcceleration, now: Timestamp) {
-    let observed_generation = service.metadata.generation;
+    let generation = service.metadata.generation;
     let status = service.status.get_or_insert_default();
     status.check.clone_from(&checked.check);
-    let (is, reason, message) = checked.says.clone();
-    let condition = Condition {
-        type_: ACCESS.to_owned(),
-        status: is.to_owned(),
-        reason,
-        message,
-        observed_generation,
-        last_transition_time: Time(now),
-    };
-    set_condition(&mut status.conditions, condition);
+    let (is, reason, message) = &checked.says;
+    let says = [ACCESS, is, reason, message];
+    conditions::set(&mut status.conditions, says, generation, now);
 }
 
 /// What a namespace gives the controller, which is in `controller`, so that it can read one of

@@ -3,6 +3,9 @@
 //! Only the controller that leads knows anything; of another one there is that it does not
 //! lead. Counters begin when a process does; what is the case is told as it was seen last.
 
+use crate::conditions;
+use crate::login::ACCESS;
+use crate::plan::REMOVED;
 use crate::resource::{AcceleratedImage, AcceleratedImageStatus, Phase};
 use accel_metrics::{Exposition, Histogram};
 use kube::runtime::reflector::Store;
@@ -157,23 +160,15 @@ impl Metrics {
                 _ => counts.failed += 1,
             }
         }
-        let condition = |status: &AcceleratedImageStatus, type_: &str| {
-            let mut all = status.conditions.iter();
-            all.find(|condition| condition.type_ == type_).cloned()
-        };
-        let removed = |status| {
-            let removed = condition(status, crate::plan::REMOVED);
-            removed.is_some_and(|condition| condition.status == "True")
-        };
-        if removed(now) && !removed(before) {
+        let (before, now) = (&before.conditions, &now.conditions);
+        if conditions::is_true(now, REMOVED) && !conditions::is_true(before, REMOVED) {
             counts.removed += 1;
         }
-        let refused = condition(now, crate::login::ACCESS);
-        let refused = refused.filter(|condition| condition.status == "False");
-        if let Some(refused) = refused
-            && (failed_again || condition(before, crate::login::ACCESS).as_ref() != Some(&refused))
+        let access = conditions::find(now, ACCESS);
+        if let Some(refused) = access.filter(|access| access.status == "False")
+            && (failed_again || conditions::find(before, ACCESS) != access)
         {
-            *counts.refused.entry(refused.reason).or_default() += 1;
+            *counts.refused.entry(refused.reason.clone()).or_default() += 1;
         }
     }
 

@@ -3,6 +3,7 @@
 mod delete;
 
 pub use self::delete::{IN_USE, REMOVED};
+use crate::conditions;
 use crate::job::{self, Settings};
 use crate::login::{self, ACCESS, Log, Secret, Whose};
 use crate::reference::{Names, SpecError};
@@ -346,8 +347,7 @@ impl<'a> Next<'a> {
 
     /// What was said of another version of the task is not said of this one.
     fn access_is_unknown(&mut self) {
-        let mut conditions = self.status.conditions.iter();
-        let said = conditions.find(|condition| condition.type_ == ACCESS);
+        let said = conditions::find(&self.status.conditions, ACCESS);
         let same = |said: &Condition| said.observed_generation == Some(self.generation);
         // That the task's own Secret could not be had is over, too.
         let is_there = self.observed.secret == Secret::There;
@@ -539,34 +539,12 @@ impl<'a> Next<'a> {
     }
 
     fn condition(&mut self, kind: &str, status: &str, reason: &str, message: &str) {
-        set_condition(
+        conditions::set(
             &mut self.status.conditions,
-            Condition {
-                type_: kind.to_owned(),
-                status: status.to_owned(),
-                reason: reason.to_owned(),
-                message: message.to_owned(),
-                observed_generation: Some(self.generation),
-                last_transition_time: Time(self.observed.now),
-            },
+            [kind, status, reason, message],
+            Some(self.generation),
+            self.observed.now,
         );
-    }
-}
-
-/// Puts a condition in the place of the one of its type. Its time stays while its status
-/// does.
-pub fn set_condition(conditions: &mut Vec<Condition>, mut condition: Condition) {
-    match conditions
-        .iter_mut()
-        .find(|there| there.type_ == condition.type_)
-    {
-        Some(there) => {
-            if there.status == condition.status {
-                condition.last_transition_time = there.last_transition_time.clone();
-            }
-            *there = condition;
-        }
-        None => conditions.push(condition),
     }
 }
 

@@ -3,6 +3,7 @@
 mod logins;
 mod purging;
 
+use crate::conditions;
 use crate::job::{self, CHECK, SELECTOR, Settings, TASK_UID};
 use crate::labels::{self, Looked, Seen};
 use crate::login::{self, Log};
@@ -460,25 +461,20 @@ impl Context {
         if told(&before) == told(status) {
             return Ok(());
         }
-        let removed = |status: &AcceleratedImageStatus| {
-            let mut conditions = status.conditions.iter();
-            conditions
-                .find(|condition| condition.type_ == plan::REMOVED)
-                .map(|condition| condition.reason.clone())
-        };
+        let removed = conditions::find(&status.conditions, plan::REMOVED);
         info!(task = %task.name_any(), phase = ?status.phase, "{}", status.message);
         let bad = matches!(
             status.phase,
             Phase::CreateError | Phase::DeleteError | Phase::Unknown
         );
-        let reason = match removed(status) {
-            Some(reason) => reason,
+        let reason = match removed {
+            Some(removed) => removed.reason.clone(),
             None if status.phase == Phase::Deleting && !status.used_by.is_empty() => {
                 plan::IN_USE.to_owned()
             }
             None => format!("{:?}", status.phase),
         };
-        let bad = bad || (reason != "Removed" && removed(status).is_some());
+        let bad = bad || (reason != "Removed" && removed.is_some());
         let event = Event {
             type_: if bad {
                 EventType::Warning

@@ -1,6 +1,7 @@
 //! `kubectl accel`: tasks without writing YAML.
 
 use accel_controller::command::{self, Waiting};
+use accel_controller::conditions;
 use accel_controller::labels;
 use accel_controller::plan::is_kept;
 use accel_controller::purge::PURGED;
@@ -336,11 +337,9 @@ async fn enable(services: &Api<ImageAcceleration>, spec: &Value, wait: Wait) -> 
     loop {
         let service = services.get(SERVICE_NAME).await.map_err(said)?;
         let status = service.status.unwrap_or_default();
-        let ready = status.conditions.into_iter().find(|condition| {
-            condition.type_ == "Ready"
-                && condition.observed_generation == service.metadata.generation
-        });
-        match ready {
+        let generation = service.metadata.generation;
+        let ready = conditions::find(&status.conditions, "Ready");
+        match ready.filter(|condition| condition.observed_generation == generation) {
             Some(condition) if condition.status == "True" => {
                 // Not all of it can be known before a task is converted.
                 return say(&format!("ready: {}", condition.message));
@@ -403,10 +402,8 @@ async fn disable(services: &Api<ImageAcceleration>, purge: bool, wait: Wait) -> 
     while wait.wait
         && let Some(service) = services.get_opt(SERVICE_NAME).await?
     {
-        let conditions = service.status.unwrap_or_default().conditions;
-        let purged = conditions
-            .into_iter()
-            .find(|condition| condition.type_ == PURGED);
+        let status = service.status.unwrap_or_default();
+        let purged = conditions::find(&status.conditions, PURGED);
         let left = purged.map_or_else(String::new, |condition| format!(": {}", condition.message));
         pause(deadline, &format!("acceleration is not off yet{left}")).await?;
     }

@@ -2,6 +2,7 @@
 //! others need, and not while nodes use it.
 
 use super::{LATER, Next, Observed, Plan, SOON, Step, in_words, terminated, waits_for};
+use crate::conditions;
 use crate::job;
 use crate::login::Secret;
 use crate::report::{Output, Removal};
@@ -86,8 +87,7 @@ impl Next<'_> {
     }
 
     fn is_removed(&self) -> bool {
-        let mut conditions = self.status.conditions.iter();
-        conditions.any(|condition| condition.type_ == REMOVED && condition.status == "True")
+        conditions::is_true(&self.status.conditions, REMOVED)
     }
 
     /// There is no Job that removes.

@@ -135,8 +135,7 @@ impl Cluster {
     }
 
     fn condition(&self, kind: &str) -> &Condition {
-        let mut all = self.status().conditions.iter();
-        all.find(|condition| condition.type_ == kind).unwrap()
+        conditions::find(&self.status().conditions, kind).unwrap()
     }
 
     fn edit(&mut self, source: &str) {
