@@ -25,3 +25,4 @@ pub mod report;
 pub mod resource;
 pub mod run;
 pub mod service;
+mod yaml;

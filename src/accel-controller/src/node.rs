@@ -4,6 +4,7 @@
 //! Lease, the node's own. It has no right to anything else, and nobody else has its right.
 
 use crate::labels::{COMPONENT, HEALTHY, MESSAGE, lease_name};
+use crate::yaml;
 use anyhow::{Context as _, Result, bail};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
@@ -186,12 +187,7 @@ pub fn access(namespace: &str, node: &str) -> Result<String> {
         json!({"apiVersion": "v1", "kind": "Secret", "metadata": token,
             "type": "kubernetes.io/service-account-token"}),
     ];
-    let mut text = String::new();
-    for document in documents {
-        text += "---\n";
-        text += &serde_saphyr::to_string(&document)?;
-    }
-    Ok(text)
+    yaml::documents(documents)
 }
 
 #[cfg(test)]

@@ -180,6 +180,20 @@ pub(crate) fn pause(failures: u32) -> Duration {
     doubled(FIRST_RETRY, LAST_RETRY, failures)
 }
 
+/// What is left of a pause that has begun at `since`, if anything.
+pub(crate) fn left(since: Timestamp, pause: Duration, now: Timestamp) -> Option<Duration> {
+    let waited = Duration::try_from(now.duration_since(since)).unwrap_or_default();
+    let left = pause.checked_sub(waited);
+    left.filter(|left| !left.is_zero())
+}
+
+/// Says of a Job that came to nothing because of `what` which one it is, and that there is
+/// another one after the pause.
+pub(crate) fn tried_again(what: &str, job: &Job, pause: Duration) -> String {
+    let (job, minutes) = (job.name_any(), pause.as_secs() / 60);
+    format!("{what} (Job {job}; it is tried again after {minutes} minutes)")
+}
+
 fn doubled(first: Duration, last: Duration, failures: u32) -> Duration {
     let times = 1_u32.checked_shl(failures.saturating_sub(1));
     times
@@ -287,15 +301,13 @@ impl<'a> Next<'a> {
     /// There is no Job.
     fn start(&mut self, name: String, names: &Names, service: &ImageAcceleration) {
         let now = self.observed.now;
-        if let Some(Time(failed)) = self.status.finished_at {
-            let due = pause(self.status.failures);
-            let waited = Duration::try_from(now.duration_since(failed)).unwrap_or_default();
-            if waited < due {
-                // The failed Job stays that long for whoever wants to look at it.
-                self.again = due.checked_sub(waited);
-                self.hold();
-                return;
-            }
+        if let Some(Time(failed)) = self.status.finished_at
+            && let Some(left) = left(failed, pause(self.status.failures), now)
+        {
+            // The failed Job stays that long for whoever wants to look at it.
+            self.again = Some(left);
+            self.hold();
+            return;
         }
         self.stop_all_but(None);
         if !self.steps.is_empty() {
@@ -494,12 +506,7 @@ impl<'a> Next<'a> {
     /// The Job has come to nothing, because of `what`.
     fn has_failed(&mut self, job: &Job, what: &str) {
         let pause = self.failed();
-        let job = job.name_any();
-        let what = format!(
-            "{what} (Job {job}; it is tried again after {} minutes)",
-            pause.as_secs() / 60
-        );
-        self.say(Phase::CreateError, &what);
+        self.say(Phase::CreateError, &tried_again(what, job, pause));
     }
 
     /// Counts a Job that came to nothing; how long to wait before the next one.
@@ -574,10 +581,20 @@ fn started(pod: &Pod) -> Option<Timestamp> {
     running.started_at.as_ref().map(|time| time.0)
 }
 
-/// How the pod's program ended.
-pub(crate) fn terminated(pod: &Pod) -> Option<&ContainerStateTerminated> {
-    let containers = pod.status.as_ref()?.container_statuses.as_ref()?;
-    containers.first()?.state.as_ref()?.terminated.as_ref()
+/// How the pod's program has failed, if it has.
+pub(crate) fn failed(pod: Option<&Pod>) -> Option<&ContainerStateTerminated> {
+    let containers = pod?.status.as_ref()?.container_statuses.as_ref()?;
+    let ended = containers.first()?.state.as_ref()?.terminated.as_ref();
+    ended.filter(|ended| ended.exit_code != 0)
+}
+
+/// Why a Job has failed, of which the cluster says `end` (reason and message), and what to do.
+pub(crate) fn why(pod: Option<&Pod>, end: (&str, &str)) -> String {
+    let (reason, message) = end;
+    match failed(pod) {
+        Some(ended) => in_words(ended, reason),
+        None => format!("the Job failed: {reason}: {message}"),
+    }
 }
 
 /// Why the pod's program does not run yet.
@@ -610,7 +627,7 @@ pub(crate) fn waits_for(pod: &Pod) -> Option<String> {
 }
 
 /// What went wrong, and what to do.
-pub(crate) fn in_words(ended: &ContainerStateTerminated, job_reason: &str) -> String {
+fn in_words(ended: &ContainerStateTerminated, job_reason: &str) -> String {
     let said = report::words(ended.message.as_deref().unwrap_or_default());
     let reason = ended.reason.as_deref().unwrap_or_default();
     let advice = match (job_reason, reason, ended.exit_code) {

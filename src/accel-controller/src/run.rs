@@ -4,7 +4,7 @@ mod logins;
 mod purging;
 
 use crate::conditions;
-use crate::job::{self, CHECK, SELECTOR, Settings, TASK_UID};
+use crate::job::{self, CHECK, MANAGED, Settings, TASK_UID};
 use crate::labels::{self, Looked, Seen};
 use crate::login::{self, Log};
 use crate::metrics::Metrics;
@@ -119,7 +119,7 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
         starting: Mutex::new(()),
         client,
     });
-    let of_jobs = watcher::Config::default().labels(SELECTOR);
+    let of_jobs = watcher::Config::default().labels(&job::selector(MANAGED));
     let tasks = Controller::new(
         context.all::<AcceleratedImage>(),
         watcher::Config::default(),
@@ -264,7 +264,7 @@ impl Context {
         let service = service.filter(|service| purge::serves(service, task));
         let all = self
             .own::<Job>()
-            .list(&ListParams::default().labels(SELECTOR))
+            .list(&ListParams::default().labels(&job::selector(MANAGED)))
             .await?;
         let uid = task.uid().unwrap_or_default();
         // Those that ask registries are short, and wait for nothing.
@@ -514,8 +514,7 @@ impl Context {
     }
 
     async fn look_at_nodes(&self, seen: &mut Seen) -> Result<(), RunError> {
-        let (key, value) = labels::COMPONENT;
-        let of_nodes = ListParams::default().labels(&format!("{key}={value}"));
+        let of_nodes = ListParams::default().labels(&job::selector(labels::COMPONENT));
         let service = self
             .all::<ImageAcceleration>()
             .get_opt(SERVICE_NAME)

@@ -2,7 +2,8 @@
 
 use accel_controller::command::{self, Waiting};
 use accel_controller::conditions;
-use accel_controller::labels;
+use accel_controller::job::selector;
+use accel_controller::labels::COMPONENT;
 use accel_controller::plan::is_kept;
 use accel_controller::purge::PURGED;
 use accel_controller::resource::{
@@ -250,8 +251,7 @@ async fn run(cli: Cli) -> Result<()> {
         }
         Command::Delete { name, wait } => tasks.delete(&name, wait).await,
         Command::Nodes { controller, output } => {
-            let (key, value) = labels::COMPONENT;
-            let of_nodes = ListParams::default().labels(&format!("{key}={value}"));
+            let of_nodes = ListParams::default().labels(&selector(COMPONENT));
             let leases = Api::<Lease>::namespaced(client.clone(), &controller);
             let leases = leases.list(&of_nodes).await.map_err(said)?;
             let all = Api::<Node>::all(client.clone());

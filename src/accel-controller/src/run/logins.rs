@@ -1,6 +1,7 @@
 //! Secrets of tasks, and Jobs that ask registries whether they take logins.
 
 use super::{Context, RETRY, RunError};
+use crate::job::{self, CHECK};
 use crate::login::{self, Checked, Checking, SECRET_KEY, Secret};
 use crate::plan::Step;
 use crate::resource::{AcceleratedImage, ImageAcceleration};
@@ -74,7 +75,7 @@ impl Context {
         &self,
         service: &ImageAcceleration,
     ) -> Result<Checked, RunError> {
-        let of_checks = ListParams::default().labels(&login::selector());
+        let of_checks = ListParams::default().labels(&job::selector(CHECK));
         let jobs = self.own::<Job>().list(&of_checks).await?.items;
         let (pod, log) = self.newest_pod(&jobs).await?;
         Ok(login::check(&Checking {
