@@ -8,7 +8,7 @@
 
 use crate::conditions;
 use crate::job::{self, Settings};
-use crate::plan::{Step, failed, left, pause, tried_again, waits_for, why};
+use crate::plan::{failed, left, pause, tried_again, waits_for, why};
 use crate::report::{Output, Problem, Refused};
 use crate::resource::{AcceleratedImage, CheckStatus, ImageAcceleration, ImageAccelerationSpec};
 use crate::yaml;
@@ -210,6 +210,15 @@ pub struct Checking<'a> {
     pub settings: &'a Settings,
     /// The time.
     pub now: Timestamp,
+}
+
+/// Something to be done.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Step {
+    /// Make this Job.
+    Run(Box<Job>),
+    /// Remove the Job of this name and its pods.
+    Stop(String),
 }
 
 /// What is to be said and done then.

@@ -57,7 +57,7 @@ struct Counts {
     removed: u64,
     removals_failed: u64,
     converted_bytes: u64,
-    stored_bytes: u64,
+    written_bytes: u64,
     conversion: Times,
     /// By the condition's reason.
     refused: BTreeMap<String, u64>,
@@ -146,7 +146,7 @@ impl Metrics {
         if is_new(Phase::Ready) {
             counts.converted += 1;
             counts.converted_bytes += now.original_bytes.unwrap_or_default();
-            counts.stored_bytes += now.stored_bytes.unwrap_or_default();
+            counts.written_bytes += now.stored_bytes.unwrap_or_default();
             if let (Some(from), Some(to)) = (&now.started_at, &now.finished_at) {
                 let took = to.0.duration_since(from.0);
                 counts
@@ -174,12 +174,14 @@ impl Metrics {
 
     fn render<'a>(&self, tasks: impl IntoIterator<Item = &'a AcceleratedImage>) -> String {
         let mut by_phase = HashMap::new();
-        let (mut layers_bytes, mut uids) = (0, HashSet::new());
+        let (mut stored_bytes, mut uids) = (0, HashSet::new());
         for task in tasks {
-            let status = task.status.clone().unwrap_or_default();
-            *by_phase.entry(status.phase).or_insert(0_u64) += 1;
-            if status.phase == Phase::Ready {
-                layers_bytes += status.stored_bytes.unwrap_or_default();
+            let status = task.status.as_ref();
+            let phase = status.map_or_else(Phase::default, |status| status.phase);
+            *by_phase.entry(phase).or_insert(0_u64) += 1;
+            if phase == Phase::Ready {
+                let bytes = status.and_then(|status| status.stored_bytes);
+                stored_bytes += bytes.unwrap_or_default();
             }
             uids.extend(task.metadata.uid.clone());
         }
@@ -211,13 +213,13 @@ impl Metrics {
                 by_phase.get(&phase).copied().unwrap_or_default(),
             );
         }
-        counts.write(&mut text, layers_bytes);
+        counts.write(&mut text, stored_bytes);
         text.finish()
     }
 }
 
 impl Counts {
-    fn write(&self, text: &mut Exposition, ready_bytes: u64) {
+    fn write(&self, text: &mut Exposition, stored_bytes: u64) {
         for (name, help, value) in [
             (
                 "accel_controller_queue",
@@ -242,7 +244,7 @@ impl Counts {
             (
                 "accel_controller_stored_bytes",
                 "What the layers of all Ready tasks take on UFS; shared ones count for each.",
-                ready_bytes,
+                stored_bytes,
             ),
         ] {
             text.gauge(name, help, &[], value);
@@ -277,7 +279,7 @@ impl Counts {
             (
                 "accel_controller_written_bytes_total",
                 "What those take on UFS, with layers that were there before.",
-                self.stored_bytes,
+                self.written_bytes,
             ),
             (
                 "accel_controller_looks_total",

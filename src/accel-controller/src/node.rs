@@ -3,7 +3,7 @@
 //! It reads what the agent (`accel-snapshotter agent --health`) has written, and writes one
 //! Lease, the node's own. It has no right to anything else, and nobody else has its right.
 
-use crate::labels::{COMPONENT, HEALTHY, MESSAGE, lease_name};
+use crate::labels::{COMPONENT, HEALTHY, MAX_MESSAGE, MESSAGE, lease_name};
 use crate::yaml;
 use anyhow::{Context as _, Result, bail};
 use k8s_openapi::api::coordination::v1::Lease;
@@ -25,8 +25,6 @@ const RENEW: Duration = Duration::from_secs(4);
 const SILENCE: Duration = Duration::from_secs(15);
 /// How many checks there have to be of an agent that was silent before it is believed again.
 const SURE: u64 = 2;
-/// The longest message that is passed on, in characters.
-const MAX_MESSAGE: usize = 500;
 /// The longest name of a node, in bytes: names of objects have at most 253.
 const MAX_NODE: usize = 240;
 

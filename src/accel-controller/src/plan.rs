@@ -146,7 +146,7 @@ pub fn plan(observed: &Observed<'_>) -> Plan {
 /// What is to be said when a step could not be taken, and why: the status that was planned, but
 /// for that. Also the name of a Job that cannot go on without it, and is to end, lest it wait
 /// for its Secret until its deadline.
-pub fn refused(
+pub fn not_taken(
     task: &AcceleratedImage,
     mut status: AcceleratedImageStatus,
     step: &Step,
@@ -467,7 +467,7 @@ impl<'a> Next<'a> {
             }
             // The pod is gone, or its log.
             Some(Ok(_)) | None => {
-                let pause = self.failed();
+                let pause = self.count_failure();
                 let what = format!(
                     "the Job's result is lost with its pod: it runs again after {} minutes, and takes what is on UFS already",
                     pause.as_secs() / 60
@@ -505,12 +505,12 @@ impl<'a> Next<'a> {
 
     /// The Job has come to nothing, because of `what`.
     fn has_failed(&mut self, job: &Job, what: &str) {
-        let pause = self.failed();
+        let pause = self.count_failure();
         self.say(Phase::CreateError, &tried_again(what, job, pause));
     }
 
     /// Counts a Job that came to nothing; how long to wait before the next one.
-    fn failed(&mut self) -> Duration {
+    fn count_failure(&mut self) -> Duration {
         self.status.failures = self.status.failures.saturating_add(1);
         self.status.progress = None;
         self.status.finished_at = Some(Time(self.observed.now));

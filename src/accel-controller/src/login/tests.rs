@@ -54,7 +54,6 @@ impl Service {
                 self.jobs.retain(|job| job.name_any() != name);
                 "stop"
             }
-            _ => panic!("that is for tasks"),
         });
         does.collect()
     }

@@ -2,8 +2,7 @@
 
 use super::{Context, RETRY, RunError};
 use crate::job::{self, CHECK};
-use crate::login::{self, Checked, Checking, SECRET_KEY, Secret};
-use crate::plan::Step;
+use crate::login::{self, Checked, Checking, SECRET_KEY, Secret, Step};
 use crate::resource::{AcceleratedImage, ImageAcceleration};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1;
@@ -94,7 +93,6 @@ impl Context {
             let done = match step {
                 Step::Run(job) => self.run_job(job).await.map(drop),
                 Step::Stop(name) => self.stop_job(name).await,
-                _ => Ok(()),
             };
             if let Err(error) = done {
                 self.metrics.error();
