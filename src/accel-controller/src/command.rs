@@ -1,10 +1,9 @@
 //! What `kubectl accel` does without a cluster: names and tables.
 
+use crate::conditions;
 use crate::labels::{Health, LABELLING, Word, is_kept_out, is_labelled, is_meant, lease_name};
 use crate::reference::Names;
-use crate::resource::{
-    AcceleratedImage, AcceleratedImageStatus, ImageAcceleration, Phase, RegistrySpec, SERVICE_NAME,
-};
+use crate::resource::{AcceleratedImage, ImageAcceleration, Phase, RegistrySpec, SERVICE_NAME};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::jiff::Timestamp;
 use kube::{Resource, ResourceExt};
@@ -94,7 +93,7 @@ pub enum Waiting {
 
 /// How a task stands, for someone who waits for it to be Ready.
 pub fn waiting(task: &AcceleratedImage) -> Waiting {
-    let Some(status) = current(task) else {
+    let Some(status) = task.current() else {
         return Waiting::GoesOn;
     };
     match status.phase {
@@ -104,12 +103,6 @@ pub fn waiting(task: &AcceleratedImage) -> Waiting {
         }
         Phase::Creating | Phase::Unknown => Waiting::GoesOn,
     }
-}
-
-/// The status, if it speaks of the task as it is now.
-pub fn current(task: &AcceleratedImage) -> Option<&AcceleratedImageStatus> {
-    let status = task.status.as_ref()?;
-    (status.observed_generation == task.metadata.generation.unwrap_or_default()).then_some(status)
 }
 
 /// Tasks as lines of a table; `wide` with what else there is.
@@ -187,9 +180,8 @@ pub fn node_state(
     let spec = service.map(|service| &service.spec.nodes);
     let ready = spec.is_some_and(|spec| is_labelled(spec, labels));
     let status = service.and_then(|service| service.status.as_ref());
-    let mut conditions = status.iter().flat_map(|status| &status.conditions);
-    let refused =
-        conditions.find(|condition| condition.type_ == LABELLING && condition.status == "False");
+    let labelling = status.and_then(|status| conditions::find(&status.conditions, LABELLING));
+    let refused = labelling.filter(|labelling| labelling.status == "False");
     let own = lease_name(&name);
     let lease = leases.iter().find(|lease| lease.name_any() == own);
     let message = match (spec, lease.map(Word::of)) {
@@ -248,7 +240,7 @@ fn age(seconds: i64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::resource::{AcceleratedImageSpec, ProgressStatus};
+    use crate::resource::{AcceleratedImageSpec, AcceleratedImageStatus, ProgressStatus};
     use k8s_openapi::api::core::v1::Node;
 
     fn task(name: &str, source: &str, phase: Phase) -> AcceleratedImage {

@@ -20,8 +20,8 @@ pub const TASK_UID: &str = "image-accel.io/task-uid";
 /// On Jobs: where the task is. Annotations, because names may be longer than labels.
 const TASK_NAMESPACE: &str = "image-accel.io/task-namespace";
 const TASK_NAME: &str = "image-accel.io/task-name";
-/// What selects all that the controller makes.
-pub const SELECTOR: &str = "app.kubernetes.io/managed-by=accel-controller";
+/// On all that the controller makes.
+pub const MANAGED: (&str, &str) = ("app.kubernetes.io/managed-by", "accel-controller");
 /// On Jobs that ask registries whether they take logins.
 pub const CHECK: (&str, &str) = ("app.kubernetes.io/component", "login-check");
 
@@ -41,6 +41,11 @@ pub struct Settings {
 
 /// The longest that a Job may take that converts nothing, in seconds.
 const SHORT_DEADLINE: u32 = 600;
+
+/// What selects all that has this label.
+pub fn selector((key, value): (&str, &str)) -> String {
+    format!("{key}={value}")
+}
 
 /// The name of the Job for a version of a task, when `failures` of them have failed.
 pub fn name(uid: &str, generation: i64, failures: u32) -> String {
@@ -195,15 +200,9 @@ struct Work<'a> {
 /// A Job. It may do nothing but read its login and write to UFS.
 fn with(name: String, service: &ImageAccelerationSpec, work: Work<'_>, settings: &Settings) -> Job {
     let jobs = &service.jobs;
-    let labels: BTreeMap<String, String> = [
-        ("app.kubernetes.io/name", "mkfs-accel".to_owned()),
-        (
-            "app.kubernetes.io/managed-by",
-            "accel-controller".to_owned(),
-        ),
-    ]
-    .map(|(key, value)| (key.to_owned(), value))
-    .into();
+    let labels: BTreeMap<_, _> = [("app.kubernetes.io/name", "mkfs-accel"), MANAGED]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .into();
     let (mut volumes, mut mounts) = (Vec::new(), Vec::new());
     if work.ufs {
         volumes.push(ufs_volume(service));

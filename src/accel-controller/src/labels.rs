@@ -31,8 +31,8 @@ const LABELLED: &str = "image-accel.io/labelled";
 /// The label's value.
 const YES: &str = "true";
 
-/// The longest message that is shown, in characters.
-const MAX_MESSAGE: usize = 500;
+/// The longest message of a node, in characters: no more is passed on, or shown.
+pub(crate) const MAX_MESSAGE: usize = 500;
 
 /// How long a node may say nothing: who tells may be started again meanwhile, and waits for a
 /// check before it says anything.

@@ -11,6 +11,7 @@
 //! but in the cluster.
 
 pub mod command;
+pub mod conditions;
 pub mod job;
 pub mod labels;
 pub mod lead;
@@ -24,3 +25,4 @@ pub mod report;
 pub mod resource;
 pub mod run;
 pub mod service;
+mod yaml;

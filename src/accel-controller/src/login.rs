@@ -6,15 +6,17 @@
 //! where a Job cannot have it from; the controller reads it if that namespace lets it
 //! ([`access`]), and makes a copy that belongs to the Job and goes with it.
 
-use crate::job::{self, CHECK, Settings};
-use crate::plan::{Step, in_words, pause, set_condition, terminated, waits_for};
+use crate::conditions;
+use crate::job::{self, Settings};
+use crate::plan::{failed, left, pause, tried_again, waits_for, why};
 use crate::report::{Output, Problem, Refused};
 use crate::resource::{AcceleratedImage, CheckStatus, ImageAcceleration, ImageAccelerationSpec};
+use crate::yaml;
 use accel_oci::Digest;
 use anyhow::Result;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{self, ContainerStateTerminated, Pod};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta, OwnerReference, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::{Resource as _, ResourceExt};
 use serde_json::json;
@@ -82,7 +84,7 @@ impl Secret {
 pub fn copy(secret: v1::Secret, owner: OwnerReference) -> v1::Secret {
     let mut data = secret.data.unwrap_or_default();
     data.retain(|key, _| key == SECRET_KEY);
-    let (key, value) = job::SELECTOR.split_once('=').unwrap_or_default();
+    let (key, value) = job::MANAGED;
     v1::Secret {
         metadata: ObjectMeta {
             name: Some(owner.name.clone()),
@@ -210,6 +212,15 @@ pub struct Checking<'a> {
     pub now: Timestamp,
 }
 
+/// Something to be done.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Step {
+    /// Make this Job.
+    Run(Box<Job>),
+    /// Remove the Job of this name and its pods.
+    Stop(String),
+}
+
 /// What is to be said and done then.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Checked {
@@ -224,8 +235,7 @@ pub struct Checked {
 }
 
 /// Decides how to go on with asking registries whether they take the logins of the service:
-/// once for all of its settings, and again after a while if one does not. `last` is what was
-/// said before.
+/// once for all of its settings, and again after a while if one does not.
 pub fn check(observed: &Checking<'_>) -> Checked {
     let service = observed.service;
     let registry = &service.spec.registry;
@@ -250,10 +260,7 @@ pub fn check(observed: &Checking<'_>) -> Checked {
         ..CheckStatus::default()
     });
     // What was said of these settings stays until there is something else to say.
-    let before = said.and_then(|status| {
-        let mut conditions = status.conditions.iter();
-        conditions.find(|condition| condition.type_ == ACCESS)
-    });
+    let before = said.and_then(|status| conditions::find(&status.conditions, ACCESS));
     let says = |state: &CheckStatus, what: &str| match before {
         Some(before) if state.failures > 0 => {
             ("False", before.reason.clone(), before.message.clone())
@@ -273,13 +280,11 @@ pub fn check(observed: &Checking<'_>) -> Checked {
     let job = observed.jobs.iter().find(|job| job.name_any() == name);
     let (says, steps, again) = match (job, job.and_then(job::end)) {
         (None, _) => {
-            let waited = state.finished_at.as_ref().map(|Time(last)| {
-                Duration::try_from(observed.now.duration_since(*last)).unwrap_or_default()
-            });
-            let due = waited.and_then(|waited| pause(state.failures).checked_sub(waited));
-            match due.filter(|due| !due.is_zero()) {
+            let last = state.finished_at.as_ref();
+            let left = last.and_then(|Time(last)| left(*last, pause(state.failures), observed.now));
+            match left {
                 // The failed Job stays that long for whoever wants to look at it.
-                Some(due) => (says(&state, ""), Vec::new(), Some(due)),
+                Some(left) => (says(&state, ""), Vec::new(), Some(left)),
                 None => {
                     let mut steps = stop_all();
                     if steps.is_empty() {
@@ -309,9 +314,7 @@ pub fn check(observed: &Checking<'_>) -> Checked {
             state.failures = state.failures.saturating_add(1);
             state.finished_at = Some(Time(observed.now));
             let pause = pause(state.failures);
-            let job = job.name_any();
-            let minutes = pause.as_secs() / 60;
-            let what = format!("{what} (Job {job}; it is tried again after {minutes} minutes)");
+            let what = tried_again(&what, job, pause);
             (("False", reason, what), Vec::new(), Some(pause))
         }
     };
@@ -341,13 +344,8 @@ fn job_for(observed: &Checking<'_>, name: String) -> Job {
     let push_to = service.spec.registry.push_to.as_deref();
     let registry = push_to.and_then(|prefix| prefix.split('/').next());
     let mut job = job::build_check(name, &service.spec, registry, observed.settings);
-    let owner = OwnerReference {
-        block_owner_deletion: None,
-        controller: None,
-        ..service.owner_ref(&()).unwrap_or_default()
-    };
     // It goes with the service.
-    job.metadata.owner_references = Some(vec![owner]);
+    job.metadata.owner_references = Some(vec![service.owner_ref(&()).unwrap_or_default()]);
     job
 }
 
@@ -356,12 +354,6 @@ pub type Log = Result<Output, String>;
 
 /// A registry that did not let a Job do its work, and how the Job's pod ended then.
 pub(crate) type Refusal<'a> = (&'a Refused, &'a ContainerStateTerminated);
-
-/// How a pod has failed, if it has.
-fn failed(pod: Option<&Pod>) -> Option<&ContainerStateTerminated> {
-    let ended = pod.and_then(terminated);
-    ended.filter(|ended| ended.exit_code != 0)
-}
 
 /// Which registry did not let a pod do its work, if it has failed for that.
 pub(crate) fn refusal<'a>(pod: Option<&'a Pod>, log: Option<&'a Log>) -> Option<Refusal<'a>> {
@@ -385,33 +377,23 @@ pub(crate) fn failure(
     whose: Whose<'_>,
     end: (&str, &str),
 ) -> (Option<&'static str>, String) {
-    let (reason, message) = end;
-    if let Some(refusal) = refusal(pod, log) {
-        let (access, what) = refused(refusal, whose);
-        return (Some(access), what);
+    match refusal(pod, log) {
+        Some(refusal) => {
+            let (access, what) = refused(refusal, whose);
+            (Some(access), what)
+        }
+        None => (None, why(pod, end)),
     }
-    let what = match failed(pod) {
-        Some(ended) => in_words(ended, reason),
-        None => format!("the Job failed: {reason}: {message}"),
-    };
-    (None, what)
 }
 
 /// Writes it into a status.
 pub fn tell(checked: &Checked, service: &mut ImageAcceleration, now: Timestamp) {
-    let observed_generation = service.metadata.generation;
+    let generation = service.metadata.generation;
     let status = service.status.get_or_insert_default();
     status.check.clone_from(&checked.check);
-    let (is, reason, message) = checked.says.clone();
-    let condition = Condition {
-        type_: ACCESS.to_owned(),
-        status: is.to_owned(),
-        reason,
-        message,
-        observed_generation,
-        last_transition_time: Time(now),
-    };
-    set_condition(&mut status.conditions, condition);
+    let (is, reason, message) = &checked.says;
+    let says = [ACCESS, is, reason, message];
+    conditions::set(&mut status.conditions, says, generation, now);
 }
 
 /// What a namespace gives the controller, which is in `controller`, so that it can read one of
@@ -433,17 +415,7 @@ pub fn access(controller: &str, namespace: &str, secret: &str) -> Result<String>
             "subjects": [{"kind": "ServiceAccount", "name": "accel-controller",
                 "namespace": controller}]}),
     ];
-    let mut text = String::new();
-    for document in documents {
-        text += "---\n";
-        text += &serde_saphyr::to_string(&document)?;
-    }
-    Ok(text)
-}
-
-/// What selects the Jobs that ask registries.
-pub fn selector() -> String {
-    format!("{}={}", CHECK.0, CHECK.1)
+    yaml::documents(documents)
 }
 
 #[cfg(test)]

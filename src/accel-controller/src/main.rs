@@ -110,14 +110,14 @@ fn main() -> ExitCode {
             health,
             namespace,
         } => tell(&node, &health, &namespace),
-        Command::NodeAccess { node, namespace } => node::access(&namespace, &node)
-            .and_then(|text| Ok(write!(std::io::stdout(), "{text}")?)),
+        Command::NodeAccess { node, namespace } => {
+            node::access(&namespace, &node).and_then(|text| print(&text))
+        }
         Command::SecretAccess {
             of,
             secret,
             namespace,
-        } => login::access(&namespace, &of, &secret)
-            .and_then(|text| Ok(write!(std::io::stdout(), "{text}")?)),
+        } => login::access(&namespace, &of, &secret).and_then(|text| print(&text)),
         Command::Crds { out } => crds(out.as_deref()),
     };
     match done {
@@ -129,6 +129,11 @@ fn main() -> ExitCode {
     }
 }
 
+fn print(text: &str) -> Result<()> {
+    write!(std::io::stdout(), "{text}")?;
+    Ok(())
+}
+
 fn crds(out: Option<&Path>) -> Result<()> {
     for (name, text) in resource::definitions_yaml()? {
         match out {
@@ -136,7 +141,7 @@ fn crds(out: Option<&Path>) -> Result<()> {
                 let path = directory.join(name);
                 std::fs::write(&path, text).with_context(|| format!("cannot write {path:?}"))?;
             }
-            None => writeln!(std::io::stdout(), "---\n{text}")?,
+            None => print(&format!("---\n{text}\n"))?,
         }
     }
     Ok(())

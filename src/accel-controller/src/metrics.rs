@@ -3,6 +3,9 @@
 //! Only the controller that leads knows anything; of another one there is that it does not
 //! lead. Counters begin when a process does; what is the case is told as it was seen last.
 
+use crate::conditions;
+use crate::login::ACCESS;
+use crate::plan::REMOVED;
 use crate::resource::{AcceleratedImage, AcceleratedImageStatus, Phase};
 use accel_metrics::{Exposition, Histogram};
 use kube::runtime::reflector::Store;
@@ -54,7 +57,7 @@ struct Counts {
     removed: u64,
     removals_failed: u64,
     converted_bytes: u64,
-    stored_bytes: u64,
+    written_bytes: u64,
     conversion: Times,
     /// By the condition's reason.
     refused: BTreeMap<String, u64>,
@@ -143,7 +146,7 @@ impl Metrics {
         if is_new(Phase::Ready) {
             counts.converted += 1;
             counts.converted_bytes += now.original_bytes.unwrap_or_default();
-            counts.stored_bytes += now.stored_bytes.unwrap_or_default();
+            counts.written_bytes += now.stored_bytes.unwrap_or_default();
             if let (Some(from), Some(to)) = (&now.started_at, &now.finished_at) {
                 let took = to.0.duration_since(from.0);
                 counts
@@ -157,34 +160,28 @@ impl Metrics {
                 _ => counts.failed += 1,
             }
         }
-        let condition = |status: &AcceleratedImageStatus, type_: &str| {
-            let mut all = status.conditions.iter();
-            all.find(|condition| condition.type_ == type_).cloned()
-        };
-        let removed = |status| {
-            let removed = condition(status, crate::plan::REMOVED);
-            removed.is_some_and(|condition| condition.status == "True")
-        };
-        if removed(now) && !removed(before) {
+        let (before, now) = (&before.conditions, &now.conditions);
+        if conditions::is_true(now, REMOVED) && !conditions::is_true(before, REMOVED) {
             counts.removed += 1;
         }
-        let refused = condition(now, crate::login::ACCESS);
-        let refused = refused.filter(|condition| condition.status == "False");
-        if let Some(refused) = refused
-            && (failed_again || condition(before, crate::login::ACCESS).as_ref() != Some(&refused))
+        let access = conditions::find(now, ACCESS);
+        if let Some(refused) = access.filter(|access| access.status == "False")
+            && (failed_again || conditions::find(before, ACCESS) != access)
         {
-            *counts.refused.entry(refused.reason).or_default() += 1;
+            *counts.refused.entry(refused.reason.clone()).or_default() += 1;
         }
     }
 
     fn render<'a>(&self, tasks: impl IntoIterator<Item = &'a AcceleratedImage>) -> String {
         let mut by_phase = HashMap::new();
-        let (mut layers_bytes, mut uids) = (0, HashSet::new());
+        let (mut stored_bytes, mut uids) = (0, HashSet::new());
         for task in tasks {
-            let status = task.status.clone().unwrap_or_default();
-            *by_phase.entry(status.phase).or_insert(0_u64) += 1;
-            if status.phase == Phase::Ready {
-                layers_bytes += status.stored_bytes.unwrap_or_default();
+            let status = task.status.as_ref();
+            let phase = status.map_or_else(Phase::default, |status| status.phase);
+            *by_phase.entry(phase).or_insert(0_u64) += 1;
+            if phase == Phase::Ready {
+                let bytes = status.and_then(|status| status.stored_bytes);
+                stored_bytes += bytes.unwrap_or_default();
             }
             uids.extend(task.metadata.uid.clone());
         }
@@ -216,13 +213,13 @@ impl Metrics {
                 by_phase.get(&phase).copied().unwrap_or_default(),
             );
         }
-        counts.write(&mut text, layers_bytes);
+        counts.write(&mut text, stored_bytes);
         text.finish()
     }
 }
 
 impl Counts {
-    fn write(&self, text: &mut Exposition, ready_bytes: u64) {
+    fn write(&self, text: &mut Exposition, stored_bytes: u64) {
         for (name, help, value) in [
             (
                 "accel_controller_queue",
@@ -247,7 +244,7 @@ impl Counts {
             (
                 "accel_controller_stored_bytes",
                 "What the layers of all Ready tasks take on UFS; shared ones count for each.",
-                ready_bytes,
+                stored_bytes,
             ),
         ] {
             text.gauge(name, help, &[], value);
@@ -282,7 +279,7 @@ impl Counts {
             (
                 "accel_controller_written_bytes_total",
                 "What those take on UFS, with layers that were there before.",
-                self.stored_bytes,
+                self.written_bytes,
             ),
             (
                 "accel_controller_looks_total",

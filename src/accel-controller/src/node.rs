@@ -3,7 +3,8 @@
 //! It reads what the agent (`accel-snapshotter agent --health`) has written, and writes one
 //! Lease, the node's own. It has no right to anything else, and nobody else has its right.
 
-use crate::labels::{COMPONENT, HEALTHY, MESSAGE, lease_name};
+use crate::labels::{COMPONENT, HEALTHY, MAX_MESSAGE, MESSAGE, lease_name};
+use crate::yaml;
 use anyhow::{Context as _, Result, bail};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
@@ -24,8 +25,6 @@ const RENEW: Duration = Duration::from_secs(4);
 const SILENCE: Duration = Duration::from_secs(15);
 /// How many checks there have to be of an agent that was silent before it is believed again.
 const SURE: u64 = 2;
-/// The longest message that is passed on, in characters.
-const MAX_MESSAGE: usize = 500;
 /// The longest name of a node, in bytes: names of objects have at most 253.
 const MAX_NODE: usize = 240;
 
@@ -186,12 +185,7 @@ pub fn access(namespace: &str, node: &str) -> Result<String> {
         json!({"apiVersion": "v1", "kind": "Secret", "metadata": token,
             "type": "kubernetes.io/service-account-token"}),
     ];
-    let mut text = String::new();
-    for document in documents {
-        text += "---\n";
-        text += &serde_saphyr::to_string(&document)?;
-    }
-    Ok(text)
+    yaml::documents(documents)
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 mod delete;
 
 pub use self::delete::{IN_USE, REMOVED};
+use crate::conditions;
 use crate::job::{self, Settings};
 use crate::login::{self, ACCESS, Log, Secret, Whose};
 use crate::reference::{Names, SpecError};
@@ -107,17 +108,24 @@ pub fn finalizer(of: &ObjectMeta, keep: bool) -> Value {
 /// Whether nothing more has to be done for a task as it is now: what was said of another version
 /// of it does not count.
 pub fn is_ready(task: &AcceleratedImage) -> bool {
-    let generation = task.metadata.generation.unwrap_or_default();
-    let status = task.status.as_ref();
-    status.is_some_and(|status| {
-        status.phase == Phase::Ready && status.observed_generation == generation
-    })
+    task.current()
+        .is_some_and(|status| status.phase == Phase::Ready)
+}
+
+/// Whether what has to be done for a task depends on the service.
+pub fn needs_service(task: &AcceleratedImage) -> bool {
+    !is_ready(task) || task.metadata.deletion_timestamp.is_some()
+}
+
+/// Whether an object that is deleted stays until the controller lets it go.
+pub fn is_kept(of: &impl ResourceExt) -> bool {
+    of.finalizers().iter().any(|name| name == FINALIZER)
 }
 
 /// Decides.
 pub fn plan(observed: &Observed<'_>) -> Plan {
     let task = observed.task;
-    let kept = task.finalizers().iter().any(|name| name == FINALIZER);
+    let kept = is_kept(task);
     if task.metadata.deletion_timestamp.is_some() {
         return match kept {
             true => delete::delete(observed),
@@ -138,7 +146,7 @@ pub fn plan(observed: &Observed<'_>) -> Plan {
 /// What is to be said when a step could not be taken, and why: the status that was planned, but
 /// for that. Also the name of a Job that cannot go on without it, and is to end, lest it wait
 /// for its Secret until its deadline.
-pub fn refused(
+pub fn not_taken(
     task: &AcceleratedImage,
     mut status: AcceleratedImageStatus,
     step: &Step,
@@ -170,6 +178,20 @@ pub fn refused(
 /// How long to wait after so many failures.
 pub(crate) fn pause(failures: u32) -> Duration {
     doubled(FIRST_RETRY, LAST_RETRY, failures)
+}
+
+/// What is left of a pause that has begun at `since`, if anything.
+pub(crate) fn left(since: Timestamp, pause: Duration, now: Timestamp) -> Option<Duration> {
+    let waited = Duration::try_from(now.duration_since(since)).unwrap_or_default();
+    let left = pause.checked_sub(waited);
+    left.filter(|left| !left.is_zero())
+}
+
+/// Says of a Job that came to nothing because of `what` which one it is, and that there is
+/// another one after the pause.
+pub(crate) fn tried_again(what: &str, job: &Job, pause: Duration) -> String {
+    let (job, minutes) = (job.name_any(), pause.as_secs() / 60);
+    format!("{what} (Job {job}; it is tried again after {minutes} minutes)")
 }
 
 fn doubled(first: Duration, last: Duration, failures: u32) -> Duration {
@@ -279,15 +301,13 @@ impl<'a> Next<'a> {
     /// There is no Job.
     fn start(&mut self, name: String, names: &Names, service: &ImageAcceleration) {
         let now = self.observed.now;
-        if let Some(Time(failed)) = self.status.finished_at {
-            let due = pause(self.status.failures);
-            let waited = Duration::try_from(now.duration_since(failed)).unwrap_or_default();
-            if waited < due {
-                // The failed Job stays that long for whoever wants to look at it.
-                self.again = due.checked_sub(waited);
-                self.hold();
-                return;
-            }
+        if let Some(Time(failed)) = self.status.finished_at
+            && let Some(left) = left(failed, pause(self.status.failures), now)
+        {
+            // The failed Job stays that long for whoever wants to look at it.
+            self.again = Some(left);
+            self.hold();
+            return;
         }
         self.stop_all_but(None);
         if !self.steps.is_empty() {
@@ -339,8 +359,7 @@ impl<'a> Next<'a> {
 
     /// What was said of another version of the task is not said of this one.
     fn access_is_unknown(&mut self) {
-        let mut conditions = self.status.conditions.iter();
-        let said = conditions.find(|condition| condition.type_ == ACCESS);
+        let said = conditions::find(&self.status.conditions, ACCESS);
         let same = |said: &Condition| said.observed_generation == Some(self.generation);
         // That the task's own Secret could not be had is over, too.
         let is_there = self.observed.secret == Secret::There;
@@ -448,7 +467,7 @@ impl<'a> Next<'a> {
             }
             // The pod is gone, or its log.
             Some(Ok(_)) | None => {
-                let pause = self.failed();
+                let pause = self.count_failure();
                 let what = format!(
                     "the Job's result is lost with its pod: it runs again after {} minutes, and takes what is on UFS already",
                     pause.as_secs() / 60
@@ -486,17 +505,12 @@ impl<'a> Next<'a> {
 
     /// The Job has come to nothing, because of `what`.
     fn has_failed(&mut self, job: &Job, what: &str) {
-        let pause = self.failed();
-        let job = job.name_any();
-        let what = format!(
-            "{what} (Job {job}; it is tried again after {} minutes)",
-            pause.as_secs() / 60
-        );
-        self.say(Phase::CreateError, &what);
+        let pause = self.count_failure();
+        self.say(Phase::CreateError, &tried_again(what, job, pause));
     }
 
     /// Counts a Job that came to nothing; how long to wait before the next one.
-    fn failed(&mut self) -> Duration {
+    fn count_failure(&mut self) -> Duration {
         self.status.failures = self.status.failures.saturating_add(1);
         self.status.progress = None;
         self.status.finished_at = Some(Time(self.observed.now));
@@ -532,34 +546,12 @@ impl<'a> Next<'a> {
     }
 
     fn condition(&mut self, kind: &str, status: &str, reason: &str, message: &str) {
-        set_condition(
+        conditions::set(
             &mut self.status.conditions,
-            Condition {
-                type_: kind.to_owned(),
-                status: status.to_owned(),
-                reason: reason.to_owned(),
-                message: message.to_owned(),
-                observed_generation: Some(self.generation),
-                last_transition_time: Time(self.observed.now),
-            },
+            [kind, status, reason, message],
+            Some(self.generation),
+            self.observed.now,
         );
-    }
-}
-
-/// Puts a condition in the place of the one of its type. Its time stays while its status
-/// does.
-pub fn set_condition(conditions: &mut Vec<Condition>, mut condition: Condition) {
-    match conditions
-        .iter_mut()
-        .find(|there| there.type_ == condition.type_)
-    {
-        Some(there) => {
-            if there.status == condition.status {
-                condition.last_transition_time = there.last_transition_time.clone();
-            }
-            *there = condition;
-        }
-        None => conditions.push(condition),
     }
 }
 
@@ -589,10 +581,20 @@ fn started(pod: &Pod) -> Option<Timestamp> {
     running.started_at.as_ref().map(|time| time.0)
 }
 
-/// How the pod's program ended.
-pub(crate) fn terminated(pod: &Pod) -> Option<&ContainerStateTerminated> {
-    let containers = pod.status.as_ref()?.container_statuses.as_ref()?;
-    containers.first()?.state.as_ref()?.terminated.as_ref()
+/// How the pod's program has failed, if it has.
+pub(crate) fn failed(pod: Option<&Pod>) -> Option<&ContainerStateTerminated> {
+    let containers = pod?.status.as_ref()?.container_statuses.as_ref()?;
+    let ended = containers.first()?.state.as_ref()?.terminated.as_ref();
+    ended.filter(|ended| ended.exit_code != 0)
+}
+
+/// Why a Job has failed, of which the cluster says `end` (reason and message), and what to do.
+pub(crate) fn why(pod: Option<&Pod>, end: (&str, &str)) -> String {
+    let (reason, message) = end;
+    match failed(pod) {
+        Some(ended) => in_words(ended, reason),
+        None => format!("the Job failed: {reason}: {message}"),
+    }
 }
 
 /// Why the pod's program does not run yet.
@@ -625,7 +627,7 @@ pub(crate) fn waits_for(pod: &Pod) -> Option<String> {
 }
 
 /// What went wrong, and what to do.
-pub(crate) fn in_words(ended: &ContainerStateTerminated, job_reason: &str) -> String {
+fn in_words(ended: &ContainerStateTerminated, job_reason: &str) -> String {
     let said = report::words(ended.message.as_deref().unwrap_or_default());
     let reason = ended.reason.as_deref().unwrap_or_default();
     let advice = match (job_reason, reason, ended.exit_code) {

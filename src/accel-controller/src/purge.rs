@@ -4,9 +4,10 @@
 //! Each task is deleted, and removes what it made as always; the service stays until the last
 //! of them is gone, because their Jobs need what it says.
 
-use crate::plan::{FINALIZER, IN_USE, set_condition};
+use crate::conditions;
+use crate::plan::{IN_USE, is_kept};
 use crate::resource::{AcceleratedImage, ImageAcceleration, ImageAccelerationStatus, Phase};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt as _;
 
@@ -42,7 +43,7 @@ pub fn serves(service: &ImageAcceleration, task: &AcceleratedImage) -> bool {
 
 /// Decides.
 pub fn plan(service: &ImageAcceleration, tasks: &[AcceleratedImage]) -> Vec<Step> {
-    let kept = service.finalizers().iter().any(|name| name == FINALIZER);
+    let kept = is_kept(service);
     let Some(Time(deleted)) = &service.metadata.deletion_timestamp else {
         return match (service.spec.purge, kept) {
             (true, false) => vec![Step::AddFinalizer],
@@ -94,13 +95,12 @@ pub fn tell(
     let (mut used, mut failed) = (Vec::new(), Vec::new());
     for task in &left {
         let Some(status) = &task.status else { continue };
-        let mut conditions = status.conditions.iter();
         let name = format!(
             "{}/{}",
             task.namespace().unwrap_or_default(),
             task.name_any()
         );
-        if conditions.any(|condition| condition.type_ == IN_USE && condition.status == "True") {
+        if conditions::is_true(&status.conditions, IN_USE) {
             used.push(name);
         } else if status.phase == Phase::DeleteError {
             failed.push(name);
@@ -113,16 +113,10 @@ pub fn tell(
         }
     }
     let ready = "acceleration is being turned off, and what was made is being removed";
-    for (type_, message) in [(PURGED, message), ("Ready", ready.to_owned())] {
-        let condition = Condition {
-            type_: type_.to_owned(),
-            status: "False".to_owned(),
-            reason: "Purging".to_owned(),
-            message,
-            observed_generation: service.metadata.generation,
-            last_transition_time: Time(now),
-        };
-        set_condition(&mut status.conditions, condition);
+    for (type_, message) in [(PURGED, &*message), ("Ready", ready)] {
+        let says = [type_, "False", "Purging", message];
+        let generation = service.metadata.generation;
+        conditions::set(&mut status.conditions, says, generation, now);
     }
     // None is meant any more, and they have lost the label.
     (status.nodes, status.nodes_ready) = (0, 0);
@@ -142,6 +136,7 @@ fn some(names: &[String]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::FINALIZER;
     use serde_json::{Value, json};
 
     fn service(purge: bool, metadata: Value) -> ImageAcceleration {

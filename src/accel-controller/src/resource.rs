@@ -418,6 +418,15 @@ pub struct AcceleratedImageStatus {
     pub used_by: Vec<UserStatus>,
 }
 
+impl AcceleratedImage {
+    /// What is said of the task, if it is said of the task as it is now.
+    pub fn current(&self) -> Option<&AcceleratedImageStatus> {
+        let generation = self.metadata.generation.unwrap_or_default();
+        let status = self.status.as_ref();
+        status.filter(|status| status.observed_generation == generation)
+    }
+}
+
 /// A node that uses layers of an image.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]

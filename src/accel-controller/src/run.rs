@@ -1,10 +1,13 @@
 //! The loop: looks, and does what was planned.
 
 mod logins;
+mod nodes;
 mod purging;
 
-use crate::job::{self, CHECK, SELECTOR, Settings, TASK_UID};
-use crate::labels::{self, Looked, Seen};
+use self::nodes::Known;
+use crate::conditions;
+use crate::job::{self, CHECK, MANAGED, Settings, TASK_UID};
+use crate::labels::Looked;
 use crate::login::{self, Log};
 use crate::metrics::Metrics;
 use crate::plan::{self, Observed, Plan, Step};
@@ -17,9 +20,7 @@ use crate::resource::{
 use crate::service;
 use futures_util::StreamExt as _;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, DeleteParams, ListParams, LogParams, Patch, PatchParams};
 use kube::runtime::controller::{self, Action, Controller};
@@ -28,8 +29,8 @@ use kube::runtime::reflector::ObjectRef;
 use kube::runtime::watcher;
 use kube::{Client, Resource, ResourceExt};
 use serde_json::{Value, json};
-use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::{Mutex, Notify};
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
@@ -48,14 +49,6 @@ const TOGETHER: Duration = Duration::from_millis(300);
 /// How long a look at a task or the service may take, with what is done then: an answer that
 /// never comes must not keep those waiting that wait for each other.
 const LOOK: Duration = Duration::from_secs(60);
-/// How often to look how the nodes are: they have lost their label within half a minute.
-const NODES_PAUSE: Duration = Duration::from_secs(3);
-/// How long such a look may take.
-const NODES_LOOK: Duration = Duration::from_secs(15);
-/// How often to look which nodes there are.
-const NODES_LIST: Duration = Duration::from_secs(10);
-/// Nodes that are changed at a time.
-const NODES_AT_ONCE: usize = 8;
 /// How often the service's status is made again.
 const SERVICE_PAUSE: Duration = Duration::from_secs(15);
 
@@ -74,12 +67,6 @@ impl From<kube::Error> for RunError {
     fn from(error: kube::Error) -> Self {
         Self::Refused(Box::new(error))
     }
-}
-
-/// The cluster's nodes, as they were listed.
-struct Known {
-    listed: Instant,
-    nodes: Arc<Vec<ObjectMeta>>,
 }
 
 type LoopError = controller::Error<RunError, watcher::Error>;
@@ -118,7 +105,7 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
         starting: Mutex::new(()),
         client,
     });
-    let of_jobs = watcher::Config::default().labels(SELECTOR);
+    let of_jobs = watcher::Config::default().labels(&job::selector(MANAGED));
     let tasks = Controller::new(
         context.all::<AcceleratedImage>(),
         watcher::Config::default(),
@@ -143,8 +130,10 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
             context.all::<ImageAcceleration>(),
             watcher::Config::default(),
             move |_| {
+                // Each status of it that is written is an event, too.
                 let all = known.state();
                 all.iter()
+                    .filter(|task| plan::needs_service(task))
                     .map(|task| ObjectRef::from_obj(&**task))
                     .collect::<Vec<_>>()
             },
@@ -243,7 +232,7 @@ impl Context {
         for step in plan.steps {
             debug!(task = %task.name_any(), ?step, "does");
             if let Err(error) = self.step(task, &step).await {
-                self.refused(task, status.unwrap_or_default(), &step, &error)
+                self.not_taken(task, status.unwrap_or_default(), &step, &error)
                     .await?;
                 return Ok(Action::requeue(RETRY));
             }
@@ -261,7 +250,7 @@ impl Context {
         let service = service.filter(|service| purge::serves(service, task));
         let all = self
             .own::<Job>()
-            .list(&ListParams::default().labels(SELECTOR))
+            .list(&ListParams::default().labels(&job::selector(MANAGED)))
             .await?;
         let uid = task.uid().unwrap_or_default();
         // Those that ask registries are short, and wait for nothing.
@@ -294,44 +283,6 @@ impl Context {
         let jobs = others_at_work + at_work(&jobs);
         self.metrics.looked(&uid, plan.waits, jobs);
         Ok(plan)
-    }
-
-    /// The names of the cluster's nodes.
-    async fn nodes(&self) -> Result<Vec<String>, RunError> {
-        let known = self.known_nodes(NODES_LIST).await?;
-        let names = known.iter().filter_map(|node| node.name.clone());
-        Ok(names.collect())
-    }
-
-    fn looked(&self) -> std::sync::MutexGuard<'_, Option<Looked>> {
-        self.looked.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn known(&self) -> std::sync::MutexGuard<'_, Option<Known>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The cluster's nodes, as they were not longer ago than that.
-    async fn known_nodes(&self, age: Duration) -> Result<Arc<Vec<ObjectMeta>>, RunError> {
-        if let Some(known) = &*self.known()
-            && known.listed.elapsed() < age
-        {
-            return Ok(Arc::clone(&known.nodes));
-        }
-        let all = self.all::<Node>();
-        let listed = Instant::now();
-        let nodes = all.list_metadata(&ListParams::default()).await?.items;
-        let mut nodes: Vec<_> = nodes.into_iter().map(|node| node.metadata).collect();
-        for node in &mut nodes {
-            // That is the most of it.
-            node.managed_fields = None;
-        }
-        let nodes = Arc::new(nodes);
-        *self.known() = Some(Known {
-            listed,
-            nodes: Arc::clone(&nodes),
-        });
-        Ok(nodes)
     }
 
     /// The newest pod of the newest Job, and its log.
@@ -416,7 +367,7 @@ impl Context {
     }
 
     /// A step could not be taken.
-    async fn refused(
+    async fn not_taken(
         &self,
         task: &AcceleratedImage,
         status: AcceleratedImageStatus,
@@ -424,7 +375,8 @@ impl Context {
         error: &kube::Error,
     ) -> Result<(), RunError> {
         self.metrics.error();
-        let (status, stuck) = plan::refused(task, status, step, &in_words(error), Timestamp::now());
+        let (status, stuck) =
+            plan::not_taken(task, status, step, &in_words(error), Timestamp::now());
         self.tell(task, &status).await?;
         if let Some(job) = stuck {
             self.stop_job(&job).await?;
@@ -458,25 +410,20 @@ impl Context {
         if told(&before) == told(status) {
             return Ok(());
         }
-        let removed = |status: &AcceleratedImageStatus| {
-            let mut conditions = status.conditions.iter();
-            conditions
-                .find(|condition| condition.type_ == plan::REMOVED)
-                .map(|condition| condition.reason.clone())
-        };
+        let removed = conditions::find(&status.conditions, plan::REMOVED);
         info!(task = %task.name_any(), phase = ?status.phase, "{}", status.message);
         let bad = matches!(
             status.phase,
             Phase::CreateError | Phase::DeleteError | Phase::Unknown
         );
-        let reason = match removed(status) {
-            Some(reason) => reason,
+        let reason = match removed {
+            Some(removed) => removed.reason.clone(),
             None if status.phase == Phase::Deleting && !status.used_by.is_empty() => {
                 plan::IN_USE.to_owned()
             }
             None => format!("{:?}", status.phase),
         };
-        let bad = bad || (reason != "Removed" && removed(status).is_some());
+        let bad = bad || (reason != "Removed" && removed.is_some());
         let event = Event {
             type_: if bad {
                 EventType::Warning
@@ -498,88 +445,6 @@ impl Context {
 
     fn tasks_beside(&self, task: &AcceleratedImage) -> Api<AcceleratedImage> {
         Api::namespaced(self.client.clone(), &task.namespace().unwrap_or_default())
-    }
-
-    /// Sees to it that nodes have the label exactly while they can serve; does not end.
-    async fn label_nodes(&self) {
-        let mut seen = Seen::default();
-        loop {
-            let look = timeout(NODES_LOOK, self.look_at_nodes(&mut seen));
-            // What does not answer is like what refuses.
-            let looked = look.await.unwrap_or_else(|late| Err(late.into()));
-            if let Err(error) = looked {
-                self.metrics.error();
-                warn!("the nodes cannot be looked at: {error}");
-            }
-            tokio::time::sleep(NODES_PAUSE).await;
-        }
-    }
-
-    async fn look_at_nodes(&self, seen: &mut Seen) -> Result<(), RunError> {
-        let (key, value) = labels::COMPONENT;
-        let of_nodes = ListParams::default().labels(&format!("{key}={value}"));
-        let service = self
-            .all::<ImageAcceleration>()
-            .get_opt(SERVICE_NAME)
-            .await?;
-        let service = service.filter(|service| service.metadata.deletion_timestamp.is_none());
-        let mut known = self.known_nodes(NODES_LIST).await?;
-        // Listed, not watched: nodes must not look silent because a watch is.
-        let leases = self.own::<Lease>().list(&of_nodes).await?;
-        let words = seen.look(&leases.items, Instant::now());
-        let spec = service.as_ref().map(|service| &service.spec);
-        let mut labels = labels::labels(&known, &words, spec);
-        if !labels.changes.is_empty() {
-            // What is changed is looked at once more: somebody else may have changed it.
-            known = self.known_nodes(Duration::ZERO).await?;
-            labels = labels::labels(&known, &words, spec);
-        }
-        let all = &self.all::<Node>();
-        let mut changed = futures_util::stream::iter(&labels.changes)
-            .map(|change| async move {
-                let merge = Patch::Merge(&change.patch);
-                let (name, plain) = (&change.node, PatchParams::default());
-                (change, all.patch_metadata(name, &plain, &merge).await)
-            })
-            .buffered(NODES_AT_ONCE);
-        let (mut ready, mut refused) = (labels.ready, None);
-        while let Some((change, patched)) = changed.next().await {
-            let node = &change.node;
-            let said = words.get(node).map_or("", |word| &word.message);
-            match patched {
-                Ok(_) => info!(node, labelled = change.gives, "{said}"),
-                Err(error) => {
-                    ready -= u32::from(change.gives);
-                    match error {
-                        // It is another one by now, or none: looked at anew.
-                        kube::Error::Api(status) if matches!(status.code, 404 | 409) => {}
-                        error => {
-                            self.metrics.error();
-                            let why = in_words(&error);
-                            warn!(node, "cannot be labelled: {why}");
-                            refused.get_or_insert(format!("{node}: {why}"));
-                        }
-                    }
-                }
-            }
-        }
-        drop(changed);
-        if !labels.changes.is_empty() {
-            // They are others now.
-            *self.known() = None;
-        }
-        self.metrics.nodes(ready, labels.nodes);
-        let now = Some(Looked {
-            nodes: labels.nodes,
-            ready,
-            refused,
-        });
-        let mut looked = self.looked();
-        if *looked != now {
-            *looked = now;
-            self.counted.notify_one();
-        }
-        Ok(())
     }
 
     async fn service(&self, service: &ImageAcceleration) -> Result<Action, RunError> {

@@ -1,14 +1,13 @@
 //! What is said of the service, as a pure function of what is observed.
 
+use crate::conditions;
 use crate::labels::{LABELLING, Looked};
 use crate::login::ACCESS;
-use crate::plan::set_condition;
 use crate::report;
 use crate::resource::{
     AcceleratedImage, ImageAcceleration, ImageAccelerationStatus, Phase, UfsSpec, UfsVolume,
 };
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 
 /// The service's status. `claim` is the one that it names, if there is one; `nodes` is what came
@@ -29,8 +28,7 @@ pub fn status<'a>(
     };
     let generation = service.metadata.generation;
     // Whoever asks registries has said it already, but perhaps of other settings.
-    let mut conditions = status.conditions.iter();
-    let access = conditions.find(|condition| condition.type_ == ACCESS);
+    let access = conditions::find(&status.conditions, ACCESS);
     let access = access.filter(|condition| condition.observed_generation == generation);
     let access = access.map(|condition| (&*condition.status, condition.message.clone()));
     let unknown = "whether registries take the logins is not known yet";
@@ -53,15 +51,8 @@ pub fn status<'a>(
         ("Ready", is_ready, why, ready),
     ];
     for (type_, is, reason, message) in all.into_iter().chain(labelling) {
-        let condition = Condition {
-            type_: type_.to_owned(),
-            status: is.to_owned(),
-            reason: reason.to_owned(),
-            message,
-            observed_generation: generation,
-            last_transition_time: Time(now),
-        };
-        set_condition(&mut status.conditions, condition);
+        let says = [type_, is, reason, &message];
+        conditions::set(&mut status.conditions, says, generation, now);
     }
     (status.images, status.stored_bytes) = (0, 0);
     for task in tasks {
@@ -157,8 +148,7 @@ mod tests {
         ];
         let at = |seconds| Timestamp::from_second(seconds).unwrap();
         let ready = |status: &ImageAccelerationStatus| {
-            let mut all = status.conditions.iter();
-            all.find(|condition| condition.type_ == "Ready")
+            conditions::find(&status.conditions, "Ready")
                 .unwrap()
                 .clone()
         };
@@ -169,8 +159,7 @@ mod tests {
         };
         let first = status(&service, None, &tasks, Some(&looked), at(1));
         let labelling = |status: &ImageAccelerationStatus| {
-            let mut all = status.conditions.iter();
-            let found = all.find(|condition| condition.type_ == LABELLING).unwrap();
+            let found = conditions::find(&status.conditions, LABELLING).unwrap();
             (found.status.clone(), found.message.clone())
         };
         assert_eq!(labelling(&first), ("False".to_owned(), "n1: no".to_owned()));
@@ -186,21 +175,13 @@ mod tests {
         // Nothing is Ready of which nobody knows whether its logins are taken.
         let asked = status(&service, Some(&claim("Bound")), &tasks, None, at(1));
         assert_eq!(ready(&asked).status, "Unknown");
-        let mut access = Condition {
-            type_: ACCESS.to_owned(),
-            status: "True".to_owned(),
-            reason: "Checked".to_owned(),
-            message: String::new(),
-            observed_generation: Some(1),
-            last_transition_time: Time(at(1)),
-        };
+        let access = [ACCESS, "True", "Checked", ""];
         let said = &mut service.status.as_mut().unwrap().conditions;
-        set_condition(said, access.clone());
+        conditions::set(said, access, Some(1), at(1));
         let old = status(&service, Some(&claim("Bound")), &tasks, None, at(1));
         assert_eq!(ready(&old).status, "Unknown", "that was of other settings");
-        access.observed_generation = Some(2);
         let said = &mut service.status.as_mut().unwrap().conditions;
-        set_condition(said, access);
+        conditions::set(said, access, Some(2), at(1));
         let pending = status(&service, Some(&claim("Pending")), &tasks, None, at(2));
         assert_eq!(ready(&pending).last_transition_time.0, at(1));
         looked = Looked {

@@ -1,8 +1,10 @@
 //! `kubectl accel`: tasks without writing YAML.
 
 use accel_controller::command::{self, Waiting};
-use accel_controller::labels;
-use accel_controller::plan::FINALIZER;
+use accel_controller::conditions;
+use accel_controller::job::selector;
+use accel_controller::labels::COMPONENT;
+use accel_controller::plan::is_kept;
 use accel_controller::purge::PURGED;
 use accel_controller::resource::{
     AcceleratedImage, AcceleratedImageSpec, ImageAcceleration, SERVICE_NAME,
@@ -249,8 +251,7 @@ async fn run(cli: Cli) -> Result<()> {
         }
         Command::Delete { name, wait } => tasks.delete(&name, wait).await,
         Command::Nodes { controller, output } => {
-            let (key, value) = labels::COMPONENT;
-            let of_nodes = ListParams::default().labels(&format!("{key}={value}"));
+            let of_nodes = ListParams::default().labels(&selector(COMPONENT));
             let leases = Api::<Lease>::namespaced(client.clone(), &controller);
             let leases = leases.list(&of_nodes).await.map_err(said)?;
             let all = Api::<Node>::all(client.clone());
@@ -336,11 +337,9 @@ async fn enable(services: &Api<ImageAcceleration>, spec: &Value, wait: Wait) -> 
     loop {
         let service = services.get(SERVICE_NAME).await.map_err(said)?;
         let status = service.status.unwrap_or_default();
-        let ready = status.conditions.into_iter().find(|condition| {
-            condition.type_ == "Ready"
-                && condition.observed_generation == service.metadata.generation
-        });
-        match ready {
+        let generation = service.metadata.generation;
+        let ready = conditions::find(&status.conditions, "Ready");
+        match ready.filter(|condition| condition.observed_generation == generation) {
             Some(condition) if condition.status == "True" => {
                 // Not all of it can be known before a task is converted.
                 return say(&format!("ready: {}", condition.message));
@@ -363,10 +362,6 @@ async fn delete_with_all(
     services: &Api<ImageAcceleration>,
     deadline: Option<Instant>,
 ) -> Result<()> {
-    let is_kept = |service: &ImageAcceleration| {
-        let mut finalizers = service.finalizers().iter();
-        finalizers.any(|name| name == FINALIZER)
-    };
     // The controller keeps it from now on; deleted before that, it would be gone at once.
     while !is_kept(&services.get(SERVICE_NAME).await.map_err(said)?) {
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
@@ -407,10 +402,8 @@ async fn disable(services: &Api<ImageAcceleration>, purge: bool, wait: Wait) -> 
     while wait.wait
         && let Some(service) = services.get_opt(SERVICE_NAME).await?
     {
-        let conditions = service.status.unwrap_or_default().conditions;
-        let purged = conditions
-            .into_iter()
-            .find(|condition| condition.type_ == PURGED);
+        let status = service.status.unwrap_or_default();
+        let purged = conditions::find(&status.conditions, PURGED);
         let left = purged.map_or_else(String::new, |condition| format!(": {}", condition.message));
         pause(deadline, &format!("acceleration is not off yet{left}")).await?;
     }
@@ -463,7 +456,7 @@ impl Tasks {
                 }
                 Waiting::GoesOn => {}
             }
-            let status = command::current(&task).cloned().unwrap_or_default();
+            let status = task.current().cloned().unwrap_or_default();
             let text = match status.progress {
                 Some(progress) => {
                     bar.set_length(progress.bytes);

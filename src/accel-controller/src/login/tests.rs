@@ -54,14 +54,13 @@ impl Service {
                 self.jobs.retain(|job| job.name_any() != name);
                 "stop"
             }
-            _ => panic!("that is for tasks"),
         });
         does.collect()
     }
 
     fn access(&self) -> (String, String, String) {
-        let mut all = self.service.status.as_ref().unwrap().conditions.iter();
-        let access = all.find(|condition| condition.type_ == ACCESS).unwrap();
+        let status = self.service.status.as_ref().unwrap();
+        let access = conditions::find(&status.conditions, ACCESS).unwrap();
         (
             access.status.clone(),
             access.reason.clone(),
@@ -188,8 +187,9 @@ fn the_service_is_ready_only_with_logins_that_are_taken() {
         let now = Timestamp::from_second(service.now).unwrap();
         let status = crate::service::status(&service.service, Some(&claim), [], None, now);
         service.service.status = Some(status.clone());
-        let mut all = status.conditions.into_iter();
-        all.find(|condition| condition.type_ == "Ready").unwrap()
+        conditions::find(&status.conditions, "Ready")
+            .unwrap()
+            .clone()
     };
     assert_eq!(ready(&mut service).status, "Unknown");
     service.fail_job(Problem::Unauthorized);

@@ -1,7 +1,8 @@
 //! What has to be done for a task that is being deleted: what it made goes, but for what
 //! others need, and not while nodes use it.
 
-use super::{LATER, Next, Observed, Plan, SOON, Step, in_words, terminated, waits_for};
+use super::{LATER, Next, Observed, Plan, SOON, Step, left, waits_for, why};
+use crate::conditions;
 use crate::job;
 use crate::login::Secret;
 use crate::report::{Output, Removal};
@@ -86,21 +87,18 @@ impl Next<'_> {
     }
 
     fn is_removed(&self) -> bool {
-        let mut conditions = self.status.conditions.iter();
-        conditions.any(|condition| condition.type_ == REMOVED && condition.status == "True")
+        conditions::is_true(&self.status.conditions, REMOVED)
     }
 
     /// There is no Job that removes.
     fn removal(&mut self, name: String) {
-        let now = self.observed.now;
         if let (false, Some(Time(last))) = (self.is_removed(), &self.status.finished_at) {
             let due = match self.status.phase {
                 Phase::DeleteError => pause(self.status.failures),
                 _ => IN_USE_PAUSE,
             };
-            let waited = Duration::try_from(now.duration_since(*last)).unwrap_or_default();
-            if waited < due {
-                self.again = due.checked_sub(waited);
+            if let Some(left) = left(*last, due, self.observed.now) {
+                self.again = Some(left);
                 // The failed Job stays that long for whoever wants to look at it.
                 if self.status.phase == Phase::Deleting {
                     self.stop_all_but(None);
@@ -227,16 +225,13 @@ impl Next<'_> {
         message: &str,
     ) {
         self.free();
-        let ended = self.observed.pod.and_then(terminated);
-        let ended = ended.filter(|ended| ended.exit_code != 0);
-        let what = match (reason, ended) {
-            ("DeadlineExceeded", _) => {
+        let what = match reason {
+            "DeadlineExceeded" => {
                 let stuck = self.observed.pod.and_then(waits_for);
                 let stuck = stuck.unwrap_or_else(|| message.to_owned());
                 format!("UFS does not answer, or the Job cannot reach it: {stuck}")
             }
-            (_, Some(ended)) => in_words(ended, reason),
-            (_, None) => format!("the Job failed: {reason}: {message}"),
+            _ => why(self.observed.pod, (reason, message)),
         };
         self.status.failures = self.status.failures.saturating_add(1);
         self.status.finished_at = Some(Time(self.observed.now));

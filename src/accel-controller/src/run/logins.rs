@@ -1,8 +1,8 @@
 //! Secrets of tasks, and Jobs that ask registries whether they take logins.
 
 use super::{Context, RETRY, RunError};
-use crate::login::{self, Checked, Checking, SECRET_KEY, Secret};
-use crate::plan::Step;
+use crate::job::{self, CHECK};
+use crate::login::{self, Checked, Checking, SECRET_KEY, Secret, Step};
 use crate::resource::{AcceleratedImage, ImageAcceleration};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1;
@@ -74,7 +74,7 @@ impl Context {
         &self,
         service: &ImageAcceleration,
     ) -> Result<Checked, RunError> {
-        let of_checks = ListParams::default().labels(&login::selector());
+        let of_checks = ListParams::default().labels(&job::selector(CHECK));
         let jobs = self.own::<Job>().list(&of_checks).await?.items;
         let (pod, log) = self.newest_pod(&jobs).await?;
         Ok(login::check(&Checking {
@@ -93,7 +93,6 @@ impl Context {
             let done = match step {
                 Step::Run(job) => self.run_job(job).await.map(drop),
                 Step::Stop(name) => self.stop_job(name).await,
-                _ => Ok(()),
             };
             if let Err(error) = done {
                 self.metrics.error();
