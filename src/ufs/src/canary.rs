@@ -175,11 +175,9 @@ impl Ufs {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(UfsError::io("look at", &path)(error)),
             };
-            let age = metadata
-                .modified()
-                .ok()
-                .map(|made| clock.duration_since(made));
-            if matches!(age, Some(Ok(age)) if age >= ABANDONED) {
+            let age = |made| clock.duration_since(made).ok();
+            let age = metadata.modified().ok().and_then(age);
+            if age.is_some_and(|age| age >= ABANDONED) {
                 found.push((path, metadata.blocks() * 512));
             }
         }
