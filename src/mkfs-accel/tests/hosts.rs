@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::network::{Authority, ForwardProxy};
+use common::network::{Authority, ForwardProxy, HangsUp};
 use common::services::{Access, Harm, Proxy, Registry, push};
 use common::{Image, Ufs, mkfs_accel, sample_tar};
 use std::fs;
@@ -122,6 +122,11 @@ fn certificates_of_clients() {
     push(&source.source(), &image, &copy);
 
     let error = bad(&image, &hosts(name, &format!("ca = {ca:?}")));
+    assert!(error.contains("\"client\" in hosts.toml"), "{error}");
+    // Where the alert that says so is lost.
+    let other = HangsUp::start(&authority.sign("IP:127.0.0.1"));
+    let plain = hosts(&other.address, &format!("ca = {ca:?}"));
+    let error = bad(&format!("docker://{}/x", other.address), &plain);
     assert!(error.contains("\"client\" in hosts.toml"), "{error}");
     good(&image, &docker);
     let pair = format!("ca = {ca:?}\nclient = [[{certificate:?}, {key:?}]]");

@@ -75,6 +75,15 @@ impl Http {
         }
     }
 
+    /// Whether a connection, of which `text` tells, was good until TLS was agreed upon, and
+    /// broke off before there was ever an answer; nobody's certificate was shown.
+    fn broke_off_at_once(&self, text: &str) -> bool {
+        let established = ["client error (SendRequest)", "client error (Canceled)"]
+            .iter()
+            .any(|kind| text.contains(kind));
+        established && !self.has_answered() && !self.shows_certificate()
+    }
+
     /// What a failure means, and what to do about it.
     pub fn explain(&self, failure: &Failure) -> String {
         match failure {
@@ -93,6 +102,12 @@ impl Http {
                             .any(|alert| text.contains(alert)) =>
                     {
                         "; the registry wants a client's certificate: name it as \"client\" in hosts.toml (see --hosts-dir)"
+                    }
+                    // With TLS 1.3 a server looks at the client's certificate once the client is
+                    // done already. What it says then may come too late to be seen: a broken
+                    // connection is all there is.
+                    "https" if self.broke_off_at_once(text) => {
+                        "; it broke off right after TLS' handshake: if the registry wants a client's certificate, name it as \"client\" in hosts.toml (see --hosts-dir)"
                     }
                     _ if text.contains("proxy auth") => {
                         "; the proxy wants a login: put name and password into the variable (http://NAME:PASSWORD@HOST), or the registry into NO_PROXY"

@@ -263,6 +263,16 @@ impl Http {
         self.failed.load(Ordering::Relaxed)
     }
 
+    /// Whether it ever answered anything.
+    pub fn has_answered(&self) -> bool {
+        self.answered.load(Ordering::Relaxed)
+    }
+
+    /// Whether it is shown a certificate of this client.
+    pub fn shows_certificate(&self) -> bool {
+        self.host.client.is_some()
+    }
+
     /// Asks for something that lies elsewhere, without telling who we are.
     pub async fn get_elsewhere(&self, url: &str, from: u64) -> Result<Response, Failure> {
         let url = Url::parse(url)
@@ -354,7 +364,7 @@ impl Http {
                 } => *wait,
                 _ => pause(attempt),
             };
-            let known = self.answered.load(Ordering::Relaxed);
+            let known = self.has_answered();
             if attempt >= attempts || !known || !failure.may_pass() || wait > longest {
                 if matches!(failure, Failure::Connection(_)) && !known {
                     self.failed.store(true, Ordering::Relaxed);

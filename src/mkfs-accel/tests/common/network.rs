@@ -1,6 +1,9 @@
 //! What stands between us and a registry: authorities, proxies, bad lines.
 
 use super::services::{Certificate, tool};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ServerConfig, ServerConnection};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -217,5 +220,36 @@ impl BadLine {
             }
         });
         line
+    }
+}
+
+/// A server that agrees upon TLS with whoever comes, and hangs up without a word: what a
+/// client sees of one that wants its certificate, when the alert comes too late. Ends with
+/// the test's process.
+pub struct HangsUp {
+    pub address: String,
+}
+
+impl HangsUp {
+    pub fn start(certificate: &Certificate) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let chain = vec![CertificateDer::from_pem_file(certificate.certificate()).unwrap()];
+        let key = PrivateKeyDer::from_pem_file(certificate.key()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(chain, key)
+            .unwrap();
+        let config = Arc::new(config);
+        thread::spawn(move || {
+            for mut client in listener.incoming().flatten() {
+                let mut tls = ServerConnection::new(Arc::clone(&config)).unwrap();
+                while tls.is_handshaking() && tls.complete_io(&mut client).is_ok() {}
+            }
+        });
+        Self { address }
     }
 }
