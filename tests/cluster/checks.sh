@@ -715,12 +715,11 @@ takes_the_label_while_ufs_is_away() {
 survives_kills_on_the_node() {
     local top
     guided_pod
-    kill_now "$server_pid"
-    kill_now "$snapshotter_pid"
-    kill_now "$containerd_pid"
-    kill_now "$agent_pid"
-    kill_now "$node_pid"
+    kill -KILL "$server_pid" "$snapshotter_pid" "$containerd_pid" "$agent_pid" "$node_pid"
+    # Who was reading over FUSE just then is not gone before it has its answer.
+    wait "$server_pid" 2>/dev/null || true
     start_server "$work/node-ufs"
+    wait "$snapshotter_pid" "$containerd_pid" "$agent_pid" "$node_pid" 2>/dev/null || true
     start_snapshotter
     start_containerd "$node_containerd" "$node_containerd/../cri.toml"
     start_agent
