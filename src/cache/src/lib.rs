@@ -104,9 +104,13 @@ pub struct Load<K, S, L> {
 pub struct Guard<S>(Arc<Entry<S>>);
 
 impl<S> Guard<S> {
-    /// Notes that `bytes` were served from the entry.
+    /// Notes that `bytes` were served from the entry. Of two threads that do at the same
+    /// time one may be forgotten: it is but a hint at what leaves first, and an addition
+    /// that forgets none would cost every hit more than that is worth.
     pub fn served(&self, bytes: usize) {
-        self.0.served.fetch_add(bytes as u64, Ordering::Relaxed);
+        let served = self.0.served.load(Ordering::Relaxed);
+        let served = served.saturating_add(bytes as u64);
+        self.0.served.store(served, Ordering::Relaxed);
     }
 
     /// A note of the entry that does not pin it.

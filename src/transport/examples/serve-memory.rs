@@ -13,22 +13,41 @@ use std::sync::Arc;
 
 use accel_transport::fuse::{self, FuseOptions, FuseTransport};
 use accel_transport::ublk::{Removal, UblkOptions, UblkSpec, UblkTransport};
-use accel_transport::{ReadError, Reader, Request};
+use accel_transport::{Place, ReadError, Reader, Request};
 
 struct Image(Vec<u8>);
 
+impl Image {
+    fn fill(&self, offset: u64, len: usize, place: &impl Place) -> Result<(), ReadError> {
+        let filled = usize::try_from(offset)
+            .map_err(std::io::Error::other)
+            .and_then(|offset| place.fill(0, &self.0[offset..offset + len]));
+        filled.map_err(|error| ReadError {
+            reason: error.to_string(),
+        })
+    }
+}
+
 impl Reader for Image {
+    type Kept = ();
+
     fn size(&self) -> u64 {
         self.0.len() as u64
     }
 
+    fn read_at_once(
+        &self,
+        offset: u64,
+        len: usize,
+        (): &mut (),
+        place: &impl Place,
+    ) -> Result<bool, ReadError> {
+        self.fill(offset, len, place).map(|()| true)
+    }
+
     fn read<R: Request>(&self, offset: u64, len: usize, request: R) {
-        let filled = usize::try_from(offset)
-            .map_err(std::io::Error::other)
-            .and_then(|offset| request.fill(0, &self.0[offset..offset + len]));
-        request.finish(filled.map_err(|error| ReadError {
-            reason: error.to_string(),
-        }));
+        let filled = self.fill(offset, len, &request);
+        request.finish(filled);
     }
 }
 

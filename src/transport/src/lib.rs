@@ -13,13 +13,14 @@ mod request;
 pub mod ublk;
 
 pub use choose::{Choice, NoTransport, Transport, Wanted, choose};
-pub use request::{ReadError, Reader, Request};
+pub use request::{Place, ReadError, Reader, Request};
 
 /// Transports are shared by all threads of the daemon.
 const _: () = {
     const fn shared<T: Send + Sync>() {}
     struct Any;
     impl Reader for Any {
+        type Kept = ();
         fn size(&self) -> u64 {
             0
         }

@@ -19,10 +19,10 @@ use accel_transport::ublk::{
     self, DeviceState, Features, Inventory, Removal, UblkError, UblkOptions, UblkSpec,
     UblkTransport,
 };
-use accel_transport::{Reader, Request};
+use accel_transport::{Place, ReadError, Reader, Request};
 use common::{
     Answers, CHUNK, Image, Lazy, PatternReader, Random, assert_pattern, buffered,
-    check_random_reads, contents, direct, open_files, read_at,
+    check_random_reads, contents, direct, open_files, pattern, read_at,
 };
 use rustix::mount::{MountFlags, UnmountFlags};
 use tempfile::TempDir;
@@ -309,6 +309,8 @@ struct Noting {
 }
 
 impl Reader for Noting {
+    type Kept = ();
+
     fn size(&self) -> u64 {
         self.reader.size()
     }
@@ -361,6 +363,116 @@ fn large_requests_of_one_device_are_served_by_several_threads() {
         "{small:?}"
     );
     remove(&transport, device.id);
+}
+
+/// Has some bytes at hand: what becomes of a request depends on the chunk it begins in.
+struct AtHand {
+    reader: PatternReader,
+    seed: u64,
+    /// Requests that were served at once and settled.
+    settled: AtomicU64,
+}
+
+impl AtHand {
+    const NOT_THERE: u64 = 1;
+    const FAILS: u64 = 2;
+    const PANICS: u64 = 3;
+    const TOO_SHORT: u64 = 4;
+}
+
+impl Reader for AtHand {
+    /// Requests that were served at once and not settled, and by whom.
+    type Kept = (u64, u64);
+
+    fn size(&self) -> u64 {
+        self.reader.size()
+    }
+
+    fn read_at_once(
+        &self,
+        offset: u64,
+        len: usize,
+        kept: &mut Self::Kept,
+        place: &impl Place,
+    ) -> Result<bool, ReadError> {
+        let bytes = pattern(self.seed, offset, len);
+        match offset / CHUNK {
+            Self::NOT_THERE => return Ok(false),
+            Self::FAILS => {
+                let reason = "it fails".to_owned();
+                return Err(ReadError { reason });
+            }
+            Self::PANICS => panic!("the test wants it"),
+            Self::TOO_SHORT => place.fill(0, &bytes[..len - 512]).unwrap(),
+            _ => place.fill(0, &bytes).unwrap(),
+        }
+        assert!(kept.0 == 0 || kept.1 == self.seed, "not settled");
+        *kept = (kept.0 + 1, self.seed);
+        Ok(true)
+    }
+
+    fn settle(&self, kept: &mut Self::Kept) {
+        self.settled.fetch_add(kept.0, Ordering::Relaxed);
+        kept.0 = 0;
+    }
+
+    fn read<R: Request>(&self, offset: u64, len: usize, request: R) {
+        self.reader.read(offset, len, request);
+    }
+}
+
+#[test]
+fn what_is_at_hand_is_served_and_settled_before_anybody_hears_of_it() {
+    let Some(_machine) = machine() else { return };
+    // All devices share what one thread keeps.
+    let options = UblkOptions {
+        queue_threads: 1,
+        ..UblkOptions::default()
+    };
+    let transport: UblkTransport<AtHand> = UblkTransport::start(options).unwrap();
+    let size = 16 * CHUNK;
+    let devices: Vec<_> = (20..24)
+        .map(|seed| {
+            let reader = Arc::new(AtHand {
+                reader: PatternReader::new(seed, size, Answers::Elsewhere),
+                seed,
+                settled: AtomicU64::new(0),
+            });
+            let spec = UblkSpec::default();
+            let device = transport.add(&spec, Arc::clone(&reader), |_| Ok(()));
+            (device.unwrap(), reader)
+        })
+        .collect();
+    thread::scope(|scope| {
+        for (device, reader) in &devices {
+            scope.spawn(|| {
+                let (file, mut random) = (direct(&device.path), Random(reader.seed));
+                let settled = || reader.settled.load(Ordering::Relaxed);
+                for number in 0..300 {
+                    let (chunk, before) = (random.below(6), settled());
+                    // It tells of each panic.
+                    let chunk = match chunk {
+                        AtHand::PANICS if number > 10 => 0,
+                        chunk => chunk,
+                    };
+                    let offset = chunk * CHUNK + random.below(CHUNK / 4096 - 1) * 4096;
+                    let got = read_at(&file, offset, 4096);
+                    let wrong = [AtHand::FAILS, AtHand::PANICS, AtHand::TOO_SHORT];
+                    assert_eq!(got.is_err(), wrong.contains(&chunk), "chunk {chunk}");
+                    if let Ok(got) = &got {
+                        assert_pattern(reader.seed, offset, got);
+                    }
+                    if got.is_ok() && chunk != AtHand::NOT_THERE {
+                        // No less: it was settled before the read returned.
+                        assert!(settled() > before, "chunk {chunk}");
+                    }
+                }
+            });
+        }
+    });
+    for (device, _) in &devices {
+        remove(&transport, device.id);
+    }
 }
 
 #[test]
@@ -699,6 +811,8 @@ struct Mortal {
 }
 
 impl Reader for Mortal {
+    type Kept = ();
+
     fn size(&self) -> u64 {
         if self.lives.fetch_sub(1, Ordering::Relaxed) == 1 {
             let myself = rustix::process::getpid();

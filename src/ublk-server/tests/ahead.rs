@@ -8,7 +8,7 @@ use accel_source::{
     Arena, Done, Fault, Faulty, Operation, Patience, Request as SourceRequest, Source, Sources,
     WorkerCommand, WorkerSource,
 };
-use accel_transport::{ReadError, Reader, Request, Wanted};
+use accel_transport::{Place, ReadError, Reader, Request, Wanted};
 use accel_ufs::canary::Canary;
 use accel_ufs::index::{CHUNK_SIZE, Root};
 use accel_ufs::names::{self, LayerName};
@@ -74,12 +74,14 @@ fn until(what: &str, done: impl Fn() -> bool) {
 
 struct Buffer(Mutex<Vec<u8>>, mpsc::Sender<Result<Vec<u8>, ReadError>>);
 
-impl Request for Buffer {
+impl Place for Buffer {
     fn fill(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
         self.0.lock().unwrap()[at..at + bytes.len()].copy_from_slice(bytes);
         Ok(())
     }
+}
 
+impl Request for Buffer {
     fn finish(self, result: Result<(), ReadError>) {
         let bytes = self.0.into_inner().unwrap();
         self.1.send(result.map(|()| bytes)).unwrap();

@@ -6,13 +6,14 @@ use accel_source::{
     Arena, Done, Fault, Faulty, Filled, Operation, Patience, Request as SourceRequest, Source,
     SourceError, Sources, WorkerCommand, WorkerSource,
 };
-use accel_transport::{ReadError, Reader, Request};
+use accel_transport::{Place, ReadError, Reader, Request};
 use accel_ufs::canary::{self, Canary};
 use accel_ufs::index::CHUNK_SIZE;
 use accel_ufs::names::LayerName;
 use accel_ufs::node::NodeName;
 use accel_ufs::publish::Ufs;
 use common::{Layer, Stalled, noise, publish};
+use std::cell::RefCell;
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -20,7 +21,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
-use ublk_server::engine::{Engine, Export, ExportReader};
+use ublk_server::engine::{Engine, Export, ExportReader, Kept, TIMED};
 
 const CHUNK: usize = CHUNK_SIZE;
 
@@ -31,13 +32,15 @@ struct Buffer {
     done: mpsc::Sender<Result<Vec<u8>, ReadError>>,
 }
 
-impl Request for Buffer {
+impl Place for Buffer {
     fn fill(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
         self.bytes.lock().unwrap()[at..at + bytes.len()].copy_from_slice(bytes);
         self.filled.fetch_add(bytes.len(), Relaxed);
         Ok(())
     }
+}
 
+impl Request for Buffer {
     fn finish(self, result: Result<(), ReadError>) {
         let bytes = self.bytes.into_inner().unwrap();
         if result.is_ok() {
@@ -129,14 +132,37 @@ impl Setup {
 
 type Answer = mpsc::Receiver<Result<Vec<u8>, ReadError>>;
 
-fn start(reader: &ExportReader, offset: usize, len: usize) -> Answer {
+fn buffer(len: usize) -> (Buffer, Answer) {
     let (done, answer) = mpsc::channel();
-    let request = Buffer {
+    let buffer = Buffer {
         bytes: Mutex::new(vec![0xEE; len]),
         filled: AtomicUsize::new(0),
         done,
     };
-    reader.read(offset as u64, len, request);
+    (buffer, answer)
+}
+
+thread_local! {
+    /// What this thread keeps between requests, and how many it has started.
+    static QUEUE: RefCell<(Kept, usize)> = RefCell::default();
+}
+
+/// Every other one as a transport does that asks for what is at hand first.
+fn start(reader: &ExportReader, offset: usize, len: usize) -> Answer {
+    let (request, answer) = buffer(len);
+    let at_once = QUEUE.with_borrow_mut(|(kept, number)| {
+        *number += 1;
+        if number.is_multiple_of(2) {
+            return Ok(false);
+        }
+        let at_once = reader.read_at_once(offset as u64, len, kept, &request);
+        reader.settle(kept);
+        at_once
+    });
+    match at_once {
+        Ok(false) => reader.read(offset as u64, len, request),
+        at_once => request.finish(at_once.map(drop)),
+    }
     answer
 }
 
@@ -210,6 +236,76 @@ fn zeros_are_not_fetched_and_hits_read_nothing() {
     let before = fetched();
     assert!(read(&reader, 512, 1024).unwrap() == image[512..1536]);
     assert_eq!(fetched(), before);
+}
+
+#[test]
+fn what_is_at_hand_is_counted_when_it_is_settled() {
+    let ufs = tempfile::tempdir().unwrap();
+    let image = image();
+    let layer = publish(ufs.path(), "a", &image);
+    let setup = setup(ufs.path(), 16, 16);
+    let readers = [setup.open(&layer), setup.open(&layer)];
+    let mut kept = Kept::default();
+    // Whether it was at hand.
+    let at_once = |reader: &ExportReader, kept: &mut Kept, offset: usize, len| {
+        let (request, answer) = buffer(len);
+        if !reader
+            .read_at_once(offset as u64, len, kept, &request)
+            .unwrap()
+        {
+            assert_eq!(request.filled.into_inner(), 0);
+            return false;
+        }
+        request.finish(Ok(()));
+        let bytes = answer.recv().unwrap().unwrap();
+        assert!(bytes == image[offset..offset + len], "{len} at {offset}");
+        true
+    };
+    let counted = |reader: &ExportReader| {
+        let counters = &reader.export().counters;
+        [&counters.requests, &counters.hits, &counters.served_bytes]
+            .map(|counter| counter.load(Relaxed))
+    };
+    let all = || {
+        let (totals, cache) = (setup.engine.totals(), setup.engine.chunk_counters());
+        let cached = cache.hits.load(Relaxed);
+        [totals.requests, totals.hits, totals.served_bytes, cached]
+    };
+    for reader in &readers {
+        // Nothing is known yet, and that counts for nothing.
+        for (offset, len) in [(0, 4096), (CHUNK - 4096, 8192), (4 * CHUNK, 4096)] {
+            assert!(!at_once(reader, &mut kept, offset, len));
+        }
+        reader.settle(&mut kept);
+        assert_eq!(counted(reader), [0; 3]);
+        for (offset, len) in [(0, 2 * CHUNK), (4 * CHUNK, 4096), (0, 2 * CHUNK)] {
+            let (request, answer) = buffer(len);
+            reader.read(offset as u64, len, request);
+            answer.recv().unwrap().unwrap();
+        }
+    }
+    for reader in &readers {
+        let (before, sum) = (counted(reader), all());
+        // One chunk, two, and zeros, which are no hits.
+        for (offset, len) in [(4096, 4096), (CHUNK - 4096, 8192), (4 * CHUNK, 4096)] {
+            assert!(at_once(reader, &mut kept, offset, len));
+        }
+        assert_eq!((counted(reader), all()), (before, sum));
+        reader.settle(&mut kept);
+        let more = [3, 3, 4 * 4096];
+        let after: [u64; 3] = std::array::from_fn(|at| before[at] + more[at]);
+        assert_eq!(counted(reader), after);
+        let more = [3, 3, 4 * 4096, 3];
+        assert_eq!(all(), std::array::from_fn(|at| sum[at] + more[at]));
+        // Once.
+        reader.settle(&mut kept);
+        assert_eq!(counted(reader), after);
+    }
+    let timed = || setup.engine.totals().from_memory.count();
+    let before = timed();
+    (0..10 * TIMED).for_each(|_| assert!(at_once(&readers[0], &mut kept, 0, 4096)));
+    readers[0].settle(&mut kept);
+    assert_eq!(timed(), before + 10);
 }
 
 #[test]

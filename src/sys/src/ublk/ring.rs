@@ -278,6 +278,12 @@ impl QueueRing {
         self.push(&entry)
     }
 
+    /// Whether the next [`hand_over`](Self::hand_over) submits what is queued before it
+    /// finds room.
+    pub fn is_full(&mut self) -> bool {
+        self.ring.submission().is_full()
+    }
+
     /// Whether a [`turn`](Self::turn) may find something without waiting; costs no system
     /// call. It may find nothing: the kernel queues its work first and then says so, and
     /// another turn may have taken it in between.

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
 use super::abi::OutHeader;
-use crate::request::{ReadError, Request};
+use crate::request::{Place, ReadError, Request};
 
 /// Buffers for replies that come in pieces, kept for the next such reply.
 #[derive(Default)]
@@ -133,7 +133,7 @@ impl FuseRequest {
     }
 }
 
-impl Request for FuseRequest {
+impl Place for FuseRequest {
     fn fill(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
         let end = at.checked_add(bytes.len()).filter(|end| *end <= self.len);
         let Some(end) = end else {
@@ -176,7 +176,9 @@ impl Request for FuseRequest {
         }
         Ok(())
     }
+}
 
+impl Request for FuseRequest {
     fn finish(mut self, result: Result<(), ReadError>) {
         self.answered = true;
         let Gathered { buffer, filled } = std::mem::take(&mut *lock(&self.gathered));

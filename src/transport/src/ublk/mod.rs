@@ -55,7 +55,7 @@ use accel_sys::ublk::{ControlOp, Geometry, MAX_DEVICE_ID, NewDevice, Payload};
 use control::{Control, Pending};
 use helpers::Helpers;
 use pace::Polling;
-use queue::{Large, Queue, Served};
+use queue::{Queue, Served, Task};
 
 /// Threads that copy large requests beside the queue threads, where there are so many
 /// processors.
@@ -165,7 +165,7 @@ pub struct UblkTransport<R> {
     // The queues end before the control thread, which is the order of fields, and before
     // the helpers: what they have begun is finished.
     queues: Vec<Queue<R>>,
-    _helpers: Helpers<Large<R>>,
+    _helpers: Helpers<Task<R>>,
     polling: Polling,
     devices: Mutex<HashMap<u32, Arc<Served>>>,
     control: Control,

@@ -10,9 +10,11 @@
 //! 4. for each tag that came out, call the reader; of several large requests some by
 //!    other threads ([`helpers`](super::helpers)).
 //!
-//! A reader that serves from memory finishes inside step 4; its result is kept by
-//! the thread itself, and is committed at the next step 2 together with those of all
-//! other tags that came out with it. A result from another thread lies in the mailbox,
+//! What a reader has at hand is served inside step 4, and its COMMIT_AND_FETCH queued at
+//! once: neither is a [`UblkRequest`] made for it, nor is anything shared with another
+//! thread. Otherwise a reader may still finish inside step 4; its result is kept by the
+//! thread itself until the next step 2. Both are committed together with those of all
+//! other tags that came out with them. A result from another thread lies in the mailbox,
 //! and wakes the queue thread only if it waits.
 //!
 //! While requests follow each other closely the thread looks for the next one before it
@@ -21,11 +23,12 @@
 //!
 //! # Invariant
 //!
-//! A tag is either with the driver (its command is under way), or with the
-//! reader (exactly one [`UblkRequest`] stands for it), or its result is kept. So a
-//! device whose `depth` tags have all been taken back by the driver has no
+//! A tag is either with the driver (its command is under way or queued), or being served
+//! by this thread, or with the reader (exactly one [`UblkRequest`] stands for it), or its
+//! result is kept. So a device whose `depth` tags have all been taken back by the driver has no
 //! request left, and is forgotten.
 
+use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -42,7 +45,7 @@ use super::error::{UblkError, Unavailable};
 use super::helpers::{Pile, Work};
 use super::mailbox::{Done, Mailbox, Own, lock};
 use super::pace::{LookedFor, Pace, Polling};
-use crate::request::{ReadError, Reader, Request};
+use crate::request::{Place, ReadError, Reader, Request};
 use accel_sys::ublk::{self as driver, Ask};
 use accel_sys::ublk::{Descriptors, QueueEvent, QueueRing};
 
@@ -137,14 +140,12 @@ impl UblkRequest {
         });
     }
 
-    fn misfit(&self, at: usize, len: usize) -> io::Error {
-        io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!(
-                "{len} bytes at {at} do not fit a request of {} bytes",
-                self.len
-            ),
-        )
+    fn place(&self) -> TagPlace<'_> {
+        TagPlace {
+            cdev: self.device.cdev.as_fd(),
+            tag: self.tag,
+            len: self.len,
+        }
     }
 
     fn filled(&self, len: usize) {
@@ -154,8 +155,30 @@ impl UblkRequest {
     }
 }
 
-impl Request for UblkRequest {
+impl Place for UblkRequest {
     fn fill(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
+        self.place().fill(at, bytes)?;
+        self.filled(bytes.len());
+        Ok(())
+    }
+
+    fn fill_from(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        let len = self.place().fill_from(parts)?;
+        self.filled(len);
+        Ok(())
+    }
+}
+
+/// Where the driver takes the bytes of a tag's request.
+#[derive(Debug, Clone, Copy)]
+struct TagPlace<'a> {
+    cdev: BorrowedFd<'a>,
+    tag: u16,
+    len: u32,
+}
+
+impl TagPlace<'_> {
+    fn fill(self, at: usize, bytes: &[u8]) -> io::Result<()> {
         let end = at.checked_add(bytes.len());
         if end.is_none_or(|end| end > self.len as usize) {
             return Err(self.misfit(at, bytes.len()));
@@ -163,7 +186,7 @@ impl Request for UblkRequest {
         let mut offset = driver::data_offset(self.tag) + at as u64;
         let mut rest = bytes;
         while !rest.is_empty() {
-            match rustix::io::pwrite(&self.device.cdev, rest, offset) {
+            match rustix::io::pwrite(self.cdev, rest, offset) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(written) => {
                     offset += written as u64;
@@ -173,24 +196,21 @@ impl Request for UblkRequest {
                 Err(errno) => return Err(errno.into()),
             }
         }
-        self.filled(bytes.len());
         Ok(())
     }
 
-    fn fill_from(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+    /// The sum of their lengths, bytes.
+    fn fill_from(self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         if let [part] = parts {
-            return self.fill(0, part);
+            return self.fill(0, part).map(|()| part.len());
         }
         let len = parts.iter().map(|part| part.len()).sum();
         if len > self.len as usize {
             return Err(self.misfit(0, len));
         }
         let offset = driver::data_offset(self.tag);
-        match rustix::io::pwritev(&self.device.cdev, parts, offset) {
-            Ok(written) if written == len => {
-                self.filled(len);
-                Ok(())
-            }
+        match rustix::io::pwritev(self.cdev, parts, offset) {
+            Ok(written) if written == len => {}
             // Cut short: one part after the other.
             Ok(_) | Err(Errno::INTR) => {
                 let mut at = 0;
@@ -198,31 +218,55 @@ impl Request for UblkRequest {
                     self.fill(at, part)?;
                     at += part.len();
                 }
-                Ok(())
             }
-            Err(errno) => Err(errno.into()),
+            Err(errno) => return Err(errno.into()),
         }
+        Ok(len)
     }
 
+    fn misfit(self, at: usize, len: usize) -> io::Error {
+        let own = self.len;
+        io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{len} bytes at {at} do not fit a request of {own} bytes"),
+        )
+    }
+}
+
+/// The same for a request that no other thread fills: the queue thread serves it at once.
+#[derive(Debug)]
+struct OwnPlace<'a> {
+    place: TagPlace<'a>,
+    filled: Cell<usize>,
+}
+
+impl OwnPlace<'_> {
+    fn filled(&self, len: usize) {
+        self.filled.set(self.filled.get().saturating_add(len));
+    }
+}
+
+impl Place for OwnPlace<'_> {
+    fn fill(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
+        self.place.fill(at, bytes)?;
+        self.filled(bytes.len());
+        Ok(())
+    }
+
+    fn fill_from(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        let len = self.place.fill_from(parts)?;
+        self.filled(len);
+        Ok(())
+    }
+}
+
+impl Request for UblkRequest {
     fn finish(mut self, result: Result<(), ReadError>) {
         // The request's pages hold whatever was in them before.
         let filled = *self.filled.get_mut();
         let result =
             result.and_then(|()| ReadError::unless_full(filled as usize, self.len as usize));
-        let result = match result {
-            // At most what `max_io_bytes`, an u32 far below i32::MAX, allows.
-            Ok(()) => self.len.cast_signed(),
-            Err(error) => {
-                tracing::warn!(
-                    device = self.device.id,
-                    offset = self.offset,
-                    len = self.len,
-                    %error,
-                    "read failed"
-                );
-                failure(Errno::IO)
-            }
-        };
+        let result = answer(self.device.id, self.offset, self.len, result);
         self.commit(result);
     }
 }
@@ -241,14 +285,14 @@ impl Drop for UblkRequest {
     }
 }
 
-/// A large request that came out of the driver.
+/// A request that came out of the driver, with who serves it.
 #[derive(Debug)]
-pub(super) struct Large<R> {
+pub(super) struct Task<R> {
     reader: Arc<R>,
     request: UblkRequest,
 }
 
-impl<R: Reader> Work for Large<R> {
+impl<R: Reader> Work for Task<R> {
     fn run(self) {
         serve(&*self.reader, self.request);
     }
@@ -261,6 +305,18 @@ fn serve<R: Reader>(reader: &R, request: UblkRequest) {
     let read = || reader.read(offset, len as usize, request);
     if catch_unwind(AssertUnwindSafe(read)).is_err() {
         tracing::error!(device, offset, len, "a reader panicked");
+    }
+}
+
+/// What the driver is told of a read.
+fn answer(device: u32, offset: u64, len: u32, result: Result<(), ReadError>) -> i32 {
+    match result {
+        // At most what `max_io_bytes`, an u32 far below i32::MAX, allows.
+        Ok(()) => len.cast_signed(),
+        Err(error) => {
+            tracing::warn!(device, offset, len, %error, "read failed");
+            failure(Errno::IO)
+        }
     }
 }
 
@@ -308,7 +364,7 @@ impl<R: Reader> Queue<R> {
     pub fn start(
         index: usize,
         polling: &Polling,
-        pile: &Arc<Pile<Large<R>>>,
+        pile: &Arc<Pile<Task<R>>>,
     ) -> Result<Self, Unavailable> {
         let ring_error = |source| Unavailable::Ring { source };
         let mailbox = Arc::new(Mailbox::new().map_err(ring_error)?);
@@ -331,6 +387,7 @@ impl<R: Reader> Queue<R> {
                         polling,
                         large: Vec::new(),
                         pile,
+                        kept: Kept::default(),
                     };
                     if let Err(error) = worker.run(&inbox) {
                         tracing::error!(%error, "a ublk queue thread cannot use its ring and ends");
@@ -418,6 +475,42 @@ impl<R> Slot<R> {
     }
 }
 
+/// What the thread keeps for the readers.
+struct Kept<R: Reader> {
+    kept: R::Kept,
+    /// The slot whose reader was the last to have it, and has not settled.
+    slot: Option<u32>,
+}
+
+impl<R: Reader> Default for Kept<R> {
+    fn default() -> Self {
+        Kept {
+            kept: R::Kept::default(),
+            slot: None,
+        }
+    }
+}
+
+impl<R: Reader> Kept<R> {
+    /// For the reader of this slot; another's settles first.
+    fn of(&mut self, number: u32, slots: &[Option<Slot<R>>]) -> &mut R::Kept {
+        if self.slot != Some(number) {
+            self.settle(slots);
+            self.slot = Some(number);
+        }
+        &mut self.kept
+    }
+
+    fn settle(&mut self, slots: &[Option<Slot<R>>]) {
+        let Some(number) = self.slot.take() else {
+            return;
+        };
+        if let Some(Some(slot)) = slots.get(number as usize) {
+            slot.reader.settle(&mut self.kept);
+        }
+    }
+}
+
 /// What a queue thread looks for.
 struct Next<'a> {
     ring: &'a mut QueueRing,
@@ -438,7 +531,7 @@ impl LookedFor for Next<'_> {
 
 /// The queue thread. The ring stands before the slots: dropped in this order,
 /// the driver's commands end before the devices' files are closed.
-struct Worker<R> {
+struct Worker<R: Reader> {
     ring: QueueRing,
     slots: Vec<Option<Slot<R>>>,
     mailbox: Arc<Mailbox>,
@@ -446,11 +539,12 @@ struct Worker<R> {
     pace: Pace,
     polling: Polling,
     /// Large requests that came out with the others.
-    large: Vec<Large<R>>,
-    pile: Arc<Pile<Large<R>>>,
+    large: Vec<Task<R>>,
+    pile: Arc<Pile<Task<R>>>,
+    kept: Kept<R>,
 }
 
-impl<R> Drop for Worker<R> {
+impl<R: Reader> Drop for Worker<R> {
     fn drop(&mut self) {
         for slot in self.slots.iter().flatten() {
             slot.served.update(|progress| progress.detached = true);
@@ -493,9 +587,10 @@ impl<R: Reader> Worker<R> {
             for event in events.drain(..) {
                 match event {
                     QueueEvent::Woken => {}
-                    QueueEvent::Tag { slot, tag, result } => self.tag(slot, tag, result),
+                    QueueEvent::Tag { slot, tag, result } => self.tag(slot, tag, result)?,
                 }
             }
+            self.kept.settle(&self.slots);
             self.pile.share(&mut self.large);
         }
     }
@@ -568,15 +663,65 @@ impl<R: Reader> Worker<R> {
     }
 
     /// A tag came out of the driver.
-    fn tag(&mut self, number: u32, tag: u16, result: i32) {
+    fn tag(&mut self, number: u32, tag: u16, result: i32) -> io::Result<()> {
+        if result < 0 {
+            self.came_back(number, tag, result);
+            return Ok(());
+        }
+        let Some(Some(slot)) = self.slots.get(number as usize) else {
+            return Ok(());
+        };
+        let Some(ask) = slot.descriptors.get(tag) else {
+            tracing::error!(
+                device = slot.served.id,
+                tag,
+                "the ublk driver named a tag that is not there"
+            );
+            return Ok(());
+        };
+        let answer = match ask {
+            Ask::Read { offset, len } => {
+                let within = offset.checked_add(len).is_some_and(|end| end <= slot.size);
+                match u32::try_from(len).ok().filter(|_| within) {
+                    Some(len) if len >= LARGE => {
+                        self.large.push(slot.request(number, tag, offset, len));
+                        return Ok(());
+                    }
+                    Some(len) => {
+                        let kept = self.kept.of(number, &self.slots);
+                        let Some(result) = slot.read_at_once(tag, offset, len, kept) else {
+                            slot.request(number, tag, offset, len).run();
+                            return Ok(());
+                        };
+                        result
+                    }
+                    None => {
+                        tracing::warn!(device = slot.served.id, offset, len, "read beyond the end");
+                        failure(Errno::IO)
+                    }
+                }
+            }
+            Ask::Flush => 0,
+            Ask::Write => failure(Errno::PERM),
+            Ask::Other(op) => {
+                tracing::debug!(device = slot.served.id, op, "refused an operation");
+                failure(Errno::OPNOTSUPP)
+            }
+        };
+        if self.ring.is_full() {
+            self.kept.settle(&self.slots);
+        }
+        self.ring.hand_over(slot.cdev(), number, tag, Some(answer))
+    }
+
+    /// The driver has taken a tag back.
+    fn came_back(&mut self, number: u32, tag: u16, result: i32) {
+        // The slot may go.
+        self.kept.settle(&self.slots);
         let Some(entry) = self.slots.get_mut(number as usize) else {
             return;
         };
         let Some(slot) = entry else { return };
-        if result >= 0 {
-            self.large.extend(slot.request(number, tag));
-            return;
-        }
         slot.tags -= 1;
         let tags = slot.tags;
         let refused = (result != driver::IO_RES_ABORT).then(|| Errno::from_raw_os_error(-result));
@@ -597,53 +742,40 @@ impl<R: Reader> Worker<R> {
 }
 
 impl<R: Reader> Slot<R> {
-    /// Serves the request at a tag, unless it is large: that is given back.
-    fn request(&self, number: u32, tag: u16) -> Option<Large<R>> {
-        let Some(ask) = self.descriptors.get(tag) else {
-            tracing::error!(
-                device = self.served.id,
-                tag,
-                "the ublk driver named a tag that is not there"
-            );
-            return None;
-        };
-        let answer = |result| {
-            self.served.mailbox.answer(Done {
+    /// The request at a tag, for whoever serves it.
+    fn request(&self, number: u32, tag: u16, offset: u64, len: u32) -> Task<R> {
+        Task {
+            reader: Arc::clone(&self.reader),
+            request: UblkRequest {
+                device: Arc::clone(&self.served),
+                offset,
+                len,
                 slot: number,
                 tag,
-                result,
-            });
-            None
-        };
-        match ask {
-            Ask::Read { offset, len } => {
-                let within = offset.checked_add(len).is_some_and(|end| end <= self.size);
-                let Some(len) = u32::try_from(len).ok().filter(|_| within) else {
-                    tracing::warn!(device = self.served.id, offset, len, "read beyond the end");
-                    return answer(failure(Errno::IO));
-                };
-                let request = UblkRequest {
-                    device: Arc::clone(&self.served),
-                    offset,
-                    len,
-                    slot: number,
-                    tag,
-                    filled: AtomicU32::new(0),
-                    finished: false,
-                };
-                if len >= LARGE {
-                    let reader = Arc::clone(&self.reader);
-                    return Some(Large { reader, request });
-                }
-                serve(&*self.reader, request);
-                None
-            }
-            Ask::Flush => answer(0),
-            Ask::Write => answer(failure(Errno::PERM)),
-            Ask::Other(op) => {
-                tracing::debug!(device = self.served.id, op, "refused an operation");
-                answer(failure(Errno::OPNOTSUPP))
-            }
+                filled: AtomicU32::new(0),
+                finished: false,
+            },
         }
+    }
+
+    /// Serves the request at a tag, if the reader has its bytes at hand: what to answer.
+    fn read_at_once(&self, tag: u16, offset: u64, len: u32, kept: &mut R::Kept) -> Option<i32> {
+        let cdev = self.cdev();
+        let place = OwnPlace {
+            place: TagPlace { cdev, tag, len },
+            filled: Cell::new(0),
+        };
+        let read = || self.reader.read_at_once(offset, len as usize, kept, &place);
+        let result = match catch_unwind(AssertUnwindSafe(read)) {
+            Ok(Ok(false)) => return None,
+            // The request's pages hold whatever was in them before.
+            Ok(Ok(true)) => ReadError::unless_full(place.filled.get(), len as usize),
+            Ok(Err(error)) => Err(error),
+            Err(_) => {
+                let reason = "a reader panicked".to_owned();
+                Err(ReadError { reason })
+            }
+        };
+        Some(answer(self.served.id, offset, len, result))
     }
 }

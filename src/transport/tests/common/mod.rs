@@ -154,6 +154,8 @@ fn pieces(offset: u64, len: usize) -> Vec<Range<u64>> {
 }
 
 impl Reader for PatternReader {
+    type Kept = ();
+
     fn size(&self) -> u64 {
         self.size
     }
@@ -321,6 +323,8 @@ pub fn open_files() -> Vec<String> {
 pub struct Lazy;
 
 impl Reader for Lazy {
+    type Kept = ();
+
     fn size(&self) -> u64 {
         4 * CHUNK
     }
@@ -345,6 +349,8 @@ impl Reader for Lazy {
 pub struct Image(pub Vec<u8>);
 
 impl Reader for Image {
+    type Kept = ();
+
     fn size(&self) -> u64 {
         self.0.len() as u64
     }

@@ -2,13 +2,14 @@
 
 use super::counters::{ExportCounters, TIMED};
 use super::pending::{KernelRequest, Pending as _, Piece};
+use super::recent::Near;
 use super::verify::ZEROS;
 use super::{ChunkLoad, Engine};
 use accel_cache::Guard;
 use accel_source::{
     FileName, Origin, Patience, RequestId, Slot, SourceError, read_checked, see_to,
 };
-use accel_transport::{ReadError, Reader, Request};
+use accel_transport::{Place, ReadError, Reader, Request};
 use accel_ufs::index::{
     ByteRange, CHUNK_SIZE, ChunkNo, Header, HeaderError, ImageSize, Layout, PAGE_SIZE, Page, Root,
 };
@@ -16,6 +17,7 @@ use accel_ufs::names::LayerName;
 use accel_ufs::start::LayerStart;
 use std::fmt;
 use std::io::{self, IoSlice};
+use std::mem;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
@@ -412,57 +414,47 @@ fn parts(offset: u64, len: usize) -> impl Iterator<Item = (ChunkNo, usize, usize
 }
 
 impl ExportReader {
-    /// Where the bytes of a chunk lie that was served before, if they are still in memory.
-    fn known(&self, chunk: ChunkNo) -> Option<Cached> {
-        let export = &self.export;
-        if export.says_zeros(chunk) && export.is_verified_zeros(chunk) {
-            return Some(Cached::Zeros);
-        }
-        let guard = self.engine.recent.find(export.number, chunk);
-        guard.map(Cached::Chunk)
-    }
-
-    /// Serves a request whose every chunk is known and in memory; false if not all
-    /// are, and then nothing has happened. What has been served once is served again
-    /// by way of this: no page is walked, nothing is hashed or allocated, and all bytes
-    /// go to the kernel in one call.
-    fn read_known<R: Request>(&self, offset: u64, len: usize, request: &R) -> io::Result<bool> {
+    /// Serves a request whose every chunk is known and in memory: how many of them the
+    /// cache had. None if not all are, and then nothing has happened. What has been served
+    /// once is served again by way of this: no page is walked, nothing is hashed or
+    /// allocated, and all bytes go to the kernel in one call. `find` finds the entries of
+    /// chunks.
+    fn read_known(
+        &self,
+        offset: u64,
+        len: usize,
+        find: impl FnMut(ChunkNo) -> Option<Guard<Slot>>,
+        place: &impl Place,
+    ) -> io::Result<Option<u64>> {
         // Less than a chunk.
         let start = usize::try_from(offset % CHUNK_SIZE as u64).unwrap_or(0);
         let hits = if start + len <= CHUNK_SIZE {
-            self.fill_from_one(ChunkNo::containing(offset), start, len, request)
+            self.fill_from_one(ChunkNo::containing(offset), start, len, find, place)
         } else {
-            self.fill_from_many(offset, len, request)
+            self.fill_from_many(offset, len, find, place)
         };
-        let Some(hits) = hits? else {
-            return Ok(false);
-        };
-        let counters = &self.export.counters;
-        self.engine.chunks.followed(hits);
-        counters.hits.fetch_add(hits, Relaxed);
-        counters.served_bytes.fetch_add(len as u64, Relaxed);
         // A guard may have been the last to hold an entry's memory.
         self.engine.start_waiting::<ChunkLoad>();
-        Ok(true)
+        hits
     }
 
     /// What [`read_known`](Self::read_known) does with a request within one chunk, as
-    /// most of the small ones are: it makes no list of one. How many chunks were found in
-    /// the cache, if all bytes were in memory.
-    fn fill_from_one<R: Request>(
+    /// most of the small ones are: it makes no list of one.
+    fn fill_from_one(
         &self,
         chunk: ChunkNo,
         start: usize,
         len: usize,
-        request: &R,
+        find: impl FnMut(ChunkNo) -> Option<Guard<Slot>>,
+        place: &impl Place,
     ) -> io::Result<Option<u64>> {
-        let Some(cached) = self.known(chunk) else {
+        let Some(cached) = self.known(chunk, find) else {
             return Ok(None);
         };
         let Some(bytes) = cached.bytes().get(start..start + len) else {
             return Ok(None);
         };
-        request.fill_from(&[IoSlice::new(bytes)])?;
+        place.fill_from(&[IoSlice::new(bytes)])?;
         let Cached::Chunk(guard) = &cached else {
             return Ok(Some(0));
         };
@@ -471,26 +463,27 @@ impl ExportReader {
     }
 
     /// The same with one of any length.
-    fn fill_from_many<R: Request>(
+    fn fill_from_many(
         &self,
         offset: u64,
         len: usize,
-        request: &R,
+        mut find: impl FnMut(ChunkNo) -> Option<Guard<Slot>>,
+        place: &impl Place,
     ) -> io::Result<Option<u64>> {
         let mut found: [Option<(Cached, usize, usize)>; PIECES] = [const { None }; PIECES];
         let mut hits = 0;
         for (at, (chunk, start, part)) in parts(offset, len).enumerate() {
-            let Some(place) = found.get_mut(at) else {
+            let Some(piece) = found.get_mut(at) else {
                 return Ok(None);
             };
-            let Some(cached) = self.known(chunk) else {
+            let Some(cached) = self.known(chunk, &mut find) else {
                 return Ok(None);
             };
             if cached.bytes().len() < start + part {
                 return Ok(None);
             }
             hits += u64::from(matches!(cached, Cached::Chunk(_)));
-            *place = Some((cached, start, part));
+            *piece = Some((cached, start, part));
         }
         let mut slices = [IoSlice::new(&[]); PIECES];
         let mut count = 0;
@@ -498,7 +491,7 @@ impl ExportReader {
             slices[count] = IoSlice::new(&cached.bytes()[*start..*start + *part]);
             count += 1;
         }
-        request.fill_from(&slices[..count])?;
+        place.fill_from(&slices[..count])?;
         for (cached, _, part) in found.iter().flatten() {
             if let Cached::Chunk(guard) = cached {
                 guard.served(*part);
@@ -506,11 +499,111 @@ impl ExportReader {
         }
         Ok(Some(hits))
     }
+
+    /// Where the bytes of a chunk lie that was served before, if they are still in memory.
+    fn known(
+        &self,
+        chunk: ChunkNo,
+        mut find: impl FnMut(ChunkNo) -> Option<Guard<Slot>>,
+    ) -> Option<Cached> {
+        find(chunk).map(Cached::Chunk).or_else(|| {
+            let export = &self.export;
+            let zeros = export.says_zeros(chunk) && export.is_verified_zeros(chunk);
+            zeros.then_some(Cached::Zeros)
+        })
+    }
+
+    /// Counts requests that were served from what is [known](Self::read_known).
+    fn count(&self, tally: &Tally) {
+        let counters = &self.export.counters;
+        self.engine.chunks.followed(tally.hits);
+        counters.hits.fetch_add(tally.hits, Relaxed);
+        counters.served_bytes.fetch_add(tally.bytes, Relaxed);
+    }
+}
+
+/// What a queue thread keeps between requests.
+#[derive(Default)]
+pub struct Kept {
+    near: Near,
+    /// What the reader that has this has not counted yet.
+    tally: Tally,
+    /// Requests until one is timed again.
+    until_timed: u64,
+}
+
+impl fmt::Debug for Kept {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Kept({:?})", self.tally)
+    }
+}
+
+/// Requests that were served from memory.
+#[derive(Debug, Default)]
+struct Tally {
+    requests: u64,
+    hits: u64,
+    bytes: u64,
+}
+
+fn not_handed(error: &io::Error) -> ReadError {
+    let reason = format!("cannot hand bytes to the kernel: {error}");
+    ReadError { reason }
 }
 
 impl Reader for ExportReader {
+    type Kept = Kept;
+
     fn size(&self) -> u64 {
         self.export.size()
+    }
+
+    fn read_at_once(
+        &self,
+        offset: u64,
+        len: usize,
+        kept: &mut Kept,
+        place: &impl Place,
+    ) -> Result<bool, ReadError> {
+        // Whoever follows single requests wants to know their numbers.
+        if tracing::enabled!(tracing::Level::TRACE) {
+            return Ok(false);
+        }
+        let Kept {
+            near,
+            tally,
+            until_timed,
+        } = kept;
+        let came = (*until_timed <= 1).then(Instant::now);
+        let find = |chunk| near.find(&self.engine.recent, self.export.number, chunk);
+        match self.read_known(offset, len, find, place) {
+            Ok(Some(hits)) => {
+                tally.requests += 1;
+                tally.hits += hits;
+                tally.bytes += len as u64;
+                *until_timed = until_timed.saturating_sub(1);
+                if let Some(came) = came {
+                    *until_timed = TIMED;
+                    self.export.counters.from_memory.record(came.elapsed());
+                }
+                Ok(true)
+            }
+            Ok(None) => Ok(false),
+            Err(error) => {
+                tally.requests += 1;
+                self.export.counters.errors.fetch_add(1, Relaxed);
+                Err(not_handed(&error))
+            }
+        }
+    }
+
+    fn settle(&self, kept: &mut Kept) {
+        let tally = mem::take(&mut kept.tally);
+        if tally.requests > 0 {
+            let requests = &self.export.counters.requests;
+            requests.fetch_add(tally.requests, Relaxed);
+            self.count(&tally);
+        }
     }
 
     fn read<R: Request>(&self, offset: u64, len: usize, request: R) {
@@ -521,15 +614,25 @@ impl Reader for ExportReader {
         let came = number.is_multiple_of(TIMED).then(Instant::now);
         // What is in the cache is found sooner than what came before the mount, which has
         // to be looked for.
-        let known = match self.read_known(offset, len, &request) {
-            Ok(false) => match self.export.started(offset, len) {
+        let find = |chunk| self.engine.recent.find(self.export.number, chunk);
+        let known = match self.read_known(offset, len, find, &request) {
+            Ok(Some(hits)) => {
+                let bytes = len as u64;
+                self.count(&Tally {
+                    requests: 1,
+                    hits,
+                    bytes,
+                });
+                Ok(true)
+            }
+            Ok(None) => match self.export.started(offset, len) {
                 Some(bytes) => {
                     counters.served_bytes.fetch_add(len as u64, Relaxed);
                     request.fill_from(&[IoSlice::new(bytes)]).map(|()| true)
                 }
                 None => Ok(false),
             },
-            known => known,
+            Err(error) => Err(error),
         };
         match known {
             Ok(true) => {
@@ -543,8 +646,7 @@ impl Reader for ExportReader {
             Ok(false) => {}
             Err(error) => {
                 counters.errors.fetch_add(1, Relaxed);
-                let reason = format!("cannot hand bytes to the kernel: {error}");
-                return request.finish(Err(ReadError { reason }));
+                return request.finish(Err(not_handed(&error)));
             }
         }
         let pending = KernelRequest::new(request, len, id, came, &self.engine, &self.export);

@@ -1,7 +1,7 @@
 //! The read engine: from a kernel request to verified bytes.
 //!
 //! ```text
-//! ExportReader::read ─ 0 every chunk known from before and cached: fill, finish
+//! ExportReader::read_at_once, read ─ 0 every chunk known from before and cached: fill
 //!    │
 //!    │ else ─ pieces, one per chunk ─► Engine::serve
 //!    │                                             │ 1 walk: root → pages → chunk value
@@ -36,7 +36,7 @@ mod verify;
 mod warm;
 
 pub use counters::{ExportCounters, TIMED, Totals};
-pub use export::{Export, ExportReader, OpenError};
+pub use export::{Export, ExportReader, Kept, OpenError};
 pub use verify::SKIPS_VERIFICATION;
 pub use warm::Warmer;
 
