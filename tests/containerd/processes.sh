@@ -46,16 +46,14 @@ start_node() {
         ;;
     esac >>"$work/accel.toml"
     echo "restrict_oom_score_adj = true" >>"$work/accel.toml"
-    # A network of their own have only the pods of a check that is not for guests.
-    if [ -z "${ACCEL_PEERS:-}" ]; then
-        pods_network
-        cat >>"$work/accel.toml" <<TOML
+    # For pods with users of their own, which have a network of their own, too.
+    pods_network
+    cat >>"$work/accel.toml" <<TOML
 netns_mounts_under_state_dir = true
 [plugins.$cri.cni]
 bin_dir = "$(peer containernetworking-plugins)/usr/lib/cni"
 conf_dir = "$work/net.d"
 TOML
-    fi
     start_containerd "$work/containerd-$containerd_version" "$work/accel.toml"
 }
 # pods_network: a bridge of this machine that leads nowhere.

@@ -67,14 +67,16 @@ e2e_in_guest() {
 }
 
 # containerd_in_guest KERNEL VERSION CHECK…: Debian's containerd of that version, over ublk.
-# What it pulls, and it itself, come with containerd_images.
+# What it pulls, and it itself, come with containerd_images; the runc of containerd 2 lies
+# where it does here. Pods with users of their own have a bridge.
 containerd_images() { "$repo/tests/containerd-e2e" --bin "$work/bin" --make-images "$work/containerd"; }
 containerd_in_guest() {
     local kernel=$1 version=$2
     shift 2
     "$repo/tools/guest/run" --kernel "$kernel" --timeout 3600 --share "$repo=$repo:ro" \
-        --share "$work/bin=/accel/bin:ro" --share "$work/containerd=/accel/containerd:ro" -- \
-        sh -c 'modprobe -a ublk_drv erofs overlay && exec "$@"' containerd \
+        --share "$work/bin=/accel/bin:ro" --share "$work/containerd=/accel/containerd:ro" \
+        --share "$cache/debs/runc-2=$cache/debs/runc-2:ro" --env IMAGE_ACCEL_CACHE="$cache" -- \
+        sh -c 'modprobe -a ublk_drv erofs overlay bridge veth && exec "$@"' containerd \
         "$repo/tests/containerd-e2e" --bin /accel/bin --transport ublk --images /accel/containerd \
         --containerd "$version" "$@"
 }
@@ -82,14 +84,14 @@ containerd_in_guest() {
 # a quarter of an hour for all checks of a version, which is what $full is for.
 containerd_2_in_guest() {
     local checks=(pulls_lazily runs runs_a_linked_program trees_are_overlayfs writes_stay_in_the_container ctr_pulls_lazily
-        maps_ids leaves_nothing runs_a_hundred_layers ends_containerd)
+        runs_pods_with_their_own_users leaves_nothing runs_a_hundred_layers ends_containerd)
     [ -z "${full:-}" ] || checks=()
     containerd_in_guest "$1" 2 "${checks[@]}"
 }
 # 1.7 is the one with which the README's steps are followed.
 containerd_1_7_in_guest() {
     local checks=(pulls_lazily pulls_again writes_stay_in_the_container survives_the_servers_death leaves_nothing
-        pulls_for_a_runtime_class ends_containerd follows_the_readme)
+        reads_what_the_mount_needs pulls_for_a_runtime_class ends_containerd follows_the_readme)
     [ -z "${full:-}" ] || checks=()
     containerd_in_guest "$1" 1.7 "${checks[@]}"
 }

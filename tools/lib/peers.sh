@@ -6,10 +6,11 @@
 # peer NAME: the directory of a peer's package, unpacked: docker-registry, runc,
 # libseccomp2, containernetworking-plugins, or containerd-VERSION with 1.6, 1.7 or 2 as
 # version; runc-2 is the one that goes with the last of these. Where there is no
-# archive, as in the test guest, from $ACCEL_PEERS, which collect_peers has filled.
+# archive, as in the test guest, from $ACCEL_PEERS, which collect_peers has filled; runc-2
+# from where it was unpacked, because it works there only.
 peer() {
     local suite=''
-    if [ -n "${ACCEL_PEERS:-}" ]; then
+    if [ -n "${ACCEL_PEERS:-}" ] && [ "$1" != runc-2 ]; then
         echo "$ACCEL_PEERS/$1"
         return
     fi
@@ -110,14 +111,13 @@ start_containerd() {
     local dir=$1 more=${2:-} programs runc i path
     programs=$(peer "containerd-${containerd_version:-1.6}")/usr/bin
     runc=runc
-    # It works where it was unpacked only.
-    if [[ ${containerd_version:-1.6} = 2* ]] && [ -z "${ACCEL_PEERS:-}" ]; then runc=runc-2; fi
+    [[ ${containerd_version:-1.6} != 2* ]] || runc=runc-2
     runc=$(peer "$runc")/usr/sbin
     mkdir -p "$dir"
     containerd_config=${use_config:-$dir/config.toml}
     [ -n "${use_config:-}" ] || containerd_settings "$dir" ${more:+"$more"} >"$containerd_config"
     path=$programs:$runc:$PATH
-    # runc needs it; the test guest has it only there.
+    # An older runc needs it; the test guest has it only there.
     [ -z "${ACCEL_PEERS:-}" ] || local -x LD_LIBRARY_PATH=$ACCEL_PEERS/libseccomp2/usr/lib/x86_64-linux-gnu
     PATH=$path "$programs/containerd" --config "$containerd_config" >>"$dir/log" 2>&1 &
     containerd_pid=$!

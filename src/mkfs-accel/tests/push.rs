@@ -349,6 +349,38 @@ fn a_push_outlasts_refusals_that_pass() {
 }
 
 #[test]
+fn a_layer_that_the_registry_does_not_mount_is_copied() {
+    let image = Image::gzipped(&[sample_tar(1)]);
+    let sent = [
+        (0, ""),
+        (99, "405 Method Not Allowed"),
+        (99, "404 Not Found"),
+    ]
+    .map(|(times, answer)| {
+        let registry = Registry::start(&Access::Open);
+        push(&image.source(), &registry.image("x:1"), &[]);
+        let proxy = Proxy::start(&registry, "mount=", Harm::Refuse(times, answer));
+        let output = convert_and_push(&proxy.image("x:1"), &proxy.image("y:acc"), &Ufs::new());
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{answer}: {error}");
+        assert_eq!(proxy.count("mount="), 1, "{answer}");
+        let made = raw(&registry.image("y:acc"));
+        assert_eq!(made["layers"][0]["digest"], image.layer(0));
+        // The repository has all of it.
+        let pulled = TempDir::new().unwrap();
+        let to = format!("dir:{}", pulled.path().display());
+        let fixed = ["--insecure-policy", "copy", "--src-tls-verify=false"];
+        tool(
+            "skopeo",
+            &[&fixed[..], &[&registry.image("y:acc"), &to]].concat(),
+        );
+        proxy.count("PUT /v2/y/blobs/uploads/")
+    });
+    // The layer as well.
+    assert_eq!(sent, [sent[0], sent[0] + 1, sent[0] + 1]);
+}
+
+#[test]
 fn a_manifest_that_is_refused_after_the_conversion_can_be_pushed_later() {
     let image = Image::gzipped(&[sample_tar(1)]);
     let registry = Registry::start(&Access::Open);

@@ -3,7 +3,7 @@
 use crate::daemon::Daemon;
 use crate::random::Random;
 use crate::snapshotter::{Labels, REF, Snapshotter, api};
-use crate::{Setting, fixture};
+use crate::{Setting, drop_caches, fixture};
 use anyhow::{Context as _, Result, ensure};
 use rustix::mount::{MountFlags, UnmountFlags};
 use std::collections::{BTreeMap, BTreeSet};
@@ -516,6 +516,8 @@ impl World<'_> {
             .snapshotter
             .prepare("container", &parent, &Labels::new())?;
         self.snapshotter.prepare("other", &parent, &Labels::new())?;
+        // Whoever looks into a layer then waits for the daemon.
+        drop_caches()?;
         self.daemon.stop_moving()?;
         // Whoever asks the daemon how it is waits for ten seconds.
         self.snapshotter.patience = Duration::from_secs(9);
@@ -523,9 +525,12 @@ impl World<'_> {
         ensure!(self.snapshotter.mounts("container")? == mounts);
         for name in &names {
             ensure!(self.snapshotter.stat(name)?.name == *name);
-            ensure!(self.snapshotter.usage(name)?.size == 0);
+            let usage = self.snapshotter.usage(name)?;
+            ensure!(usage == api::UsageResponse::default(), "{usage:?}");
         }
-        self.snapshotter.usage("container")?;
+        // Its own directory, and nothing of what lies below.
+        let usage = self.snapshotter.usage("container")?;
+        ensure!(usage.inodes == 1, "{usage:?}");
         self.snapshotter.remove("other")?;
         // An ordinary snapshot lives as ever.
         self.snapshotter.prepare("ordinary", "", &Labels::new())?;
