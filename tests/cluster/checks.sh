@@ -134,7 +134,7 @@ on_ufs() { find "$work/ufs" -name '*.erofs' | wc -l; }
 cluster_checks=(
     follows_the_guide
     installs refuses_what_cannot_be waits_for_the_service converts says_what_happened shares_layers runs_lazily
-    runs_without_the_service takes_ufs_by_its_path tells_errors_in_words keeps_to_the_limit survives_kills
+    runs_without_the_service takes_ufs_by_its_path tells_what_is_wrong_with_ufs tells_errors_in_words keeps_to_the_limit survives_kills
     passes_on_the_lead logs_in
     labels_nodes_that_can_serve labels_nodes_that_are_meant takes_the_label_while_ufs_is_away
     keeps_the_label_through_trifles survives_kills_on_the_node tells_prometheus
@@ -389,12 +389,44 @@ runs_without_the_service() {
 # As nodes have it mounted, and through the claim again.
 takes_ufs_by_its_path() {
     accel enable --host-path "$work/ufs" --wait
-    same "$(of_service UfsBound reason)" HostPath
+    same "$(of_service UfsReady reason)" Tried
+    of_service UfsReady message | grep -F "$work/ufs of the Jobs' nodes"
     task by-path "$registry/many/of:4" "target: $registry/many/of:by-path"
     becomes by-path Ready
     "$bin/mkfs-accel" verify "docker://$registry/many/of:4" --ufs "$work/ufs"
     accel enable --claim ufs --wait
     same "$(k get imageacceleration cluster -o 'jsonpath={.spec.ufs}' | jq -c .)" '{"claimName":"ufs"}'
+}
+
+# What the Jobs cannot have is told by a Job that has tried, and mended is found to be good.
+tells_what_is_wrong_with_ufs() {
+    local nowhere=$work/no-such-ufs said=$work/enable
+    # refused_with WORDS [OPTION…]: it comes back by itself, and says that.
+    refused_with() {
+        local words=$1
+        shift
+        fails accel enable "$@" --wait --timeout 300 2>"$said"
+        grep -F -- "$words" "$said"
+        same "$(of_service Ready status)" False
+        of_service UfsReady message | grep -F -- "$words"
+    }
+    refused_with 'nowhere.invalid:/x cannot be mounted: ' --nfs nowhere.invalid:/x
+    same "$(of_service UfsReady reason)" NotMounted
+    # What the node says, and not that a node had no time.
+    of_service UfsReady message | grep -iE 'mount|nfs|resolve'
+    refused_with "$nowhere of the Jobs' nodes cannot be mounted: " --host-path "$nowhere"
+    same "$(of_service UfsReady reason)" NotMounted
+    # It is there, and somebody else's.
+    install -d -m 755 -o 0 -g 0 "$nowhere"
+    refused_with 'Permission denied' --host-path "$nowhere/."
+    same "$(of_service UfsReady reason)" NotUsable
+    of_service UfsReady message | grep -F 'spec.jobs.user'
+    chown 65532:65532 "$nowhere"
+    accel enable --host-path "$nowhere" --wait
+    same "$(of_service UfsReady status)" True
+    same "$(find "$nowhere" -type f)" ''
+    accel enable --claim ufs --wait
+    rm -r "$nowhere"
 }
 
 tells_errors_in_words() {

@@ -12,15 +12,17 @@
 //! | [`trust`] | which layers it takes on the word of UFS |
 //! | [`native`] | what containerd mounts itself is the ordinary unpack |
 //! | [`mounting`] | an image is mounted with hardly a byte of UFS, however large it is |
+//! | [`jobs`] | what a cluster's Jobs do with UFS they can do on NFS, with what they have |
 //! | [`usage`] | wrong usage is answered with what is wrong |
 
 use anyhow::Result;
 use libtest_mimic::Trial;
 
-use crate::{Setting, fixture};
+use crate::{Setting, fixture, nfs};
 
 pub mod damage;
 pub mod fio;
+pub mod jobs;
 pub mod lifecycle;
 pub mod limits;
 pub mod mounting;
@@ -187,7 +189,10 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
         ("usage::no_daemon", usage::no_daemon),
     ];
     let ublk = ublk.iter().filter(|_| setting.transport == "ublk");
-    for (name, check) in others.into_iter().chain(ublk.copied()) {
+    // In the guest; few machines have server and client.
+    let of_nfs: &[(&str, Check)] = &[("jobs::work_on_nfs", jobs::work_on_nfs)];
+    let of_nfs = of_nfs.iter().filter(|_| nfs::is_possible());
+    for (name, check) in others.into_iter().chain(ublk.chain(of_nfs).copied()) {
         let setting = setting.clone();
         trials.push(trial(name, move || check(&setting)));
     }

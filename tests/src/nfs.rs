@@ -66,11 +66,23 @@ pub fn is_possible() -> bool {
 }
 
 impl Server {
-    /// Starts it for `exported`.
+    /// Starts it for `exported`. Its clients' root is root there.
     ///
     /// # Errors
     /// When a step fails; what was done is undone.
     pub fn start(exported: &Path) -> Result<Self> {
+        Self::start_with(exported, "no_root_squash")
+    }
+
+    /// The same, but its clients' root is nobody there, as it is by default.
+    ///
+    /// # Errors
+    /// When a step fails; what was done is undone.
+    pub fn start_squashing(exported: &Path) -> Result<Self> {
+        Self::start_with(exported, "root_squash")
+    }
+
+    fn start_with(exported: &Path, root: &str) -> Result<Self> {
         let mut server = Self {
             exported: exported.to_owned(),
             daemons: Vec::new(),
@@ -111,13 +123,8 @@ impl Server {
         server.daemon(&["nfsdcld", "-F", "-p", "/run/rpc_pipefs"])?;
         server.daemon(&["rpc.mountd", "-F", "-N", "3"])?;
         let exported = format!("{CLIENT}:{}", exported.display());
-        server.inside(&[
-            "exportfs",
-            "-i",
-            "-o",
-            "rw,no_root_squash,no_subtree_check,sync,fsid=7",
-            &exported,
-        ])?;
+        let options = format!("rw,{root},no_subtree_check,sync,fsid=7");
+        server.inside(&["exportfs", "-i", "-o", &options, &exported])?;
         server.up()?;
         Ok(server)
     }

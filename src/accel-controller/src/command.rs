@@ -1,9 +1,11 @@
 //! What `kubectl accel` does without a cluster: names and tables.
 
+use crate::check::UFS_READY;
 use crate::conditions;
 use crate::labels::{Health, LABELLING, Word, is_kept_out, is_labelled, is_meant, lease_name};
 use crate::reference::Names;
 use crate::resource::{AcceleratedImage, ImageAcceleration, Phase, RegistrySpec, SERVICE_NAME};
+use crate::service::NOT_BOUND;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::jiff::Timestamp;
 use kube::{Resource, ResourceExt};
@@ -80,7 +82,7 @@ pub fn enabled(there: Option<&ImageAcceleration>, spec: &Value) -> Result<Value,
     Ok(service)
 }
 
-/// What someone who waits for a task has to know.
+/// What someone who waits for a task, or the service, has to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Waiting {
     /// It goes on.
@@ -89,6 +91,28 @@ pub enum Waiting {
     Done,
     /// It is not, and why.
     Failed(String),
+}
+
+/// How the service stands, for someone who waits for it to be Ready; what it says then, or why it
+/// is waited for.
+pub fn enabling(service: &ImageAcceleration) -> (Waiting, String) {
+    let status = service.status.clone().unwrap_or_default();
+    let said = |type_| {
+        let said = conditions::find(&status.conditions, type_);
+        said.filter(|said| said.observed_generation == service.metadata.generation)
+    };
+    let Some(ready) = said("Ready") else {
+        let what = "the controller has not said anything";
+        return (Waiting::GoesOn, what.to_owned());
+    };
+    // A claim that was made just now gets its volume by itself.
+    let comes = said(UFS_READY).is_some_and(|ufs| ufs.reason == NOT_BOUND);
+    let waiting = match ready.status.as_str() {
+        "True" => Waiting::Done,
+        "False" if !comes => Waiting::Failed(ready.message.clone()),
+        _ => Waiting::GoesOn,
+    };
+    (waiting, ready.message.clone())
 }
 
 /// How a task stands, for someone who waits for it to be Ready.

@@ -22,8 +22,8 @@ const TASK_NAMESPACE: &str = "image-accel.io/task-namespace";
 const TASK_NAME: &str = "image-accel.io/task-name";
 /// On all that the controller makes.
 pub const MANAGED: (&str, &str) = ("app.kubernetes.io/managed-by", "accel-controller");
-/// On Jobs that ask registries whether they take logins.
-pub const CHECK: (&str, &str) = ("app.kubernetes.io/component", "login-check");
+/// On Jobs that try UFS, and ask registries whether they take logins.
+pub const CHECK: (&str, &str) = ("app.kubernetes.io/component", "check");
 
 const UFS: &str = "/ufs";
 const LOGIN: &str = "/login";
@@ -120,14 +120,13 @@ pub fn build(
         arguments: arguments(task, service, names, login, settings),
         retries: service.jobs.retries.into(),
         deadline: service.jobs.deadline_seconds,
-        ufs: true,
         login,
     };
     of_task(with(name, service, work, settings), task)
 }
 
-/// The Job of that name, which asks registries whether they take the logins of the service;
-/// `registry` besides those that there are logins for.
+/// The Job of that name, which tries UFS as the others get it, and asks registries whether they
+/// take the logins of the service; `registry` besides those that there are logins for.
 pub fn build_check(
     name: String,
     service: &ImageAccelerationSpec,
@@ -135,14 +134,13 @@ pub fn build_check(
     settings: &Settings,
 ) -> Job {
     let login = Login::of_service(service);
-    let mut arguments = vec!["check".to_owned(), "--json".to_owned()];
+    let mut arguments: Vec<_> = ["check", "--json", "--ufs", UFS].map(str::to_owned).into();
     arguments.extend(registry.map(str::to_owned));
     arguments.extend(registry_options(service, login));
     let work = Work {
         arguments,
         retries: 0,
         deadline: service.jobs.deadline_seconds.min(SHORT_DEADLINE),
-        ufs: false,
         login,
     };
     let mut job = with(name, service, work, settings);
@@ -180,7 +178,6 @@ pub fn build_removal(
         // What it says when it fails counts: that nodes use it.
         retries: 0,
         deadline: service.jobs.deadline_seconds.min(SHORT_DEADLINE),
-        ufs: true,
         login,
     };
     of_task(with(name, service, work, settings), task)
@@ -192,8 +189,6 @@ struct Work<'a> {
     retries: i32,
     /// In seconds.
     deadline: u32,
-    /// Whether it gets UFS.
-    ufs: bool,
     login: Login<'a>,
 }
 
@@ -203,11 +198,8 @@ fn with(name: String, service: &ImageAccelerationSpec, work: Work<'_>, settings:
     let labels: BTreeMap<_, _> = [("app.kubernetes.io/name", "mkfs-accel"), MANAGED]
         .map(|(key, value)| (key.to_owned(), value.to_owned()))
         .into();
-    let (mut volumes, mut mounts) = (Vec::new(), Vec::new());
-    if work.ufs {
-        volumes.push(ufs_volume(service));
-        mounts.push(mount("ufs", UFS, false));
-    }
+    let mut volumes = vec![ufs_volume(service)];
+    let mut mounts = vec![mount("ufs", UFS, false)];
     let secret = match work.login {
         Login::None => None,
         // The Job says that it is not there, in words; otherwise its pod would wait for it.

@@ -10,6 +10,7 @@
 //! was planned. So the same is decided again after a restart: nothing is kept anywhere
 //! but in the cluster.
 
+pub mod check;
 pub mod command;
 pub mod conditions;
 pub mod job;

@@ -1,26 +1,21 @@
-//! Logins for registries: which Secret counts, whether registries take what is in it, and
-//! what is said if not. No login is ever seen here, only what became of one.
+//! Logins for registries: which Secret counts, and what is said if registries do not take what is
+//! in it. No login is ever seen here, only what became of one.
 //!
 //! The Secret that the service names is in the controller's namespace: Jobs get it as a file,
 //! and the controller does not read it. One that a task names is in the task's namespace,
 //! where a Job cannot have it from; the controller reads it if that namespace lets it
 //! ([`access`]), and makes a copy that belongs to the Job and goes with it.
 
-use crate::conditions;
-use crate::job::{self, Settings};
-use crate::plan::{failed, left, pause, tried_again, waits_for, why};
+use crate::job;
+use crate::plan::{failed, why};
 use crate::report::{Output, Problem, Refused};
-use crate::resource::{AcceleratedImage, CheckStatus, ImageAcceleration, ImageAccelerationSpec};
+use crate::resource::{AcceleratedImage, ImageAccelerationSpec};
 use crate::yaml;
-use accel_oci::Digest;
 use anyhow::Result;
-use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{self, ContainerStateTerminated, Pod};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference, Time};
-use k8s_openapi::jiff::Timestamp;
-use kube::{Resource as _, ResourceExt};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+use kube::ResourceExt as _;
 use serde_json::json;
-use std::time::Duration;
 
 /// The condition that registries let us do what is meant.
 pub const ACCESS: &str = "RegistryAccess";
@@ -28,9 +23,6 @@ pub const ACCESS: &str = "RegistryAccess";
 pub const SECRET_TYPE: &str = "kubernetes.io/dockerconfigjson";
 /// What of such a Secret has them.
 pub const SECRET_KEY: &str = ".dockerconfigjson";
-
-/// How soon to look again while a Job is at work.
-const SOON: Duration = Duration::from_secs(3);
 
 /// The Secret that a task names, as far as the controller can see.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -195,160 +187,6 @@ pub fn advice(refused: &Refused, whose: Whose<'_>) -> (&'static str, String) {
     }
 }
 
-/// What is observed for the service.
-#[derive(Debug)]
-pub struct Checking<'a> {
-    /// It.
-    pub service: &'a ImageAcceleration,
-    /// All Jobs that ask registries.
-    pub jobs: &'a [Job],
-    /// The newest pod of the newest of them.
-    pub pod: Option<&'a Pod>,
-    /// That pod's log.
-    pub log: Option<Log>,
-    /// What the controller was told.
-    pub settings: &'a Settings,
-    /// The time.
-    pub now: Timestamp,
-}
-
-/// Something to be done.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Step {
-    /// Make this Job.
-    Run(Box<Job>),
-    /// Remove the Job of this name and its pods.
-    Stop(String),
-}
-
-/// What is to be said and done then.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Checked {
-    /// `True`, `False` or `Unknown`, the reason, the message.
-    pub says: (&'static str, String, String),
-    /// For the status.
-    pub check: Option<CheckStatus>,
-    /// To be done when the status is written.
-    pub steps: Vec<Step>,
-    /// When to look again.
-    pub again: Option<Duration>,
-}
-
-/// Decides how to go on with asking registries whether they take the logins of the service:
-/// once for all of its settings, and again after a while if one does not.
-pub fn check(observed: &Checking<'_>) -> Checked {
-    let service = observed.service;
-    let registry = &service.spec.registry;
-    let said = service.status.as_ref();
-    let stop_all = || {
-        let names = observed.jobs.iter().map(ResourceExt::name_any);
-        names.map(Step::Stop).collect::<Vec<_>>()
-    };
-    if registry.secret_name.is_none() && registry.push_to.is_none() {
-        let what = "no Secret is named, and no registry: what a task needs is tried with it";
-        return Checked {
-            says: ("True", "NothingToCheck".to_owned(), what.to_owned()),
-            check: None,
-            steps: stop_all(),
-            again: None,
-        };
-    }
-    let of = fingerprint(service);
-    let last = said.and_then(|status| status.check.clone());
-    let mut state = last.filter(|check| check.of == of).unwrap_or(CheckStatus {
-        of: of.clone(),
-        ..CheckStatus::default()
-    });
-    // What was said of these settings stays until there is something else to say.
-    let before = said.and_then(|status| conditions::find(&status.conditions, ACCESS));
-    let says = |state: &CheckStatus, what: &str| match before {
-        Some(before) if state.failures > 0 => {
-            ("False", before.reason.clone(), before.message.clone())
-        }
-        _ => ("Unknown", "Checking".to_owned(), what.to_owned()),
-    };
-    if state.passed {
-        let message = before.map_or_else(String::new, |before| before.message.clone());
-        return Checked {
-            says: ("True", "Checked".to_owned(), message),
-            check: Some(state),
-            steps: stop_all(),
-            again: None,
-        };
-    }
-    let name = format!("accel-check-{of}-{}", state.failures);
-    let job = observed.jobs.iter().find(|job| job.name_any() == name);
-    let (says, steps, again) = match (job, job.and_then(job::end)) {
-        (None, _) => {
-            let last = state.finished_at.as_ref();
-            let left = last.and_then(|Time(last)| left(*last, pause(state.failures), observed.now));
-            match left {
-                // The failed Job stays that long for whoever wants to look at it.
-                Some(left) => (says(&state, ""), Vec::new(), Some(left)),
-                None => {
-                    let mut steps = stop_all();
-                    if steps.is_empty() {
-                        steps.push(Step::Run(Box::new(job_for(observed, name))));
-                    }
-                    (says(&state, "a Job is being started"), steps, Some(SOON))
-                }
-            }
-        }
-        (Some(_), None) => {
-            let what = observed.pod.and_then(waits_for);
-            let what = what.unwrap_or_else(|| "registries are asked".to_owned());
-            (says(&state, &what), Vec::new(), Some(SOON))
-        }
-        (Some(_), Some(Ok(()))) => {
-            state.passed = true;
-            state.finished_at = Some(Time(observed.now));
-            let what = "the registries take the logins".to_owned();
-            let says = ("True", "Checked".to_owned(), what);
-            (says, Vec::new(), Some(Duration::ZERO))
-        }
-        (Some(job), Some(Err((reason, message)))) => {
-            let whose = Whose::Service(&service.spec);
-            let log = observed.log.as_ref();
-            let (access, what) = failure(observed.pod, log, whose, (&reason, &message));
-            let reason = access.unwrap_or("Failed").to_owned();
-            state.failures = state.failures.saturating_add(1);
-            state.finished_at = Some(Time(observed.now));
-            let pause = pause(state.failures);
-            let what = tried_again(&what, job, pause);
-            (("False", reason, what), Vec::new(), Some(pause))
-        }
-    };
-    Checked {
-        says,
-        check: Some(state),
-        steps,
-        again,
-    }
-}
-
-/// Of the settings that matter: others are another check.
-fn fingerprint(service: &ImageAcceleration) -> String {
-    let spec = &service.spec;
-    let text = json!([
-        service.uid(),
-        spec.registry,
-        spec.jobs.user,
-        spec.jobs.node_selector
-    ]);
-    let digest = Digest::of(text.to_string().as_bytes());
-    digest.hex()[..16].to_owned()
-}
-
-fn job_for(observed: &Checking<'_>, name: String) -> Job {
-    let service = observed.service;
-    let push_to = service.spec.registry.push_to.as_deref();
-    let registry = push_to.and_then(|prefix| prefix.split('/').next());
-    let mut job = job::build_check(name, &service.spec, registry, observed.settings);
-    // It goes with the service.
-    job.metadata.owner_references = Some(vec![service.owner_ref(&()).unwrap_or_default()]);
-    job
-}
-
 /// A pod's log, or why it cannot be read.
 pub type Log = Result<Output, String>;
 
@@ -384,16 +222,6 @@ pub(crate) fn failure(
         }
         None => (None, why(pod, end)),
     }
-}
-
-/// Writes it into a status.
-pub fn tell(checked: &Checked, service: &mut ImageAcceleration, now: Timestamp) {
-    let generation = service.metadata.generation;
-    let status = service.status.get_or_insert_default();
-    status.check.clone_from(&checked.check);
-    let (is, reason, message) = &checked.says;
-    let says = [ACCESS, is, reason, message];
-    conditions::set(&mut status.conditions, says, generation, now);
 }
 
 /// What a namespace gives the controller, which is in `controller`, so that it can read one of

@@ -5,13 +5,14 @@
 
 use crate::labels::{COMPONENT, HEALTHY, MAX_MESSAGE, MESSAGE, lease_name};
 use crate::yaml;
+use accel_ufs::UfsError;
+use accel_ufs::health::{Health, SILENCE};
 use anyhow::{Context as _, Result, bail};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use kube::api::{Api, Patch, PatchParams};
-use serde::Deserialize;
 use serde_json::json;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -21,20 +22,10 @@ use tracing::{info, warn};
 const LOOK: Duration = Duration::from_secs(1);
 /// How often to say the same again.
 const RENEW: Duration = Duration::from_secs(4);
-/// How long an agent may go without a check.
-const SILENCE: Duration = Duration::from_secs(15);
 /// How many checks there have to be of an agent that was silent before it is believed again.
 const SURE: u64 = 2;
 /// The longest name of a node, in bytes: names of objects have at most 253.
 const MAX_NODE: usize = 240;
-
-/// What the agent writes.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-struct Health {
-    healthy: bool,
-    message: String,
-    checks: u64,
-}
 
 /// What is told: whether the node can serve, and why not.
 type Word = (bool, String);
@@ -66,12 +57,12 @@ impl Listener {
     }
 
     /// What is to be told; none as long as it is not known whether the agent is there.
-    fn hear(&mut self, read: Result<Health>, now: Instant) -> Option<Word> {
+    fn hear(&mut self, read: Result<Health, UfsError>, now: Instant) -> Option<Word> {
         let health = match read {
             Ok(health) => health,
             Err(error) => {
                 *self = Self::new();
-                return Some((false, format!("the agent says nothing: {error:#}")));
+                return Some((false, format!("the agent says nothing: {error}")));
             }
         };
         let (last, since) = *self.last.get_or_insert((health.checks, now));
@@ -95,11 +86,6 @@ impl Listener {
     }
 }
 
-fn read(file: &Path) -> Result<Health> {
-    let json = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-    serde_json::from_slice(&json).with_context(|| format!("cannot understand {}", file.display()))
-}
-
 /// Works until the process ends: what goes wrong may pass. The same is said again every
 /// four seconds, something else within one.
 pub async fn run(client: Client, namespace: &str, node: &str, file: &Path) {
@@ -109,7 +95,7 @@ pub async fn run(client: Client, namespace: &str, node: &str, file: &Path) {
     // What goes wrong is told when it begins, not every time.
     let mut wrong = String::new();
     loop {
-        if let Some(word) = listener.hear(read(file), Instant::now()) {
+        if let Some(word) = listener.hear(Health::read(file), Instant::now()) {
             let changed = told.as_ref().is_none_or(|(last, _)| *last != word);
             let due = told.as_ref().is_none_or(|(_, at)| at.elapsed() >= RENEW);
             if changed || due {
@@ -217,16 +203,16 @@ mod tests {
         }
     }
 
-    fn said(healthy: bool, checks: u64) -> Result<Health> {
+    fn said(healthy: bool, checks: u64) -> Result<Health, UfsError> {
         Ok(Health {
             healthy,
-            message: String::new(),
             checks,
+            ..Health::default()
         })
     }
 
     /// What is heard of these, a second apart: `+`, `-`, or ` ` for nothing.
-    fn heard(all: impl IntoIterator<Item = Result<Health>>) -> String {
+    fn heard(all: impl IntoIterator<Item = Result<Health, UfsError>>) -> String {
         let (mut listener, start) = (Listener::new(), Instant::now());
         let all = all.into_iter().enumerate().map(|(second, read)| {
             let now = start + Duration::from_secs(second as u64);
@@ -245,7 +231,7 @@ mod tests {
         assert_eq!(heard(all), "  +-");
         // No agent, and one that begins.
         let all = [
-            Err(anyhow::anyhow!("no file")),
+            Health::read(Path::new("/no/such/file")),
             said(true, 2),
             said(true, 3),
         ];

@@ -31,6 +31,10 @@ const LATER: Duration = Duration::from_secs(10);
 const FIRST_RETRY: Duration = Duration::from_secs(60);
 /// The longest of those pauses.
 const LAST_RETRY: Duration = Duration::from_secs(3600);
+/// How long the log of a Job that has done its work may be without its result: a kubelet that
+/// gets no answer from containerd gives a word about that as the log, and no error.
+const LOG_PATIENCE: Duration = Duration::from_secs(300);
+const NO_LOG_YET: &str = "the Job has ended, and its node does not give its log yet";
 
 /// What can be seen of a task.
 #[derive(Debug)]
@@ -283,7 +287,7 @@ impl<'a> Next<'a> {
                 self.again = Some(SOON);
             }
             (Some(job), None) => self.watch(job, service),
-            (Some(_), Some(Ok(()))) => self.finish(),
+            (Some(job), Some(Ok(()))) => self.finish(job),
             (Some(job), Some(Err((reason, message)))) => {
                 self.fail(job, service, &reason, &message);
             }
@@ -450,7 +454,7 @@ impl<'a> Next<'a> {
     }
 
     /// The Job has done its work.
-    fn finish(&mut self) {
+    fn finish(&mut self, job: &Job) {
         match &self.observed.log {
             Some(Ok(Output {
                 report: Some(report),
@@ -465,6 +469,10 @@ impl<'a> Next<'a> {
                 self.say(Phase::Unknown, &what);
                 self.again = Some(LATER);
             }
+            Some(Ok(_)) if self.ended_just_now(job) => {
+                self.say(Phase::Creating, NO_LOG_YET);
+                self.again = Some(LATER);
+            }
             // The pod is gone, or its log.
             Some(Ok(_)) | None => {
                 let pause = self.count_failure();
@@ -475,6 +483,13 @@ impl<'a> Next<'a> {
                 self.say(Phase::Creating, &what);
             }
         }
+    }
+
+    /// Whether the Job has ended so short a time ago that its log may come yet.
+    fn ended_just_now(&self, job: &Job) -> bool {
+        let status = job.status.as_ref();
+        let ended = status.and_then(|status| status.completion_time.as_ref());
+        ended.is_some_and(|Time(ended)| left(*ended, LOG_PATIENCE, self.observed.now).is_some())
     }
 
     fn ready(&mut self, report: &Report) {

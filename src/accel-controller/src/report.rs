@@ -1,4 +1,5 @@
-//! What `mkfs-accel convert --json-lines` says, and `mkfs-accel delete --json`.
+//! What `mkfs-accel convert --json-lines` says, `mkfs-accel check --json` and
+//! `mkfs-accel delete --json`.
 
 use crate::resource::UserStatus;
 pub use accel_oci::Problem;
@@ -15,6 +16,8 @@ pub struct Output {
     pub checked: bool,
     /// Which does not, and why, if that is why it ended.
     pub refused: Option<Refused>,
+    /// Whether UFS can be used, if that was tried.
+    pub ufs: Option<Tried>,
     /// The end, when it has gone well.
     pub report: Option<Report>,
     /// What `mkfs-accel delete` says at its end.
@@ -28,6 +31,15 @@ pub struct Refused {
     pub registry: String,
     /// Why.
     pub problem: Problem,
+}
+
+/// What came of a try of UFS.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Tried {
+    /// Whether it can be written to and read.
+    pub usable: bool,
+    /// Why not.
+    pub error: Option<String>,
 }
 
 /// What was removed, or why not.
@@ -152,6 +164,9 @@ enum Line {
     Refused {
         refused: Refused,
     },
+    Ufs {
+        ufs: Tried,
+    },
     Report(Report),
     Removal(Removal),
 }
@@ -164,6 +179,7 @@ pub fn read(log: &str) -> Output {
             Ok(Line::Progress { progress }) => output.progress = Some(progress),
             Ok(Line::Checked { .. }) => output.checked = true,
             Ok(Line::Refused { refused }) => output.refused = Some(refused),
+            Ok(Line::Ufs { ufs }) => output.ufs = Some(ufs),
             Ok(Line::Report(report)) => output.report = Some(report),
             Ok(Line::Removal(removal)) => output.removal = Some(removal),
             Err(_) => {}
@@ -237,6 +253,15 @@ a warning
         };
         assert_eq!(refused("Forbidden"), Problem::Forbidden);
         assert_eq!(refused("OfANewerVersion"), Problem::Other);
+    }
+
+    #[test]
+    fn what_came_of_trying_ufs_is_told() {
+        let tried = |line: &str| read(line).ufs.unwrap();
+        let good = tried("{\"ufs\":{\"usable\":true,\"error\":null}}");
+        assert!(good.usable && good.error.is_none());
+        let bad = tried("{\"ufs\":{\"usable\":false,\"error\":\"why\"}}");
+        assert_eq!((bad.usable, bad.error.as_deref()), (false, Some("why")));
     }
 
     #[test]

@@ -237,12 +237,12 @@ impl Default for JobsSpec {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ImageAccelerationStatus {
-    /// `UfsBound`: the claim has a volume, which is Unknown of what is no claim, as only Jobs
-    /// mount it; `RegistryAccess`: registries take the logins; `Ready`: nothing is known that
-    /// keeps tasks from being converted. They are tried in any case. `NodesLabelled`: the
-    /// cluster takes the label. While it is deleted with `purge`, `Purged`: what is left.
+    /// `UfsReady`: a Job has mounted UFS, written to it and read it back; `RegistryAccess`:
+    /// registries take the logins; `Ready`: nothing is known that keeps tasks from being
+    /// converted. They are tried in any case. `NodesLabelled`: the cluster takes the label. While
+    /// it is deleted with `purge`, `Purged`: what is left.
     pub conditions: Vec<Condition>,
-    /// How far it is with asking registries whether they take the logins.
+    /// How far it is with trying UFS, and asking registries whether they take the logins.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub check: Option<CheckStatus>,
     /// Tasks that are Ready.
@@ -259,7 +259,7 @@ pub struct ImageAccelerationStatus {
     pub nodes_text: String,
 }
 
-/// How far it is with asking registries whether they take the logins.
+/// How far it is with trying UFS, and asking registries whether they take the logins.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct CheckStatus {
@@ -270,7 +270,7 @@ pub struct CheckStatus {
     /// When it was tried last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finished_at: Option<Time>,
-    /// All of them have taken theirs.
+    /// UFS can be used, and all registries take theirs.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub passed: bool,
 }

@@ -5,6 +5,7 @@ mod nodes;
 mod purging;
 
 use self::nodes::Known;
+use crate::check;
 use crate::conditions;
 use crate::job::{self, CHECK, MANAGED, Settings, TASK_UID};
 use crate::labels::Looked;
@@ -253,7 +254,7 @@ impl Context {
             .list(&ListParams::default().labels(&job::selector(MANAGED)))
             .await?;
         let uid = task.uid().unwrap_or_default();
-        // Those that ask registries are short, and wait for nothing.
+        // Those that check are short, and wait for nothing.
         let of_tasks = (all.items.into_iter()).filter(|job| !job.labels().contains_key(CHECK.0));
         let (jobs, others): (Vec<_>, Vec<_>) =
             of_tasks.partition(|job| job.labels().get(TASK_UID) == Some(&uid));
@@ -458,11 +459,11 @@ impl Context {
             return self.purge(service).await;
         }
         self.keep_for_purge(service).await?;
-        let checked = self.look_at_logins(service).await?;
-        let mut with_logins = service.clone();
-        login::tell(&checked, &mut with_logins, Timestamp::now());
-        self.tell_service(service, &with_logins).await?;
-        let again = self.go_on_with_logins(&checked).await;
+        let checked = self.look_at_check(service).await?;
+        let mut with_check = service.clone();
+        check::tell(&checked, &mut with_check, Timestamp::now());
+        self.tell_service(service, &with_check).await?;
+        let again = self.go_on_with_check(&checked).await;
         let again = again.unwrap_or(SERVICE_PAUSE).min(SERVICE_PAUSE);
         Ok(Action::requeue(again))
     }

@@ -1,5 +1,6 @@
 //! What is said of the service, as a pure function of what is observed.
 
+use crate::check::UFS_READY;
 use crate::conditions;
 use crate::labels::{LABELLING, Looked};
 use crate::login::ACCESS;
@@ -9,6 +10,9 @@ use crate::resource::{
 };
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use k8s_openapi::jiff::Timestamp;
+
+/// The reason of [`UFS_READY`] while the claim waits for a volume.
+pub const NOT_BOUND: &str = "NotBound";
 
 /// The service's status. `claim` is the one that it names, if there is one; `nodes` is what came
 /// of the last look at the nodes, if there was one.
@@ -20,24 +24,32 @@ pub fn status<'a>(
     now: Timestamp,
 ) -> ImageAccelerationStatus {
     let mut status = service.status.clone().unwrap_or_default();
-    let (bound, reason, message) = ufs(&service.spec.ufs, claim);
-    // That a Job could not mount it the Job tells.
-    let working = match bound {
-        "Unknown" => format!("{message}, which nobody has tried yet"),
-        _ => "nothing is known that keeps tasks from being converted".to_owned(),
-    };
     let generation = service.metadata.generation;
-    // Whoever asks registries has said it already, but perhaps of other settings.
-    let access = conditions::find(&status.conditions, ACCESS);
-    let access = access.filter(|condition| condition.observed_generation == generation);
-    let access = access.map(|condition| (&*condition.status, condition.message.clone()));
-    let unknown = "whether registries take the logins is not known yet";
-    let (is_ready, why, ready) = match (bound, access) {
-        ("False", _) => ("False", "UfsNotBound", message.clone()),
-        (_, Some(("True", _))) => ("True", "Working", working),
-        (_, Some(("False", message))) => ("False", ACCESS, message),
-        (_, Some((_, message))) => ("Unknown", ACCESS, message),
-        (_, None) => ("Unknown", ACCESS, unknown.to_owned()),
+    // Whoever tries UFS and asks registries has said it already, but perhaps of other settings.
+    let said = |type_| {
+        let said = conditions::find(&status.conditions, type_);
+        let said = said.filter(|said| said.observed_generation == generation)?;
+        Some((
+            said.status.clone(),
+            said.reason.clone(),
+            said.message.clone(),
+        ))
+    };
+    let unknown = |what: &str| ("Unknown".to_owned(), "Trying".to_owned(), what.to_owned());
+    let tried = said(UFS_READY);
+    let ufs = match unbound(&service.spec.ufs, claim) {
+        Some((reason, message)) => ("False".to_owned(), reason.to_owned(), message),
+        None => tried.unwrap_or_else(|| unknown("whether Jobs can use UFS is not known yet")),
+    };
+    let access = said(ACCESS).unwrap_or_else(|| unknown("registries were not asked yet"));
+    let worst = [(UFS_READY, &ufs), (ACCESS, &access)];
+    let first = |is: &str| worst.into_iter().find(|(_, (status, ..))| status == is);
+    let (is_ready, why, ready) = match first("False").or_else(|| first("Unknown")) {
+        Some((type_, (status, _, message))) => (status.clone(), type_, message.clone()),
+        None => {
+            let what = "nothing is known that keeps tasks from being converted".to_owned();
+            ("True".to_owned(), "Working", what)
+        }
     };
     let labelling = nodes.map(|nodes| match &nodes.refused {
         Some(refused) => (LABELLING, "False", "Refused", refused.clone()),
@@ -47,8 +59,8 @@ pub fn status<'a>(
         }
     });
     let all = [
-        ("UfsBound", bound, reason, message),
-        ("Ready", is_ready, why, ready),
+        (UFS_READY, &*ufs.0, &*ufs.1, ufs.2.clone()),
+        ("Ready", &*is_ready, why, ready),
     ];
     for (type_, is, reason, message) in all.into_iter().chain(labelling) {
         let says = [type_, is, reason, &message];
@@ -70,42 +82,33 @@ pub fn status<'a>(
     status
 }
 
-/// Whether UFS can be had: a condition's status, reason and message.
-fn ufs(
-    ufs: &UfsSpec,
-    claim: Option<&PersistentVolumeClaim>,
-) -> (&'static str, &'static str, String) {
+/// Why no Job can have UFS, if that can be seen without one: a condition's reason and message.
+fn unbound(ufs: &UfsSpec, claim: Option<&PersistentVolumeClaim>) -> Option<(&'static str, String)> {
     let name = match ufs.place() {
         Some(UfsVolume::Claim(name)) => name,
-        // Whether it is there the Jobs tell.
-        Some(UfsVolume::Nfs(server, path)) => {
-            return ("Unknown", "Nfs", format!("Jobs mount {server}:{path}"));
-        }
-        Some(UfsVolume::HostPath(path)) => {
-            let what = format!("Jobs get {path} of their nodes");
-            return ("Unknown", "HostPath", what);
-        }
+        // Whether it is there a Job tells.
+        Some(UfsVolume::Nfs(..) | UfsVolume::HostPath(_)) => return None,
         None => {
             let what = "spec.ufs has to name one of claimName, nfs and hostPath";
-            return ("False", "NoUfs", what.to_owned());
+            return Some(("NoUfs", what.to_owned()));
         }
     };
     let Some(claim) = claim else {
         let what =
             format!("there is no PersistentVolumeClaim {name} in the controller's namespace");
-        return ("False", "NoClaim", what);
+        return Some(("NoClaim", what));
     };
     let phase = claim
         .status
         .as_ref()
         .and_then(|status| status.phase.as_deref());
     match phase {
-        Some("Bound") => ("True", "Bound", format!("{name} has a volume")),
+        Some("Bound") => None,
         phase => {
             let phase = phase.unwrap_or("Pending");
             // Some are bound with the first pod.
             let what = format!("the PersistentVolumeClaim {name} is {phase}");
-            ("False", "NotBound", what)
+            Some((NOT_BOUND, what))
         }
     }
 }
@@ -172,16 +175,28 @@ mod tests {
         assert_eq!((first.images, first.stored.as_str()), (2, "3.0 MiB"));
 
         service.status = Some(first);
-        // Nothing is Ready of which nobody knows whether its logins are taken.
-        let asked = status(&service, Some(&claim("Bound")), &tasks, None, at(1));
-        assert_eq!(ready(&asked).status, "Unknown");
-        let access = [ACCESS, "True", "Checked", ""];
-        let said = &mut service.status.as_mut().unwrap().conditions;
-        conditions::set(said, access, Some(1), at(1));
-        let old = status(&service, Some(&claim("Bound")), &tasks, None, at(1));
+        let mut say = |type_: &str, is: &str, generation| {
+            let says = [type_, is, "Why", "what a Job says"];
+            let said = &mut service.status.as_mut().unwrap().conditions;
+            conditions::set(said, says, Some(generation), at(1));
+            status(&service, Some(&claim("Bound")), &tasks, None, at(1))
+        };
+        // Nothing is Ready that nobody has tried.
+        assert_eq!(ready(&say(UFS_READY, "Unknown", 2)).reason, UFS_READY);
+        let untried = say(UFS_READY, "True", 2);
+        assert_eq!(ready(&untried).status, "Unknown");
+        assert_eq!(ready(&untried).reason, ACCESS);
+        let old = say(ACCESS, "True", 1);
         assert_eq!(ready(&old).status, "Unknown", "that was of other settings");
-        let said = &mut service.status.as_mut().unwrap().conditions;
-        conditions::set(said, access, Some(2), at(1));
+        assert_eq!(ready(&old).reason, ACCESS);
+        assert_eq!(ready(&say(ACCESS, "True", 2)).status, "True");
+        // UFS comes first.
+        say(ACCESS, "False", 2);
+        let broken = say(UFS_READY, "False", 2);
+        assert_eq!(ready(&broken).reason, UFS_READY);
+        assert_eq!(ready(&broken).message, "what a Job says");
+        say(ACCESS, "True", 2);
+        say(UFS_READY, "True", 2);
         let pending = status(&service, Some(&claim("Pending")), &tasks, None, at(2));
         assert_eq!(ready(&pending).last_transition_time.0, at(1));
         looked = Looked {
@@ -207,17 +222,24 @@ mod tests {
     }
 
     #[test]
-    fn ufs_that_is_no_claim_is_the_jobs_business() {
-        for (given, reason, said) in [
-            (json!({"nfs": {"server": "h", "path": "/e"}}), "Nfs", "h:/e"),
-            (json!({"hostPath": "/mnt/ufs"}), "HostPath", "/mnt/ufs"),
+    fn of_what_is_no_claim_a_job_tells_whether_it_is_there() {
+        for given in [
+            json!({"nfs": {"server": "h", "path": "/e"}}),
+            json!({"hostPath": "/mnt/ufs"}),
         ] {
             let given: UfsSpec = serde_json::from_value(given).unwrap();
-            let (bound, why, message) = ufs(&given, None);
-            assert!(message.contains(said), "{message}");
-            // Nobody has looked at it.
-            assert_eq!((bound, why), ("Unknown", reason));
+            assert_eq!(unbound(&given, None), None);
         }
-        assert_eq!(ufs(&UfsSpec::default(), None).0, "False");
+        let claims = UfsSpec {
+            claim_name: Some("ufs".to_owned()),
+            ..UfsSpec::default()
+        };
+        let reason = |ufs: &UfsSpec, claim: Option<&PersistentVolumeClaim>| {
+            unbound(ufs, claim).map(|(reason, _)| reason)
+        };
+        assert_eq!(reason(&UfsSpec::default(), None), Some("NoUfs"));
+        assert_eq!(reason(&claims, None), Some("NoClaim"));
+        assert_eq!(reason(&claims, Some(&claim("Pending"))), Some(NOT_BOUND));
+        assert_eq!(reason(&claims, Some(&claim("Bound"))), None);
     }
 }

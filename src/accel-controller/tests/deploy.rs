@@ -180,6 +180,13 @@ const GRANTS: &[(&str, &str, &str, &str, &str)] = &[
     (
         "Role",
         "",
+        "events",
+        "list",
+        "why UFS cannot be mounted: a pod that waits for a volume does not say it",
+    ),
+    (
+        "Role",
+        "",
         "secrets",
         "create",
         "the copy of a task's own, for its Job; none can be read without its namespace's leave",

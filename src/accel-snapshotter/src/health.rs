@@ -1,8 +1,7 @@
-//! Whether the node can serve, and who is told: a file that `accel-controller node` reads.
+//! Whether the node can serve, as one check after the other tells.
 
-use anyhow::{Context, Result};
-use serde::{Deserialize, Serialize};
-use std::fs;
+use accel_ufs::UfsError;
+use accel_ufs::health::Health;
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
@@ -11,64 +10,55 @@ use std::time::{Duration, Instant};
 /// How many checks in a row have to go well before a node is taken for healthy, or have to
 /// fail before it is not any more: one alone may be chance.
 const SURE: u32 = 2;
-/// Who reads the file takes an agent that has checked nothing for so long for dead.
-const SILENCE: Duration = Duration::from_secs(15);
 
-/// What the file says.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Health {
-    /// Whether the node can serve.
-    pub healthy: bool,
-    /// What came of the last check.
-    pub message: String,
-    /// How many checks there were: who reads it sees that it goes on, whatever the clocks say.
-    pub checks: u64,
-    /// How many of the last ones disagree with what is said.
-    pub in_a_row: u32,
-}
+/// What is to be said of the node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Verdict(Health);
 
-impl Health {
+impl Verdict {
     /// What another agent has written, if it ended just now: one that is started again changes
     /// nothing about the node.
     pub fn resume(path: &Path) -> Self {
-        let read = || {
-            let age = fs::metadata(path).ok()?.modified().ok()?.elapsed().ok()?;
-            let fresh = age < SILENCE;
-            fresh.then(|| serde_json::from_slice(&fs::read(path).ok()?).ok())?
-        };
-        read().unwrap_or_default()
+        let fresh = Health::is_fresh(path).then(|| Health::read(path).ok());
+        Self(fresh.flatten().unwrap_or_default())
     }
 
     /// Another check.
     pub fn observe(&mut self, result: Result<(), String>) {
         let well = result.is_ok();
-        self.message = match result {
+        let said = &mut self.0;
+        said.message = match result {
             Ok(()) => "reads from UFS, and what it reads is right".to_owned(),
             Err(why) => why,
         };
-        self.checks += 1;
-        if well == self.healthy {
-            self.in_a_row = 0;
+        said.checks += 1;
+        if well == said.healthy {
+            said.in_a_row = 0;
             return;
         }
-        self.in_a_row += 1;
-        if self.in_a_row >= SURE {
-            self.healthy = well;
-            self.in_a_row = 0;
+        said.in_a_row += 1;
+        if said.in_a_row >= SURE {
+            said.healthy = well;
+            said.in_a_row = 0;
         }
     }
 
     /// Whether the next check should follow at once: the last one disagrees with what is said.
     pub const fn is_unsure(&self) -> bool {
-        self.in_a_row > 0
+        self.0.in_a_row > 0
     }
 
-    /// Writes it, whole.
-    pub fn write(&self, path: &Path) -> Result<()> {
-        let new = path.with_extension("new");
-        fs::write(&new, serde_json::to_vec(self)?)
-            .and_then(|()| fs::rename(&new, path))
-            .with_context(|| format!("cannot write {}", path.display()))
+    /// What is said.
+    pub const fn said(&self) -> &Health {
+        &self.0
+    }
+
+    /// Writes it down for who tells the cluster.
+    ///
+    /// # Errors
+    /// As [`Health::write`].
+    pub fn write(&self, path: &Path) -> Result<(), UfsError> {
+        self.0.write(path)
     }
 }
 
@@ -155,7 +145,8 @@ impl<T: Default + Send + 'static> Default for Watched<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs::FileTimes;
+    use accel_ufs::health::SILENCE;
+    use std::fs::{self, FileTimes};
     use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
     use std::sync::{Arc, Mutex};
     use std::time::SystemTime;
@@ -165,14 +156,14 @@ mod tests {
 
     #[test]
     fn it_takes_two_in_a_row_to_change_anything() {
-        let mut health = Health::default();
+        let mut verdict = Verdict::default();
         let mut after = |results: &str| -> String {
             let said = results.chars().map(|result| {
-                health.observe(match result {
+                verdict.observe(match result {
                     '+' => Ok(()),
                     _ => Err("why".to_owned()),
                 });
-                if health.healthy { '1' } else { '0' }
+                if verdict.said().healthy { '1' } else { '0' }
             });
             said.collect()
         };
@@ -187,18 +178,18 @@ mod tests {
     fn an_agent_that_starts_again_goes_on_unless_it_was_away_for_long() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("health.json");
-        assert_eq!(Health::resume(&path), Health::default());
-        let mut health = Health::default();
-        health.observe(Ok(()));
-        health.observe(Ok(()));
-        health.write(&path).unwrap();
-        assert_eq!(Health::resume(&path), health);
+        assert_eq!(Verdict::resume(&path), Verdict::default());
+        let mut verdict = Verdict::default();
+        verdict.observe(Ok(()));
+        verdict.observe(Ok(()));
+        verdict.write(&path).unwrap();
+        assert_eq!(Verdict::resume(&path), verdict);
         let file = fs::File::options().write(true).open(&path).unwrap();
         let past = SystemTime::now().checked_sub(SILENCE).unwrap();
         file.set_times(FileTimes::new().set_modified(past)).unwrap();
-        assert_eq!(Health::resume(&path), Health::default());
+        assert_eq!(Verdict::resume(&path), Verdict::default());
         fs::write(&path, "{").unwrap();
-        assert_eq!(Health::resume(&path), Health::default());
+        assert_eq!(Verdict::resume(&path), Verdict::default());
     }
 
     #[test]

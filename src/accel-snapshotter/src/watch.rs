@@ -2,7 +2,7 @@
 //! leaving that behind.
 
 use crate::canary::{NodeCanary, Places};
-use crate::health::{Health, Watched};
+use crate::health::{Verdict, Watched};
 use crate::service;
 use crate::ufs_place::UfsPlace;
 use accel_ufs::node::NodeName;
@@ -68,27 +68,28 @@ struct Shared {
 
 impl Watch {
     fn run(&self) {
-        let mut health = Health::resume(&self.file);
+        let mut verdict = Verdict::resume(&self.file);
         let mut watched = Watched::<NodeCanary>::new();
         let mut wrong = String::new();
         while !self.shared.ending.load(Relaxed) {
-            let was = health.healthy;
+            let was = verdict.said().healthy;
             let checked = watched.check(self.check(), ANSWER);
             if self.shared.ending.load(Relaxed) {
                 // The canary may have been taken from it.
                 return;
             }
-            health.observe(checked);
-            if health.healthy != was {
-                tracing::info!(healthy = health.healthy, "{}", health.message);
+            verdict.observe(checked);
+            let said = verdict.said();
+            if said.healthy != was {
+                tracing::info!(healthy = said.healthy, "{}", said.message);
             }
-            let written = health.write(&self.file);
-            let now = written.map_or_else(|error| format!("{error:#}"), |()| String::new());
+            let written = verdict.write(&self.file);
+            let now = written.map_or_else(|error| error.to_string(), |()| String::new());
             if now != wrong && !now.is_empty() {
                 tracing::warn!(error = now, "nobody can know how this node is");
             }
             wrong = now;
-            thread::sleep(match health.is_unsure() {
+            thread::sleep(match verdict.is_unsure() {
                 true => AGAIN,
                 false => CHECK,
             });

@@ -282,3 +282,33 @@ fn a_way_to_log_in_that_nobody_knows_is_not_the_fault_of_the_login() {
         assert!(error.contains("not understood"), "{error}");
     }
 }
+
+#[test]
+fn ufs_is_tried_before_registries_are_asked() {
+    let ufs = Ufs::new();
+    let try_out = |path: &std::path::Path| {
+        let output = mkfs_accel()
+            .args(["check", "--json", "127.0.0.1:1", "--plain-http", "--ufs"])
+            .arg(path)
+            .output()
+            .unwrap();
+        let line = output.stdout.split(|byte| *byte == b'\n').next().unwrap();
+        let said: Value = serde_json::from_slice(line).unwrap();
+        (output.status.code(), said["ufs"].clone())
+    };
+    // It is there, and the registry is not.
+    let (code, said) = try_out(ufs.path());
+    assert_eq!(said, json!({"usable": true, "error": null}));
+    assert_eq!(code, Some(4));
+    for directory in ["tmp", "leases"] {
+        let left = fs::read_dir(ufs.path().join(directory)).unwrap().count();
+        assert_eq!(left, 0, "{directory}");
+    }
+    fs::remove_dir(ufs.path().join("tmp")).unwrap();
+    fs::write(ufs.path().join("tmp"), "").unwrap();
+    let (code, said) = try_out(ufs.path());
+    assert_eq!((code, &said["usable"]), (Some(5), &json!(false)));
+    let error = said["error"].as_str().unwrap();
+    assert!(error.contains("cannot create"), "{error}");
+    assert_eq!(try_out(&ufs.path().join("nowhere")).0, Some(5));
+}

@@ -11,7 +11,7 @@
 //! * [`start`]: what mounting an image reads first, in one file.
 //! * [`claim`]: who needs which images and layers; [`node`]: which layers nodes use;
 //!   [`removal`]: how what neither needs goes.
-//! * [`canary`]: what a node reads to see whether it can serve.
+//! * [`canary`]: what a node reads to see whether it can serve; [`health`]: what came of it.
 //! * [`turn`]: which process converts a layer, when several could.
 //! * [`resolve`]: from what a user calls an image to its record.
 //!
@@ -21,6 +21,7 @@
 pub mod annotations;
 pub mod canary;
 pub mod claim;
+pub mod health;
 pub mod index;
 pub mod lease;
 pub mod names;

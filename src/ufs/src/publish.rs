@@ -241,6 +241,30 @@ impl Ufs {
         Ok(found)
     }
 
+    /// Whether all that publishing needs can be done here: a file is made, written, synced,
+    /// linked to a second name, and read back by that. Nothing of it stays.
+    ///
+    /// # Errors
+    /// What of that cannot be done, or that other bytes are read.
+    pub fn try_out(&self) -> Result<(), UfsError> {
+        let publication = self.create("check")?;
+        let bytes = format!("{}\n", self.shared.owner);
+        let mut file = publication.file();
+        file.write_all(bytes.as_bytes())
+            .and_then(|()| file.sync_all())
+            .map_err(publication.error("write"))?;
+        let link = publication.path().with_extension("link");
+        fs::hard_link(publication.path(), &link).map_err(UfsError::io("make the link", &link))?;
+        self.keep(&link)?;
+        let read = fs::read(&link).map_err(UfsError::io("read", &link));
+        self.end(&link);
+        if read? != bytes.as_bytes() {
+            let other = io::Error::new(io::ErrorKind::InvalidData, "these are other bytes");
+            return Err(publication.error("read back")(other));
+        }
+        Ok(())
+    }
+
     /// Publishes a small file: a record, or an index.
     pub fn publish(&self, name: &RelPath, bytes: &[u8]) -> Result<Outcome, UfsError> {
         let what = name.as_str().rsplit('/').next().unwrap_or("record");

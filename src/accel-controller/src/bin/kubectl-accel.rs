@@ -336,16 +336,10 @@ async fn enable(services: &Api<ImageAcceleration>, spec: &Value, wait: Wait) -> 
     let deadline = wait.deadline();
     loop {
         let service = services.get(SERVICE_NAME).await.map_err(said)?;
-        let status = service.status.unwrap_or_default();
-        let generation = service.metadata.generation;
-        let ready = conditions::find(&status.conditions, "Ready");
-        match ready.filter(|condition| condition.observed_generation == generation) {
-            Some(condition) if condition.status == "True" => {
-                // Not all of it can be known before a task is converted.
-                return say(&format!("ready: {}", condition.message));
-            }
-            Some(condition) => pause(deadline, &condition.message).await?,
-            None => pause(deadline, "the controller has not said anything").await?,
+        match command::enabling(&service) {
+            (Waiting::Done, what) => return say(&format!("ready: {what}")),
+            (Waiting::Failed(what), _) => bail!("{what}"),
+            (Waiting::GoesOn, what) => pause(deadline, &what).await?,
         }
     }
 }

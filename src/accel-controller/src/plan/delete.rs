@@ -1,7 +1,7 @@
 //! What has to be done for a task that is being deleted: what it made goes, but for what
 //! others need, and not while nodes use it.
 
-use super::{LATER, Next, Observed, Plan, SOON, Step, left, waits_for, why};
+use super::{LATER, NO_LOG_YET, Next, Observed, Plan, SOON, Step, left, waits_for, why};
 use crate::conditions;
 use crate::job;
 use crate::login::Secret;
@@ -78,6 +78,12 @@ impl Next<'_> {
                     (Some(said), _) if !said.in_use.is_empty() => self.in_use(&said),
                     (Some(said), Ok(())) => self.removed(&said),
                     (_, Err((reason, message))) => self.delete_failed(job, &reason, &message),
+                    (None, Ok(())) if self.observed.log.is_some() && self.ended_just_now(job) => {
+                        if self.status.used_by.is_empty() {
+                            self.say(Phase::Deleting, NO_LOG_YET);
+                        }
+                        self.again = Some(LATER);
+                    }
                     // Its pod is gone, or its log: it does no harm to do it again.
                     (None, Ok(())) => self.delete_failed(job, "NoResult", "its result is lost"),
                 }

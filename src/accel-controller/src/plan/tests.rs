@@ -373,6 +373,47 @@ fn a_result_that_cannot_be_read_is_unknown_and_one_that_is_lost_is_made_again() 
 }
 
 #[test]
+fn a_log_that_comes_late_is_waited_for_as_long_as_it_may_come() {
+    let ended = |cluster: &mut Cluster| {
+        cluster.end_job("Complete", "");
+        let status = cluster.jobs.last_mut().unwrap().status.as_mut().unwrap();
+        let now = Timestamp::from_second(cluster.now).unwrap();
+        status.completion_time = Some(Time(now));
+        // What a kubelet gives for one that it cannot get.
+        cluster.log = Some(Ok(report::read("unable to retrieve container logs\n")));
+    };
+    let mut cluster = Cluster::working();
+    ended(&mut cluster);
+    for _ in 0..100 {
+        assert!(cluster.step().is_empty());
+        assert_eq!(cluster.status().failures, 0);
+    }
+    let what = "the Job has ended, and its node does not give its log yet";
+    assert_eq!(cluster.phase(), (Phase::Creating, what));
+    cluster.log = Some(Ok(report()));
+    cluster.step();
+    assert_eq!(cluster.phase().0, Phase::Ready);
+    // Of what removes, too.
+    cluster.step();
+    cluster.delete();
+    cluster.log = None;
+    assert_eq!(cluster.step(), ["run accel-u-delete-0"]);
+    ended(&mut cluster);
+    for _ in 0..100 {
+        assert!(cluster.step().is_empty());
+        assert_eq!(cluster.phase().0, Phase::Deleting);
+    }
+    assert_eq!(cluster.status().failures, 0);
+
+    let mut cluster = Cluster::working();
+    ended(&mut cluster);
+    cluster.now += 400;
+    assert!(cluster.step().is_empty());
+    assert_eq!(cluster.status().failures, 1);
+    assert!(cluster.phase().1.contains("lost"), "{}", cluster.phase().1);
+}
+
+#[test]
 fn there_are_never_more_jobs_than_the_limit() {
     let mut cluster = Cluster::new();
     cluster.step();

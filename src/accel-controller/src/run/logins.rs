@@ -1,11 +1,12 @@
-//! Secrets of tasks, and Jobs that ask registries whether they take logins.
+//! Secrets of tasks, and Jobs that try UFS and ask registries whether they take logins.
 
 use super::{Context, RETRY, RunError};
+use crate::check::{self, Checked, Checking, FAILED_MOUNT, Step};
 use crate::job::{self, CHECK};
-use crate::login::{self, Checked, Checking, SECRET_KEY, Secret, Step};
+use crate::login::{self, SECRET_KEY, Secret};
 use crate::resource::{AcceleratedImage, ImageAcceleration};
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1;
+use k8s_openapi::api::core::v1::{self, Event, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt as _;
@@ -69,26 +70,39 @@ impl Context {
         }
     }
 
-    /// Observes and plans how to go on with asking registries for the service.
-    pub(super) async fn look_at_logins(
+    /// Observes and plans how to go on with trying what the service names.
+    pub(super) async fn look_at_check(
         &self,
         service: &ImageAcceleration,
     ) -> Result<Checked, RunError> {
         let of_checks = ListParams::default().labels(&job::selector(CHECK));
         let jobs = self.own::<Job>().list(&of_checks).await?.items;
         let (pod, log) = self.newest_pod(&jobs).await?;
-        Ok(login::check(&Checking {
+        let events = match (&pod, &log) {
+            (Some(pod), None) => self.failed_mounts(pod).await?,
+            _ => Vec::new(),
+        };
+        Ok(check::check(&Checking {
             service,
             jobs: &jobs,
             pod: pod.as_ref(),
             log,
+            events: &events,
             settings: &self.settings,
             now: Timestamp::now(),
         }))
     }
 
+    /// What its node says of a pod whose volumes it cannot mount.
+    async fn failed_mounts(&self, pod: &Pod) -> Result<Vec<Event>, RunError> {
+        let uid = pod.uid().unwrap_or_default();
+        let fields = format!("involvedObject.uid={uid},reason={FAILED_MOUNT}");
+        let of_pod = ListParams::default().fields(&fields);
+        Ok(self.own::<Event>().list(&of_pod).await?.items)
+    }
+
     /// Does what was planned. How long to wait for the next look.
-    pub(super) async fn go_on_with_logins(&self, checked: &Checked) -> Option<Duration> {
+    pub(super) async fn go_on_with_check(&self, checked: &Checked) -> Option<Duration> {
         for step in &checked.steps {
             let done = match step {
                 Step::Run(job) => self.run_job(job).await.map(drop),
@@ -96,7 +110,7 @@ impl Context {
             };
             if let Err(error) = done {
                 self.metrics.error();
-                warn!("registries cannot be asked about the logins: {error}");
+                warn!("UFS and logins cannot be tried: {error}");
                 return Some(RETRY);
             }
         }
