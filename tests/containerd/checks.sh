@@ -216,6 +216,34 @@ maps_ids() {
 }
 fails_quietly() { ! "$@"; }
 
+# containerd mounts the layers' devices itself, and the snapshotter gives it no directories.
+mounts_natively() {
+    stop_process "$snapshotter_pid"
+    start_snapshotter --budget 120 --mounts native
+    wait_until k8s snapshots --snapshotter accel ls
+    same "$(container native "$tiny" -- /bin/sh -c "$program")" "$(cat "$images/output")"
+    same "$(mounted_by_containerd)" 0
+    k8s run -d --runc-root "$work/runc" --snapshotter accel "$implied" natively \
+        /bin/sh -c 'echo written >/app/written; exec sleep 1000000'
+    wait_until k8s tasks exec --exec-id look natively /bin/sh -c 'cat /app/written'
+    same "$(k8s tasks exec --exec-id read natively /bin/sh -c 'cat /app/sticky/one')" one
+    same "$(mounted_by_containerd)" "$(image_has layers "$implied")"
+    same "$(cat "$(k8s snapshots --snapshotter accel mounts /nowhere natively | grep -o 'upperdir=[^, ]*' | cut -d= -f2)/app/written")" written
+    k8s tasks kill -s KILL natively
+    wait_until k8s containers rm natively
+    wait_until nothing_mounted_by_containerd
+    stop_process "$snapshotter_pid"
+    start_snapshotter
+    wait_until k8s snapshots --snapshotter accel ls
+}
+nothing_mounted_by_containerd() { same "$(mounted_by_containerd)" 0; }
+mounted_by_containerd() { counted " $work/containerd-$containerd_version/.* - erofs " cat /proc/self/mountinfo; }
+# mounts_natively_here VERSION: needs containerd 2.2, which no Debian has, and devices.
+mounts_natively_here() {
+    [ "$1" = 2 ] && [ "$transport" != fuse ] && [ -e /dev/ublk-control ] &&
+        "$(peer containerd-2)/usr/bin/containerd" --version | grep -qE ' v?2\.([2-9]|[1-9][0-9])\.'
+}
+
 # The same for a pod with `hostUsers: false`, as a kubelet asks for it over the CRI: its files
 # are root's in its own user namespace, and belong to whom they do in the image. From 2 on
 # nothing was copied, neither into its upper directory nor into a snapshot below; 1.7 has
@@ -835,6 +863,7 @@ checks_for() {
     [ "$1" != 2 ] || all+=(ctr_pulls_lazily maps_ids)
     # 1.6 does not look whether a pod wants any.
     [ "$1" = 1.6 ] || all+=(runs_pods_with_their_own_users)
+    ! mounts_natively_here "$1" || all+=(mounts_natively)
     all+=(survives_its_own_death survives_the_servers_death survives_containerds_restart leaves_nothing
         reads_what_the_mount_needs)
     [ "$1" != 2 ] || all+=(runs_a_hundred_layers pulls_without_the_transfer_service)

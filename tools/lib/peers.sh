@@ -7,9 +7,14 @@
 # libseccomp2, containernetworking-plugins, or containerd-VERSION with 1.6, 1.7 or 2 as
 # version; runc-2 is the one that goes with the last of these. Where there is no
 # archive, as in the test guest, from $ACCEL_PEERS, which collect_peers has filled; runc-2
-# from where it was unpacked, because it works there only.
+# from where it was unpacked, because it works there only. A containerd 2 other than Debian's
+# is taken from $containerd_2, if that is set.
 peer() {
     local suite=''
+    if [ "$1" = containerd-2 ] && [ -n "${containerd_2:-}" ]; then
+        echo "$containerd_2"
+        return
+    fi
     if [ -n "${ACCEL_PEERS:-}" ] && [ "$1" != runc-2 ]; then
         echo "$ACCEL_PEERS/$1"
         return
