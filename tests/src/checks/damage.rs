@@ -310,12 +310,25 @@ pub fn damaged_start_file(setting: &Setting) -> Result<()> {
         (format!("byte {at} changed"), Some(bytes))
     };
     let cut = |to: usize| (format!("{to} bytes left"), Some(whole[..to].to_vec()));
-    let (middle, last) = (whole.len() / 2, whole.len() - 1);
+    let last = whole.len() - 1;
+    // Of the topmost layer, which comes last in it.
+    let image = std::fs::read(&scene.layer.erofs)?;
+    let place = |at: usize| {
+        let wanted = &image[at..at + 32];
+        let found = whole.windows(32).rposition(|bytes| bytes == wanted);
+        found.with_context(|| format!("what the image has at {at} is not in the start file"))
+    };
+    // As in linux/fs/erofs/erofs_fs.h.
+    let meta_blkaddr = u32::from_le_bytes(image[1024 + 40..][..4].try_into()?);
+    let root_nid = u16::from_le_bytes(image[1024 + 14..][..2].try_into()?);
+    let inode = usize::try_from(meta_blkaddr)? * PAGE + usize::from(root_nid) * 32;
+    let (superblock, inode) = (place(1024)?, place(inode)?);
     let cases = [
         ("nothing changed".to_owned(), Some(whole.clone())),
-        // The magic, a block, the checksum.
+        // The magic, the root directory's mode, the superblock's magic, the checksum.
         flipped(0),
-        flipped(middle),
+        flipped(inode + 4),
+        flipped(superblock),
         flipped(last),
         cut(0),
         cut(last),
