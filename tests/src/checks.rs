@@ -80,6 +80,10 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             lifecycle::damaged_entry_costs_its_device_alone,
         ),
         (
+            "lifecycle::newer_journal_is_refused_and_devices_left",
+            lifecycle::newer_journal_is_refused_and_devices_left,
+        ),
+        (
             "lifecycle::removal_of_a_device_in_use_is_taken_back",
             lifecycle::removal_of_a_device_in_use_is_taken_back,
         ),

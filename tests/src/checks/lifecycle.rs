@@ -1,5 +1,7 @@
 //! What is mounted can be unmounted, and then nothing of it is left.
 
+use std::collections::BTreeSet;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
@@ -338,6 +340,62 @@ pub fn damaged_entry_costs_its_device_alone(setting: &Setting) -> Result<()> {
     ensure!(!damaged.exists(), "the damaged entry is in the way");
     daemon.detach(&image.source)?;
     ensure!(read(&daemon.attach(&image.source)?)? == wanted);
+    daemon.detach(&image.source)?;
+    daemon.stop()?;
+    before.check_same_now(setting)
+}
+
+/// A daemon does not start on a journal that a newer version has written, and leaves the
+/// devices as they are: the newer one goes on with them.
+pub fn newer_journal_is_refused_and_devices_left(setting: &Setting) -> Result<()> {
+    let image = image(setting, "tiny")?;
+    let before = State::now(setting)?;
+    let daemon = Daemon::start(setting, &setting.ufs())?;
+    let devices = daemon.attach(&image.source)?;
+    let wanted = std::fs::read(&devices[0])?;
+    // This one device, not another with its name.
+    let mut device = std::fs::File::open(&devices[0])?;
+    let ids = || -> Result<BTreeSet<u32>> {
+        let devices = Inventory::open(BOUND)?.devices()?;
+        Ok(devices.iter().map(|device| device.id).collect())
+    };
+    let there = ids()?;
+    daemon.kill()?;
+    let mut entries = Vec::new();
+    for entry in std::fs::read_dir(daemon.run().join("journal"))? {
+        let path = entry?.path();
+        let text = std::fs::read_to_string(&path)?;
+        let mut json: serde_json::Value = serde_json::from_str(&text)?;
+        json["layout"] = 99.into();
+        std::fs::write(&path, json.to_string())?;
+        entries.push((path, text));
+    }
+    let refused = daemon.start_again();
+    let left = ids()?;
+    let written = entries.iter().all(|(path, _)| {
+        std::fs::read_to_string(path).is_ok_and(|text| text.contains("\"layout\":99"))
+    });
+    for (path, text) in &entries {
+        std::fs::write(path, text)?;
+    }
+    if refused.is_err() {
+        daemon.start_again()?;
+    }
+    let said = daemon.has_said("layout 99")?;
+    ensure!(
+        refused.is_err() && said,
+        "refused: {refused:?}, told: {said}\n{}",
+        daemon.log()
+    );
+    ensure!(
+        written && left == there,
+        "entries left: {written}; devices: {left:?} of {there:?}"
+    );
+    crate::drop_caches()?;
+    let mut found = Vec::new();
+    device.read_to_end(&mut found)?;
+    ensure!(found == wanted, "other bytes");
+    drop(device);
     daemon.detach(&image.source)?;
     daemon.stop()?;
     before.check_same_now(setting)
