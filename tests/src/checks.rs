@@ -6,6 +6,7 @@
 //! | [`reads`] | an exported device has the bytes of the published file, however it is read |
 //! | [`damage`] | bytes that changed on UFS are I/O errors, and nothing else is |
 //! | [`lifecycle`] | unmounting and stopping leave nothing behind; a killed daemon is not noticed |
+//! | [`containers`] | what runs on the snapshotter's layers is named, and left alone |
 //! | [`limits`] | too little of what a daemon needs harms nothing that runs |
 //! | [`fio`] | neither does fio notice, which verifies what it reads |
 //! | [`snapshots`] | what the snapshotter answers is what a plain model says, whatever dies meanwhile |
@@ -20,6 +21,7 @@ use libtest_mimic::Trial;
 
 use crate::{Setting, fixture, nfs};
 
+pub mod containers;
 pub mod damage;
 pub mod fio;
 pub mod jobs;
@@ -109,7 +111,7 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             lifecycle::lost_device_in_use_is_in_nobodys_way,
         ),
     ];
-    let others: [(&str, Check); 24] = [
+    let others: [(&str, Check); 25] = [
         (
             "mount::large_layer_with_at_most_1_mib",
             mounting::large_layer_takes_at_most_1_mib,
@@ -165,6 +167,10 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
         (
             "lifecycle::serves_in_a_sandbox",
             lifecycle::serves_in_a_sandbox,
+        ),
+        (
+            "containers::shutdown_names_them_and_lets_them_run",
+            containers::shutdown_names_them_and_lets_them_run,
         ),
         (
             "lifecycle::stop_leaves_nothing",

@@ -40,3 +40,13 @@ pub(crate) fn loop_device(file: &Path) -> io::Result<(PathBuf, File)> {
         }
     }
 }
+
+/// Whether `device` is a loop device over `file`, by that name.
+pub(crate) fn is_over(device: &Path, file: &Path) -> bool {
+    let name = device.strip_prefix("/dev").ok().and_then(Path::to_str);
+    let Some(name) = name.filter(|name| name.starts_with("loop")) else {
+        return false;
+    };
+    let backing = std::fs::read(format!("/sys/block/{name}/loop/backing_file"));
+    backing.is_ok_and(|path| path.trim_ascii_end() == file.as_os_str().as_encoded_bytes())
+}

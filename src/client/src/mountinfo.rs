@@ -73,17 +73,6 @@ pub fn mounts(text: &str, kind: &str) -> Vec<(PathBuf, PathBuf)> {
     text.lines().filter_map(of_kind).collect()
 }
 
-/// Mount points of what was mounted from `source`, in a text that [`read`] gave; the
-/// last one mounted first.
-pub fn points_of(text: &str, source: &Path) -> Vec<PathBuf> {
-    let of_source = |line: &str| {
-        let (front, back) = line.split_once(" - ")?;
-        let point = unescape(front.split(' ').nth(4)?);
-        (unescape(back.split(' ').nth(1)?) == source).then_some(point)
-    };
-    text.lines().rev().filter_map(of_source).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -92,13 +81,6 @@ mod tests {
     fn points_of_a_kind_are_found() {
         let text = "1 0 0:5 / /a rw - erofs x ro\n2 0 0:6 / /b rw shared:1 - ext4 y rw\n";
         assert_eq!(mounts(text, "erofs"), [("/a".into(), "x".into())]);
-    }
-
-    #[test]
-    fn points_of_a_source_are_found() {
-        let text = "1 0 0:5 / /a rw - erofs /dev/x ro\n2 0 0:5 / /b\\040c rw - erofs /dev/x ro\n";
-        let found = points_of(text, Path::new("/dev/x"));
-        assert_eq!(found, [Path::new("/b c"), Path::new("/a")]);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What a client does to the kernel: EROFS, overlay and FUSE mounts.
 
-use crate::loop_device::loop_device;
+use crate::loop_device::{self, loop_device};
 use crate::mountinfo;
 use crate::protocol::Command;
 use crate::wire;
@@ -18,7 +18,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -186,6 +186,15 @@ fn mount_by_parts(overlay: &Overlay<'_>, point: &Path) -> Result<()> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     rustix::mount::move_mount(&mounted, "", rustix::fs::CWD, point, flags)?;
     Ok(())
+}
+
+/// Where the layer with this device, or file, is mounted, by a text that [`mountinfo::read`]
+/// gave; the last one mounted first.
+pub fn points_of_layer(mounts: &str, device: &Path) -> Vec<PathBuf> {
+    let mounted = mountinfo::mounts(mounts, "erofs").into_iter().rev();
+    let from_it = |from: &Path| from == device || loop_device::is_over(from, device);
+    let found = mounted.filter(|(_, from)| from_it(from));
+    found.map(|(point, _)| point).collect()
 }
 
 /// Whether the topmost mount at `point` is of this kind.

@@ -598,7 +598,7 @@ pub(super) fn mount(mounts: &[api::Mount], point: &Path) -> Result<()> {
 }
 
 /// Where EROFS is mounted beneath a snapshotter's root.
-fn points(root: &Path) -> Result<BTreeSet<PathBuf>> {
+pub(super) fn points(root: &Path) -> Result<BTreeSet<PathBuf>> {
     let text = fs::read_to_string("/proc/self/mountinfo")?;
     let layers = root.join("layers");
     let points = text.lines().filter(|line| line.contains(" - erofs "));

@@ -5,8 +5,9 @@
 //! killed half-way. What somebody uses is told and stays: an unmount here is never a
 //! lazy one, and a device that is open is not stopped.
 
+use super::lock;
 use super::mount::{Noted, leave, noted, take_back};
-use super::{lock, users};
+use super::users::{self, Containers};
 use crate::journal::Journal;
 use crate::lock::Lock;
 use crate::orphans;
@@ -278,6 +279,7 @@ fn end_all(paths: &Paths) -> Result<Vec<String>> {
         }
     }
     let status: Status = wire::ask(&paths.socket, &Command::Status, None)?;
+    let containers = Containers::look();
     for holder in &status.holders {
         if noted(paths)?
             .iter()
@@ -285,7 +287,7 @@ fn end_all(paths: &Paths) -> Result<Vec<String>> {
         {
             continue;
         }
-        if let Err(error) = end_holder(paths, holder, &status) {
+        if let Err(error) = end_holder(paths, holder, &status, &containers) {
             left.push(format!("{}: {error:#}", holder.holder));
         }
     }
@@ -294,7 +296,12 @@ fn end_all(paths: &Paths) -> Result<Vec<String>> {
 
 /// What neither `mount` nor a client that died holds: attached images, and layers of
 /// a snapshotter.
-fn end_holder(paths: &Paths, holder: &HolderStatus, status: &Status) -> Result<()> {
+fn end_holder(
+    paths: &Paths,
+    holder: &HolderStatus,
+    status: &Status,
+    containers: &Containers,
+) -> Result<()> {
     let name = &holder.holder;
     if name.starts_with('/') {
         release(paths, Holder::Mount(name.clone()))?;
@@ -304,21 +311,32 @@ fn end_holder(paths: &Paths, holder: &HolderStatus, status: &Status) -> Result<(
         // Who holds it may be asleep: only what is not mounted any more, or lets
         // itself be unmounted, ends.
         let mounts = mountinfo::read().context("cannot read the list of mounts")?;
+        let mut mounted = Vec::new();
         for root in &holder.layers {
             let export = status.exports.iter().find(|export| export.root == *root);
-            let source = match export.map(|export| &export.device) {
-                Some(DeviceView::Ublk { path }) => path.clone(),
-                Some(DeviceView::Fuse { .. }) => paths.export(*root),
+            let (source, file) = match export.map(|export| &export.device) {
+                Some(DeviceView::Ublk { path }) => (path.clone(), false),
+                Some(DeviceView::Fuse { .. }) => (paths.export(*root), true),
                 None => continue,
             };
-            for point in mountinfo::points_of(&mounts, &source) {
-                system::unmount_point(&point).map_err(|error| with_users(error, &point))?;
+            let points = system::points_of_layer(&mounts, &source);
+            mounted.push((source, file, points));
+        }
+        // All of it first: a container does not keep a layer's mount point busy, and the
+        // next one that is to start needs that.
+        let points = mounted.iter().flat_map(|(_, _, points)| points);
+        for point in points {
+            let users = containers.of_layer(point);
+            if !users.is_empty() {
+                bail!("{} is in use by {users}", point.display());
             }
-            if matches!(
-                export.map(|export| &export.device),
-                Some(DeviceView::Fuse { .. })
-            ) {
-                system::unmount_file(&source).map_err(|error| with_users(error, &source))?;
+        }
+        for (source, file, points) in &mounted {
+            for point in points {
+                system::unmount_point(point).map_err(|error| with_users(error, point))?;
+            }
+            if *file {
+                system::unmount_file(source).map_err(|error| with_users(error, source))?;
             }
         }
         release(paths, Holder::Layer(name.clone()))?;

@@ -18,6 +18,23 @@ fn mounts(text: &str) -> impl Iterator<Item = (&str, PathBuf)> {
     })
 }
 
+/// The overlays in some process's `mountinfo`: where each is, and its lower directories, as
+/// they were named.
+fn overlays(text: &str) -> impl Iterator<Item = (PathBuf, Vec<PathBuf>)> {
+    text.lines().filter_map(|line| {
+        let (front, back) = line.split_once(" - overlay ")?;
+        let options = back.split(' ').nth(1)?.split(',');
+        // One option for all of them, or one for each.
+        let lower = options.filter_map(|option| {
+            let all = option.strip_prefix("lowerdir=");
+            all.or_else(|| option.strip_prefix("lowerdir+="))
+        });
+        let lower = lower.flat_map(|all| all.split(':')).map(unescape);
+        let point = unescape(front.split(' ').nth(4)?);
+        Some((point, lower.collect()))
+    })
+}
+
 /// Whose mount namespace it is.
 fn namespace(pid: &str) -> Option<u64> {
     Some(fs::metadata(format!("/proc/{pid}/ns/mnt")).ok()?.ino())
@@ -46,6 +63,69 @@ pub fn of_mount(point: &Path) -> String {
     })
 }
 
+/// Processes on overlays: containers, for the most part. Nothing else tells who uses a layer:
+/// an overlay has mounts of its own of what lies below it, which are in no list and keep no
+/// mount point busy.
+#[derive(Debug)]
+pub struct Containers(Vec<Container>);
+
+#[derive(Debug)]
+struct Container {
+    pid: u32,
+    command: String,
+    /// Lower directories of the overlays that it is on. They may be relative.
+    lower: Vec<PathBuf>,
+}
+
+impl Containers {
+    /// Those that there are now.
+    pub fn look() -> Self {
+        let here = namespace("self");
+        let read = |pid: &str| {
+            let text = fs::read(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
+            overlays(&String::from_utf8_lossy(&text)).collect::<Vec<_>>()
+        };
+        let own = read("self");
+        let mut containers = Vec::new();
+        for (pid, id) in processes() {
+            let other = (namespace(&pid) != here).then(|| read(&pid));
+            let overlays = other.as_ref().unwrap_or(&own);
+            if overlays.is_empty() {
+                continue;
+            }
+            // A namespace may have a copy of the host's mounts, as a service's has: only
+            // those count on which the process is.
+            let places: Vec<_> = links(&pid).collect();
+            let mut lower = Vec::new();
+            for (point, directories) in overlays {
+                if places.iter().any(|place| place.starts_with(point)) {
+                    lower.extend(directories.iter().cloned());
+                }
+            }
+            if !lower.is_empty() {
+                containers.push(Container {
+                    pid: id,
+                    command: command(&pid),
+                    lower,
+                });
+            }
+        }
+        Self(containers)
+    }
+
+    /// Those on overlays with the layer that is mounted at `point`, for people. Empty if
+    /// there are none.
+    pub fn of_layer(&self, point: &Path) -> String {
+        let uses = |container: &&Container| {
+            let lower = &mut container.lower.iter();
+            // containerd shortens what would be too long to paths that begin somewhere.
+            lower.any(|lower| !lower.as_os_str().is_empty() && point.ends_with(lower))
+        };
+        let users = self.0.iter().filter(uses);
+        told(&users.map(|user| (user.pid, user.command.clone())).collect())
+    }
+}
+
 /// The processes that have the file `path` open, for people.
 pub fn of_file(path: &Path) -> String {
     named(|pid| {
@@ -55,20 +135,28 @@ pub fn of_file(path: &Path) -> String {
     })
 }
 
+/// The processes but for this one.
+fn processes() -> impl Iterator<Item = (String, u32)> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| {
+        let name = entry.file_name().into_string().ok()?;
+        let pid = name.parse::<u32>().ok()?;
+        (pid != std::process::id()).then_some((name, pid))
+    })
+}
+
+fn command(pid: &str) -> String {
+    let command = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    command.trim().to_owned()
+}
+
 /// The processes but for this one for which `uses` holds.
 fn named(uses: impl Fn(&str) -> bool) -> String {
-    let mut users = BTreeMap::new();
-    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        let pid = name.to_str().and_then(|name| name.parse::<u32>().ok());
-        let Some(pid) = pid.filter(|pid| *pid != std::process::id()) else {
-            continue;
-        };
-        if uses(&pid.to_string()) {
-            let command = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            users.insert(pid, command.trim().to_owned());
-        }
-    }
+    let users = processes().filter(|(pid, _)| uses(pid));
+    told(&users.map(|(pid, id)| (id, command(&pid))).collect())
+}
+
+fn told(users: &BTreeMap<u32, String>) -> String {
     let more = users.len().saturating_sub(NAMED);
     let named = users.iter().take(NAMED);
     let named: Vec<_> = named
@@ -82,21 +170,27 @@ fn named(uses: impl Fn(&str) -> bool) -> String {
 
 /// Whether a process of our mount namespace has something open at `point`.
 fn is_in(pid: &str, point: &Path) -> bool {
-    let process = Path::new("/proc").join(pid);
-    let links = ["root", "cwd", "exe"].map(|link| process.join(link));
-    let files = fs::read_dir(process.join("fd")).into_iter().flatten();
-    let files = files.flatten().map(|file| file.path());
-    let mut links = links.into_iter().chain(files);
-    let beneath = |link: PathBuf| fs::read_link(link).is_ok_and(|to| to.starts_with(point));
-    if links.any(beneath) {
+    if links(pid).any(|place| place.starts_with(point)) {
         return true;
     }
-    let maps = fs::read(process.join("maps")).unwrap_or_default();
+    let maps = fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
     let maps = String::from_utf8_lossy(&maps);
     maps.lines().any(|line| {
         let at = line.find('/').map(|at| Path::new(&line[at..]));
         at.is_some_and(|path| path.starts_with(point))
     })
+}
+
+/// Where a process is and which files it has open, by the names of its mount namespace.
+/// What it has mapped is left out: who reads that may have to wait for a process that waits
+/// for a page.
+fn links(pid: &str) -> impl Iterator<Item = PathBuf> {
+    let process = Path::new("/proc").join(pid);
+    let files = fs::read_dir(process.join("fd")).into_iter().flatten();
+    let files = files.flatten().map(|file| file.path());
+    let own = ["root", "cwd", "exe"].map(|link| process.join(link));
+    let links = own.into_iter().chain(files);
+    links.filter_map(|link| fs::read_link(link).ok())
 }
 
 #[cfg(test)]
@@ -108,6 +202,41 @@ mod tests {
         let text = "36 35 98:0 /r /mnt/a\\040b rw,noatime - ext3 /dev/root rw\n";
         let found: Vec<_> = mounts(text).collect();
         assert_eq!(found, [("98:0", PathBuf::from("/mnt/a b"))]);
+    }
+
+    #[test]
+    fn overlays_tell_what_is_below() {
+        let text = "36 35 98:0 /r /mnt/a rw - ext3 /dev/root rw,lowerdir=/no\n\
+                    37 35 0:50 / /c\\0401/rootfs rw shared:9 - overlay overlay rw,lowerdir=/r/layers/a:b,upperdir=/u\n\
+                    38 35 0:51 / / ro - overlay none ro,lowerdir+=/x,lowerdir+=/y\n\
+                    39 35 0:52 / /broken ro - overlay\n";
+        let found: Vec<_> = overlays(text).collect();
+        let paths = |names: [&str; 2]| names.map(PathBuf::from).to_vec();
+        assert_eq!(
+            found,
+            [
+                ("/c 1/rootfs".into(), paths(["/r/layers/a", "b"])),
+                ("/".into(), paths(["/x", "/y"])),
+            ]
+        );
+    }
+
+    #[test]
+    fn containers_are_named_by_what_is_below_them() {
+        let container = |pid, lower: &[&str]| Container {
+            pid,
+            command: "sh".into(),
+            lower: lower.iter().map(PathBuf::from).collect(),
+        };
+        let containers = Containers(vec![
+            container(1, &["/r/layers/a", "/r/layers/b"]),
+            container(2, &["", "layers/b"]),
+            container(3, &["/other/layers/b", "yers/b"]),
+        ]);
+        let of = |point| containers.of_layer(Path::new(point));
+        assert_eq!(of("/r/layers/a"), "sh (process 1)");
+        assert_eq!(of("/r/layers/b"), "sh (process 1), sh (process 2)");
+        assert_eq!(of("/r/layers/c"), "");
     }
 
     #[test]
