@@ -4,7 +4,7 @@
 use crate::conditions;
 use crate::job::{self, Settings};
 use crate::login::{self, ACCESS, Log, Whose};
-use crate::plan::{left, pause, tried_again, waits_for, why};
+use crate::plan::{left, no_pod, pause, tried_again, waits_for, why};
 use crate::resource::{CheckStatus, ImageAcceleration, UfsSpec, UfsVolume};
 use accel_oci::Digest;
 use k8s_openapi::api::batch::v1::Job;
@@ -126,7 +126,7 @@ pub fn check(observed: &Checking<'_>) -> Checked {
     let job = observed.jobs.iter().find(|job| job.name_any() == name);
     match (job, job.and_then(job::end)) {
         (None, _) => check.start(name),
-        (Some(_), None) => check.watch(),
+        (Some(job), None) => check.watch(job),
         (Some(_), Some(Ok(()))) => check.passed(Vec::new(), Some(Duration::ZERO)),
         (Some(job), Some(Err((reason, message)))) => check.failed(job, (&reason, &message)),
     }
@@ -314,8 +314,11 @@ impl Check<'_> {
     }
 
     /// The Job is at work.
-    fn watch(self) -> Checked {
-        let waits = self.observed.pod.and_then(waits_for);
+    fn watch(self, job: &Job) -> Checked {
+        let waits = match self.observed.pod {
+            Some(pod) => waits_for(pod),
+            None => Some(no_pod(job, self.observed.settings)),
+        };
         let ufs = self.tried().unwrap_or_else(|| {
             let begun = self.observed.log.is_some();
             match mount_problem(self.observed.events).filter(|_| !begun) {

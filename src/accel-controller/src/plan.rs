@@ -443,12 +443,7 @@ impl<'a> Next<'a> {
         }
         let what = match self.observed.pod {
             Some(pod) => waits_for(pod).unwrap_or_else(|| "is being converted".to_owned()),
-            // Because it has just been made, or nobody lets it have one.
-            None => format!(
-                "its Job has no pod; if that lasts, `kubectl -n {} describe job {}` says why",
-                self.observed.settings.namespace,
-                job.name_any()
-            ),
+            None => no_pod(job, self.observed.settings),
         };
         self.say(Phase::Creating, &passes.unwrap_or(what));
     }
@@ -568,6 +563,15 @@ impl<'a> Next<'a> {
             self.observed.now,
         );
     }
+}
+
+/// What is said of a Job without a pod: because it has just been made, or nobody lets it have one.
+pub(crate) fn no_pod(job: &Job, settings: &Settings) -> String {
+    format!(
+        "its Job has no pod; if that lasts, `kubectl -n {} describe job {}` says why",
+        settings.namespace,
+        job.name_any()
+    )
 }
 
 fn shown(progress: &Progress, taken: Duration) -> ProgressStatus {
