@@ -488,7 +488,12 @@ impl Context {
         let tasks = self.tasks().await?;
         let looked = self.looked().clone();
         let now = Timestamp::now();
-        let status = service::status(known, claim.as_ref(), &tasks, looked.as_ref(), now);
+        let mut status = service::status(known, claim.as_ref(), &tasks, looked.as_ref(), now);
+        // A Job may try what the claim cannot have yet: of UFS two things are said, one after
+        // the other.
+        if let Some(before) = &service.status {
+            conditions::keep_times(&mut status.conditions, &before.conditions);
+        }
         self.write_service(service, &status).await
     }
 
