@@ -24,6 +24,8 @@ pub fn status<'a>(
     now: Timestamp,
 ) -> ImageAccelerationStatus {
     let mut status = service.status.clone().unwrap_or_default();
+    // What an older version called UfsReady; nobody would change it any more.
+    status.conditions.retain(|said| said.type_ != "UfsBound");
     let generation = service.metadata.generation;
     // Whoever tries UFS and asks registries has said it already, but perhaps of other settings.
     let said = |type_| {
