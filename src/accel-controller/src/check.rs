@@ -240,6 +240,14 @@ impl Check<'_> {
         Said::new("False", NOT_MOUNTED, what)
     }
 
+    /// What the node says of mounting UFS, as long as it is at that.
+    fn node_says(&self) -> Option<Said> {
+        let observed = self.observed;
+        let is_past = observed.log.is_some() || observed.pod.is_some_and(has_volumes);
+        let said = mount_problem(observed.events).filter(|_| !is_past)?;
+        Some(self.not_mounted(&said))
+    }
+
     fn not_usable(&self, said: &str) -> Said {
         let user = self.observed.service.spec.jobs.user;
         let what = format!(
@@ -320,12 +328,9 @@ impl Check<'_> {
             None => Some(no_pod(job, self.observed.settings)),
         };
         let ufs = self.tried().unwrap_or_else(|| {
-            let begun = self.observed.log.is_some();
-            match mount_problem(self.observed.events).filter(|_| !begun) {
-                // The node goes on trying.
-                Some(said) => self.not_mounted(&said),
-                None => self.ufs_as_before(waits.as_deref().unwrap_or("a Job tries it")),
-            }
+            // The node goes on trying.
+            self.node_says()
+                .unwrap_or_else(|| self.ufs_as_before(waits.as_deref().unwrap_or("a Job tries it")))
         });
         let access = match (ufs.status, &waits) {
             ("True", _) => self.access_as_before("registries are asked"),
@@ -347,7 +352,7 @@ impl Check<'_> {
             said
         };
         let not_mounted = || {
-            let said = mount_problem(self.observed.events).map(|said| self.not_mounted(&said));
+            let said = self.node_says();
             // With the deadline the pod goes, and in time what was said of it.
             said.or_else(|| {
                 let before = self.before(UFS_READY)?;
@@ -380,7 +385,16 @@ impl Check<'_> {
     }
 }
 
-/// Why a pod's volume cannot be mounted, as its node has said last.
+/// Whether a pod waits for what comes after its volumes, its image for example.
+fn has_volumes(pod: &Pod) -> bool {
+    let status = pod.status.as_ref();
+    let containers = status.and_then(|status| status.container_statuses.as_ref());
+    let state = containers.and_then(|all| all.first()?.state.as_ref());
+    let reason = state.and_then(|state| state.waiting.as_ref()?.reason.as_deref());
+    reason.is_some_and(|reason| !["ContainerCreating", "PodInitializing"].contains(&reason))
+}
+
+/// Why UFS cannot be mounted for a pod, as its node has said last.
 fn mount_problem(events: &[Event]) -> Option<String> {
     let when = |event: &&Event| {
         let last = event.last_timestamp.as_ref().map(|time| time.0);
@@ -389,7 +403,10 @@ fn mount_problem(events: &[Event]) -> Option<String> {
     let messages = |only: &str| {
         let these = events.iter().filter(|event| {
             let said = event.message.as_deref().unwrap_or_default();
-            event.reason.as_deref() == Some(FAILED_MOUNT) && said.starts_with(only)
+            // A node that is busy may have to try the login's volume again.
+            let of_login = said.contains("volume \"login\"") || said.contains("volumes=[login]");
+            let of_mount = event.reason.as_deref() == Some(FAILED_MOUNT);
+            of_mount && !of_login && said.starts_with(only)
         });
         these.max_by_key(when)
     };

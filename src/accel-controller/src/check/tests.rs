@@ -194,6 +194,31 @@ fn ufs_that_cannot_be_mounted_is_told_at_once_and_tried_on() {
 }
 
 #[test]
+fn what_a_node_says_of_other_things_is_not_ufs() {
+    let mut service = Service::new(json!({"secretName": "login"}));
+    service.step();
+    service.node_says(1, "MountVolume.SetUp failed for volume \"login\" : failed to sync secret cache: timed out waiting for the condition");
+    service.node_says(2, "Unable to attach or mount volumes: unmounted volumes=[login], unattached volumes=[], failed to process volumes=[]: context deadline exceeded");
+    service.step();
+    assert_eq!(service.ufs().0, "Unknown");
+    service.node_says(3, "MountVolume.SetUp failed for volume \"pvc-1\" : not yet");
+    service.step();
+    assert_eq!(service.ufs().1, NOT_MOUNTED);
+    // It is mounted in the end, and the image is not there.
+    let pod = json!({"status": {"containerStatuses": [{
+        "name": "convert", "image": "", "imageID": "", "ready": false, "restartCount": 0,
+        "state": {"waiting": {"reason": "ImagePullBackOff"}},
+    }]}});
+    service.pod = Some(serde_json::from_value(pod).unwrap());
+    service.step();
+    let (is, _, message) = service.ufs();
+    assert!(
+        is == "Unknown" && message.contains("ImagePullBackOff"),
+        "{message}"
+    );
+}
+
+#[test]
 fn a_job_that_goes_slowly_keeps_nobody_waiting() {
     let mut service = Service::new(json!({}));
     service.step();
