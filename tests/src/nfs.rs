@@ -41,8 +41,13 @@ pub struct Server {
     own_directories: Vec<PathBuf>,
 }
 
-/// Whether this machine can run it: root, both modules, the programs.
+/// Whether this machine can run it: root, both modules, the programs, and it exports nothing
+/// itself, which would end with ours.
 pub fn is_possible() -> bool {
+    let exports = fs::read_to_string("/var/lib/nfs/etab").unwrap_or_default();
+    if !exports.trim().is_empty() {
+        return false;
+    }
     let loaded = |module: &str| {
         Path::new("/sys/module").join(module).exists()
             || Command::new("modprobe")
