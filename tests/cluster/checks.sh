@@ -418,7 +418,7 @@ tells_what_is_wrong_with_ufs() {
     same "$(of_service UfsReady reason)" NotMounted
     # It is there, and somebody else's.
     install -d -m 755 -o 0 -g 0 "$nowhere"
-    refused_with 'Permission denied' --host-path "$nowhere/."
+    refused_with 'Permission denied' --host-path "$nowhere"
     same "$(of_service UfsReady reason)" NotUsable
     of_service UfsReady message | grep -F 'spec.jobs.user'
     chown 65532:65532 "$nowhere"

@@ -25,6 +25,9 @@ const NOT_MOUNTED: &str = "NotMounted";
 const NOT_USABLE: &str = "NotUsable";
 /// Its reason when the Job came to nothing for another cause.
 const FAILED: &str = "Failed";
+/// On the service: when somebody turned it on again while something was wrong with it. Another
+/// value has all of it tried again, and at once.
+pub const TRY_AGAIN: &str = "image-accel.io/try-again";
 /// The reason of Events that say of a pod that a volume of it cannot be mounted.
 pub const FAILED_MOUNT: &str = "FailedMount";
 
@@ -154,14 +157,15 @@ fn place(ufs: &UfsSpec) -> String {
 }
 
 /// Of the settings that matter: others are another check.
-fn fingerprint(service: &ImageAcceleration) -> String {
+pub fn fingerprint(service: &ImageAcceleration) -> String {
     let spec = &service.spec;
     let text = json!([
         service.uid(),
         spec.ufs,
         spec.registry,
         spec.jobs.user,
-        spec.jobs.node_selector
+        spec.jobs.node_selector,
+        service.annotations().get(TRY_AGAIN)
     ]);
     let digest = Digest::of(text.to_string().as_bytes());
     digest.hex()[..16].to_owned()

@@ -1,6 +1,6 @@
 //! What `kubectl accel` does without a cluster: names and tables.
 
-use crate::check::UFS_READY;
+use crate::check::{TRY_AGAIN, UFS_READY, fingerprint};
 use crate::conditions;
 use crate::labels::{Health, LABELLING, Word, is_kept_out, is_labelled, is_meant, lease_name};
 use crate::reference::Names;
@@ -61,11 +61,16 @@ pub fn named<'a>(tasks: &'a [AcceleratedImage], name: &str) -> Vec<&'a Accelerat
 }
 
 /// What turns acceleration on, or changes how it is done, if `there` is a service already.
-/// Whatever somebody has begun to turn off for good stays then.
+/// Whatever somebody has begun to turn off for good stays then. If something was wrong it may
+/// have been mended since: then it is tried again, and not only when the next try is due.
 ///
 /// # Errors
 /// It is being turned off: what is changed would go with it.
-pub fn enabled(there: Option<&ImageAcceleration>, spec: &Value) -> Result<Value, String> {
+pub fn enabled(
+    there: Option<&ImageAcceleration>,
+    spec: &Value,
+    now: Timestamp,
+) -> Result<Value, String> {
     let going = there.is_some_and(|service| service.metadata.deletion_timestamp.is_some());
     if going {
         return Err(
@@ -79,6 +84,11 @@ pub fn enabled(there: Option<&ImageAcceleration>, spec: &Value) -> Result<Value,
         "spec": spec,
     });
     service["spec"]["purge"] = json!(false);
+    let status = there.and_then(|service| service.status.as_ref());
+    let check = status.and_then(|status| status.check.as_ref());
+    if check.is_some_and(|check| !check.passed) {
+        service["metadata"]["annotations"] = json!({TRY_AGAIN: now});
+    }
     Ok(service)
 }
 
@@ -101,7 +111,10 @@ pub fn enabling(service: &ImageAcceleration) -> (Waiting, String) {
         let said = conditions::find(&status.conditions, type_);
         said.filter(|said| said.observed_generation == service.metadata.generation)
     };
-    let Some(ready) = said("Ready") else {
+    // What is said may be of a try before somebody asked for another one.
+    let of = status.check.as_ref().map(|check| check.of.as_str());
+    let tried = of == Some(&fingerprint(service));
+    let Some(ready) = said("Ready").filter(|_| tried) else {
         let what = "the controller has not said anything";
         return (Waiting::GoesOn, what.to_owned());
     };
@@ -264,7 +277,9 @@ fn age(seconds: i64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::resource::{AcceleratedImageSpec, AcceleratedImageStatus, ProgressStatus};
+    use crate::resource::{
+        AcceleratedImageSpec, AcceleratedImageStatus, CheckStatus, ProgressStatus,
+    };
     use k8s_openapi::api::core::v1::Node;
 
     fn task(name: &str, source: &str, phase: Phase) -> AcceleratedImage {
@@ -339,15 +354,53 @@ mod tests {
         }))
         .unwrap();
         for known in [None, Some(&there)] {
-            let on = enabled(known, &spec).unwrap();
+            let on = enabled(known, &spec, Timestamp::UNIX_EPOCH).unwrap();
             assert_eq!(on["metadata"]["name"], "cluster");
             assert_eq!(on["spec"]["ufs"]["claimName"], "u");
             assert_eq!(on["spec"]["purge"], false);
         }
         let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(Timestamp::UNIX_EPOCH);
         there.metadata.deletion_timestamp = Some(now);
-        let refused = enabled(Some(&there), &spec).unwrap_err();
+        let refused = enabled(Some(&there), &spec, Timestamp::UNIX_EPOCH).unwrap_err();
         assert!(refused.contains("is being turned off"), "{refused}");
+    }
+
+    #[test]
+    fn turning_on_again_tries_again_what_was_wrong_and_waits_for_that() {
+        let spec = json!({"ufs": {"claimName": "u"}});
+        let now = Timestamp::UNIX_EPOCH;
+        let mut there: ImageAcceleration = serde_json::from_value(json!({
+            "apiVersion": "image-accel.io/v1alpha1", "kind": "ImageAcceleration",
+            "metadata": {"name": "cluster", "generation": 3, "uid": "u"}, "spec": spec,
+        }))
+        .unwrap();
+        let say = |there: &mut ImageAcceleration, status, passed| {
+            let of = fingerprint(there);
+            let said = there.status.get_or_insert_default();
+            said.check = Some(CheckStatus {
+                of,
+                passed,
+                failures: u32::from(!passed),
+                ..CheckStatus::default()
+            });
+            let says = ["Ready", status, "UfsReady", "why"];
+            conditions::set(&mut said.conditions, says, Some(3), now);
+        };
+        assert_eq!(enabling(&there).0, Waiting::GoesOn);
+        say(&mut there, "False", false);
+        assert_eq!(enabling(&there).0, Waiting::Failed("why".to_owned()));
+
+        // The same settings: the generation stays.
+        let again = enabled(Some(&there), &spec, now).unwrap();
+        let asked = again["metadata"]["annotations"][TRY_AGAIN].as_str();
+        let asked = asked.unwrap().to_owned();
+        there.annotations_mut().insert(TRY_AGAIN.to_owned(), asked);
+        assert_eq!(enabling(&there).0, Waiting::GoesOn);
+        say(&mut there, "True", true);
+        assert_eq!(enabling(&there).0, Waiting::Done);
+        // Nothing is wrong: nothing is tried again.
+        let again = enabled(Some(&there), &spec, now).unwrap();
+        assert_eq!(again["metadata"]["annotations"], Value::Null);
     }
 
     #[test]

@@ -254,8 +254,13 @@ impl Ufs {
             .and_then(|()| file.sync_all())
             .map_err(publication.error("write"))?;
         let link = publication.path().with_extension("link");
-        fs::hard_link(publication.path(), &link).map_err(UfsError::io("make the link", &link))?;
-        self.keep(&link)?;
+        match fs::hard_link(publication.path(), &link) {
+            // Over NFS an answer may be lost, and what is asked for again is there then.
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(UfsError::io("make the link", &link)(error));
+            }
+            _ => self.keep(&link)?,
+        }
         let read = fs::read(&link).map_err(UfsError::io("read", &link));
         self.end(&link);
         if read? != bytes.as_bytes() {

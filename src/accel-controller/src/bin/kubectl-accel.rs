@@ -311,7 +311,8 @@ fn say(line: &str) -> Result<()> {
 
 async fn enable(services: &Api<ImageAcceleration>, spec: &Value, wait: Wait) -> Result<()> {
     let there = services.get_opt(SERVICE_NAME).await.map_err(said)?;
-    let service = command::enabled(there.as_ref(), spec).map_err(anyhow::Error::msg)?;
+    let service =
+        command::enabled(there.as_ref(), spec, Timestamp::now()).map_err(anyhow::Error::msg)?;
     let done = match there {
         Some(_) => {
             let patch = Patch::Merge(&service);

@@ -98,7 +98,12 @@ impl Context {
         let uid = pod.uid().unwrap_or_default();
         let fields = format!("involvedObject.uid={uid},reason={FAILED_MOUNT}");
         let of_pod = ListParams::default().fields(&fields);
-        Ok(self.own::<Event>().list(&of_pod).await?.items)
+        match self.own::<Event>().list(&of_pod).await {
+            Ok(events) => Ok(events.items),
+            // Grants of an older version: why is not known then, all the rest is.
+            Err(kube::Error::Api(refusal)) if refusal.code == 403 => Ok(Vec::new()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Does what was planned. How long to wait for the next look.
