@@ -17,7 +17,7 @@
 //!                                                             or says that nobody has better
 //! ```
 //!
-//! **Invariant**: [`fill`](accel_transport::Request::fill) is called only with
+//! **Invariant**: [`fill`](accel_transport::Place::fill) is called only with
 //! bytes of a cache entry, and an entry is made only by a verifier from bytes
 //! that match the image's root (or are zeros that do).
 //!
