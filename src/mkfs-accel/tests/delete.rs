@@ -11,7 +11,6 @@ use std::collections::BTreeSet;
 use std::fs::{self, File, FileTimes};
 use std::path::PathBuf;
 use std::process::{Child, Output, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -283,7 +282,6 @@ fn begin_delete(ufs: &Ufs, claim: &str) -> Child {
 fn who_converts_and_who_deletes_do_not_harm_each_other() {
     let images = [images().0, images().1];
     let ufs = Ufs::new();
-    let over = AtomicBool::new(false);
     let turn = |number: usize, round: u64| {
         let image = &images[number];
         let claim = format!("c/{number}");
@@ -304,33 +302,20 @@ fn who_converts_and_who_deletes_do_not_harm_each_other() {
         let ended = removal.wait().unwrap();
         assert!(ended.success() || ended.code().is_none(), "{ended}");
     };
-    thread::scope(|scope| {
-        let workers: Vec<_> = (0..images.len())
-            .map(|number| {
-                scope.spawn({
-                    let (over, turn) = (&over, &turn);
-                    move || {
-                        for round in 0..40 {
-                            if over.load(Ordering::Relaxed) {
-                                return;
-                            }
-                            turn(number, round);
-                        }
-                    }
-                })
-            })
-            .collect();
-        for worker in workers {
-            let done = worker.join();
-            over.store(true, Ordering::Relaxed);
-            done.unwrap();
+    // What is left is seen only after the last turn of all.
+    for start in (0..40).step_by(4) {
+        thread::scope(|scope| {
+            for number in 0..images.len() {
+                let turn = &turn;
+                scope.spawn(move || (start..start + 4).for_each(|round| turn(number, round)));
+            }
+        });
+        for number in 0..images.len() {
+            deleted(&ufs, &["--claim", &format!("c/{number}")]);
         }
-    });
-    for number in 0..images.len() {
-        deleted(&ufs, &["--claim", &format!("c/{number}")]);
+        good(&[&"gc", &"--watch", &"0", &"--ufs", &ufs.path()]);
+        assert_eq!(there(&ufs), BTreeSet::new());
     }
-    good(&[&"gc", &"--watch", &"0", &"--ufs", &ufs.path()]);
-    assert_eq!(there(&ufs), BTreeSet::new());
 }
 
 /// Three layers, of which the last cannot be converted until its blob is put back.

@@ -321,61 +321,41 @@ impl<'a> Removal<'a> {
             }
             Ok::<_, UfsError>(())
         };
-        settle()?;
-        // What is claimed anew under the same name is needed like what others claim.
-        self.look_at_claims(|claim| claim.going)?;
-        let (goes, kept) = self.divide()?;
-        let roots = self.roots(&goes)?;
-        let users = self.users_of(&roots)?;
-        if !users.is_empty() {
-            return Ok(Outcome::InUse(users));
-        }
         let room = self.ufs.path(&self.room()?);
-        fs::create_dir_all(&room).map_err(UfsError::io("make the directory", &room))?;
-        for file in goes.iter().flat_map(Item::files) {
-            let path = self.ufs.path(&file);
-            match fs::rename(&path, self.hidden(&file)?) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                renamed => renamed.map_err(UfsError::io("rename", &path))?,
-            }
-        }
+        let mut removed = Removed::default();
         settle()?;
-        let mut needs = Needs::default();
-        self.look_at_claims(|claim| claim.going)?;
-        self.others().for_each(|claim| needs.claim(claim));
-        needs.records(self.ufs, &BTreeSet::new())?;
-        let users = self.users_of(&roots)?;
-        let mut removed = Removed {
-            kept: layers(&kept),
-            ..Removed::default()
-        };
-        for item in &goes {
+        // Until nothing is left. What another removal is about to remove may be kept here for
+        // the record of an image that it has not hidden yet, and there for the one that this
+        // has not hidden yet; or be hidden here when it looks, and be put back then. Who looks
+        // last sees that nobody needs it.
+        loop {
+            // What is claimed anew under the same name is needed like what others claim.
+            self.look_at_claims(|claim| claim.going)?;
+            let (goes, kept) = self.divide()?;
+            removed.kept = layers(&kept);
+            if goes.is_empty() {
+                break;
+            }
+            let roots = self.roots(&goes)?;
+            let users = self.users_of(&roots)?;
+            if !users.is_empty() {
+                return Ok(Outcome::InUse(users));
+            }
+            self.hide(&goes, &room)?;
+            settle()?;
+            let mut needs = Needs::default();
+            self.look_at_claims(|claim| claim.going)?;
+            self.others().for_each(|claim| needs.claim(claim));
+            needs.records(self.ufs, &BTreeSet::new())?;
+            let users = self.users_of(&roots)?;
             // If one is used all of it stays: the next time it is tried again.
-            let stays = !users.is_empty() || needs.has(item);
-            // An index without its image is what there must never be, wherever this ends.
-            let files = item.files();
-            if stays {
-                files
-                    .iter()
-                    .rev()
-                    .try_for_each(|file| self.put_back(file))?;
-            } else {
-                for file in &files {
-                    let path = self.hidden(file)?;
-                    let size = path.symlink_metadata().map_or(0, |metadata| metadata.len());
-                    unlink(&path)?;
-                    removed.bytes = removed.bytes.saturating_add(size);
-                }
+            let stays = |item: &Item| !users.is_empty() || needs.has(item);
+            for item in &goes {
+                self.decide(item, stays(item), &mut removed)?;
             }
-            match item {
-                Item::Layer(_) if stays => removed.kept += 1,
-                Item::Layer(_) => removed.layers += 1,
-                Item::Image(manifest) if !stays => removed.images.push(*manifest),
-                _ => {}
+            if !users.is_empty() {
+                return Ok(Outcome::InUse(users));
             }
-        }
-        if !users.is_empty() {
-            return Ok(Outcome::InUse(users));
         }
         for claim in &self.own {
             self.ufs.forget(claim)?;
@@ -393,6 +373,44 @@ impl<'a> Removal<'a> {
             gone => gone.map_err(UfsError::io("remove", &room))?,
         }
         Ok(Outcome::Removed(removed))
+    }
+
+    fn hide(&self, items: &[Item], room: &Path) -> Result<(), UfsError> {
+        fs::create_dir_all(room).map_err(UfsError::io("make the directory", room))?;
+        for file in items.iter().flat_map(Item::files) {
+            let path = self.ufs.path(&file);
+            match fs::rename(&path, self.hidden(&file)?) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                renamed => renamed.map_err(UfsError::io("rename", &path))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts back what is hidden of an item, or removes it.
+    fn decide(&self, item: &Item, stays: bool, removed: &mut Removed) -> Result<(), UfsError> {
+        // An index without its image is what there must never be, wherever this ends.
+        let files = item.files();
+        if stays {
+            files
+                .iter()
+                .rev()
+                .try_for_each(|file| self.put_back(file))?;
+        } else {
+            for file in &files {
+                let path = self.hidden(file)?;
+                let size = path.symlink_metadata().map_or(0, |metadata| metadata.len());
+                unlink(&path)?;
+                removed.bytes = removed.bytes.saturating_add(size);
+            }
+        }
+        match item {
+            Item::Layer(_) if stays => removed.kept += 1,
+            Item::Layer(_) => removed.layers += 1,
+            Item::Image(manifest) if !stays => removed.images.push(*manifest),
+            _ => {}
+        }
+        Ok(())
     }
 
     /// Gives a hidden file its name again, unless there is another one of that name by now.
