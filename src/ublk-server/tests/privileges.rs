@@ -51,12 +51,19 @@ fn every_process_has_only_what_it_needs() {
     }
     let here = disk.path().to_str().unwrap();
     let of_disk = |name: &str| {
-        let mut children = children(&node.child.id().to_string()).into_iter();
-        let found = children.find(|child| {
+        let is_it = |child: &String| {
             let words = fs::read_to_string(format!("/proc/{child}/cmdline"));
             words.is_ok_and(|words| words.contains(name) && words.contains(here))
-        });
-        found.unwrap_or_else(|| panic!("no {name} of the disk cache"))
+        };
+        // Before it has begun its program it is called what the daemon is.
+        for _ in 0..600 {
+            let mut children = children(&node.child.id().to_string()).into_iter();
+            if let Some(found) = children.find(is_it) {
+                return found;
+            }
+            nap();
+        }
+        panic!("no {name} of the disk cache")
     };
     check(&of_disk("source-worker"), READER);
     check(&of_disk("disk-cache-worker"), WRITER);
