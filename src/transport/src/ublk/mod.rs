@@ -27,6 +27,7 @@ mod helpers;
 mod inventory;
 mod mailbox;
 mod pace;
+mod place;
 mod probe;
 mod queue;
 mod unfinished;

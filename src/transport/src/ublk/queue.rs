@@ -28,7 +28,6 @@
 //! result is kept. So a device whose `depth` tags have all been taken back by the driver has no
 //! request left, and is forgotten.
 
-use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -45,6 +44,7 @@ use super::error::{UblkError, Unavailable};
 use super::helpers::{Pile, Work};
 use super::mailbox::{Done, Mailbox, Own, lock};
 use super::pace::{LookedFor, Pace, Polling};
+use super::place::{OwnPlace, TagPlace};
 use crate::request::{Place, ReadError, Reader, Request};
 use accel_sys::ublk::{self as driver, Ask};
 use accel_sys::ublk::{Descriptors, QueueEvent, QueueRing};
@@ -164,97 +164,6 @@ impl Place for UblkRequest {
 
     fn fill_from(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
         let len = self.place().fill_from(parts)?;
-        self.filled(len);
-        Ok(())
-    }
-}
-
-/// Where the driver takes the bytes of a tag's request.
-#[derive(Debug, Clone, Copy)]
-struct TagPlace<'a> {
-    cdev: BorrowedFd<'a>,
-    tag: u16,
-    len: u32,
-}
-
-impl TagPlace<'_> {
-    fn fill(self, at: usize, bytes: &[u8]) -> io::Result<()> {
-        let end = at.checked_add(bytes.len());
-        if end.is_none_or(|end| end > self.len as usize) {
-            return Err(self.misfit(at, bytes.len()));
-        }
-        let mut offset = driver::data_offset(self.tag) + at as u64;
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            match rustix::io::pwrite(self.cdev, rest, offset) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(written) => {
-                    offset += written as u64;
-                    rest = &rest[written..];
-                }
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-        Ok(())
-    }
-
-    /// The sum of their lengths, bytes.
-    fn fill_from(self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
-        if let [part] = parts {
-            return self.fill(0, part).map(|()| part.len());
-        }
-        let len = parts.iter().map(|part| part.len()).sum();
-        if len > self.len as usize {
-            return Err(self.misfit(0, len));
-        }
-        let offset = driver::data_offset(self.tag);
-        match rustix::io::pwritev(self.cdev, parts, offset) {
-            Ok(written) if written == len => {}
-            // Cut short: one part after the other.
-            Ok(_) | Err(Errno::INTR) => {
-                let mut at = 0;
-                for part in parts {
-                    self.fill(at, part)?;
-                    at += part.len();
-                }
-            }
-            Err(errno) => return Err(errno.into()),
-        }
-        Ok(len)
-    }
-
-    fn misfit(self, at: usize, len: usize) -> io::Error {
-        let own = self.len;
-        io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!("{len} bytes at {at} do not fit a request of {own} bytes"),
-        )
-    }
-}
-
-/// The same for a request that no other thread fills: the queue thread serves it at once.
-#[derive(Debug)]
-struct OwnPlace<'a> {
-    place: TagPlace<'a>,
-    filled: Cell<usize>,
-}
-
-impl OwnPlace<'_> {
-    fn filled(&self, len: usize) {
-        self.filled.set(self.filled.get().saturating_add(len));
-    }
-}
-
-impl Place for OwnPlace<'_> {
-    fn fill(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
-        self.place.fill(at, bytes)?;
-        self.filled(bytes.len());
-        Ok(())
-    }
-
-    fn fill_from(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
-        let len = self.place.fill_from(parts)?;
         self.filled(len);
         Ok(())
     }
@@ -761,15 +670,12 @@ impl<R: Reader> Slot<R> {
     /// Serves the request at a tag, if the reader has its bytes at hand: what to answer.
     fn read_at_once(&self, tag: u16, offset: u64, len: u32, kept: &mut R::Kept) -> Option<i32> {
         let cdev = self.cdev();
-        let place = OwnPlace {
-            place: TagPlace { cdev, tag, len },
-            filled: Cell::new(0),
-        };
+        let place = OwnPlace::new(TagPlace { cdev, tag, len });
         let read = || self.reader.read_at_once(offset, len as usize, kept, &place);
         let result = match catch_unwind(AssertUnwindSafe(read)) {
             Ok(Ok(false)) => return None,
             // The request's pages hold whatever was in them before.
-            Ok(Ok(true)) => ReadError::unless_full(place.filled.get(), len as usize),
+            Ok(Ok(true)) => ReadError::unless_full(place.copied(), len as usize),
             Ok(Err(error)) => Err(error),
             Err(_) => {
                 let reason = "a reader panicked".to_owned();
