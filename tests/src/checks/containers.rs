@@ -62,6 +62,8 @@ fn shut_down_under_a_container(
     rustix::mount::unmount(&root, rustix::mount::UnmountFlags::empty())?;
     checked?;
     ensure!(ended.success(), "the container ended with {ended}");
+    // As the units have it: a snapshotter that runs mounts again what its images need.
+    snapshotter.kill()?;
     daemon.ask(["shutdown", "--leave-daemon"])?;
     let left = points(&snapshotter.root())?;
     ensure!(left.is_empty(), "still mounted: {left:?}");
