@@ -19,6 +19,8 @@
 use anyhow::Result;
 use libtest_mimic::Trial;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::{Setting, fixture, nfs};
 
@@ -212,8 +214,27 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
     Ok(trials)
 }
 
+/// How long each check has taken.
+static TAKEN: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
+
+/// The `count` checks that have taken longest, the longest first.
+pub fn longest(count: usize) -> Vec<(Duration, String)> {
+    let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    taken.sort_unstable_by(|a, b| b.cmp(a));
+    taken.truncate(count);
+    taken
+}
+
 fn trial(name: &str, check: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
+    let known_as = name.to_owned();
     Trial::test(name, move || {
-        check().map_err(|error| format!("{error:#}").into())
+        let since = Instant::now();
+        let result = check();
+        let taken = (since.elapsed(), known_as);
+        TAKEN
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(taken);
+        result.map_err(|error| format!("{error:#}").into())
     })
 }

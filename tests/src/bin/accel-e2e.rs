@@ -33,6 +33,9 @@ struct Arguments {
 /// The exit status for tools/test that says that nothing was tested.
 const SKIPPED: u8 = 77;
 
+/// How many of the checks that took longest are named.
+const LONGEST: usize = 12;
+
 fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
     let setting = Setting {
@@ -67,5 +70,9 @@ fn main() -> anyhow::Result<ExitCode> {
         list: arguments.list,
         ..Libtest::default()
     };
-    Ok(libtest_mimic::run(&libtest, trials).exit_code())
+    let conclusion = libtest_mimic::run(&libtest, trials);
+    for (taken, name) in checks::longest(LONGEST) {
+        println!("{:6.1} s {name}", taken.as_secs_f64());
+    }
+    Ok(conclusion.exit_code())
 }
