@@ -867,7 +867,8 @@ checks_for() {
     ! mounts_natively_here "$1" || all+=(mounts_natively)
     all+=(survives_its_own_death survives_the_servers_death survives_containerds_restart leaves_nothing
         reads_what_the_mount_needs)
-    [ "$1" != 2 ] || all+=(runs_a_hundred_layers pulls_without_the_transfer_service)
+    [ "$1" != 2 ] || all+=(runs_a_hundred_layers pulls_without_the_transfer_service
+        survives_death_while_pulling survives_a_ufs_that_stalls_while_running)
     [ "$1" = 1.6 ] || all+=(pulls_for_a_runtime_class)
     all+=(doctor_mends_a_configuration doctor_mends_each_fault ends_containerd)
     [ "$1" != 1.7 ] || all+=(follows_the_readme)

@@ -26,6 +26,9 @@ struct Arguments {
     /// List the checks and run none
     #[arg(long)]
     list: bool,
+    /// Not the checks whose name contains this; may be repeated
+    #[arg(long, value_name = "NAME")]
+    skip: Vec<String>,
     /// Only the checks whose name contains one of these
     filter: Vec<String>,
 }
@@ -45,8 +48,9 @@ fn main() -> anyhow::Result<ExitCode> {
         scratch: arguments.scratch.canonicalize()?,
     };
     let named = |trial: &Trial| {
-        let mut parts = arguments.filter.iter();
-        arguments.filter.is_empty() || parts.any(|part| trial.name().contains(part))
+        let has = |part: &String| trial.name().contains(part);
+        let wanted = arguments.filter.is_empty() || arguments.filter.iter().any(has);
+        wanted && !arguments.skip.iter().any(has)
     };
     let mut trials = checks::all(&setting)?;
     trials.retain(named);
