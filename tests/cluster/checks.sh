@@ -509,6 +509,13 @@ passes_on_the_lead() {
 
 access_is() { [ "$(condition "$1" RegistryAccess reason)" = "$2" ]; }
 of_service() { k get imageacceleration cluster -o "jsonpath={.status.conditions[?(@.type==\"$1\")].$2}"; }
+# service_is CONDITION STATUS REASON
+service_is() { [ "$(of_service "$1" status) $(of_service "$1" reason)" = "$2 $3" ]; }
+# Jobs that try UFS.
+checks_at_work() {
+    k -n image-accel get jobs -l app.kubernetes.io/component=check -o json |
+        jq -r '.items[] | select(.status.conditions == null) | .metadata.name'
+}
 service_access_is() { [ "$(of_service RegistryAccess reason)" = "$1" ]; }
 # logs_in_with SECRET: from now on; registries are asked anew.
 logs_in_with() {
@@ -714,9 +721,11 @@ still_runs() { same "$(k get pod guided -o 'jsonpath={.status.phase} {.status.co
 
 # The pod runs on whatever happens to the label.
 takes_the_label_while_ufs_is_away() {
+    wait_until service_is Ready True Working
     guided_pod
-    # UFS is unmounted, and nobody has it open any more.
+    # UFS is unmounted, nobody has it open any more, and no Job can have it.
     umount -l "$work/node-ufs"
+    mv "$work/ufs" "$work/ufs-away"
     # shellcheck disable=SC2046 # a list of numbers
     kill -KILL $(server_status | jq '.sources[].worker')
     wait_until not_labelled
@@ -725,8 +734,16 @@ takes_the_label_while_ufs_is_away() {
     says n1 no '.*(UFS is not mounted|does not answer)'
     # Nobody takes the directory for UFS that it was mounted at.
     same "$(find "$work/node-ufs" -mindepth 1)" ''
+    # The service says so, once a Job could not have it either.
+    wait_until service_is UfsReady False NotMounted
+    service_is Ready False UfsReady
+    of_service Ready message | grep -F 'the PersistentVolumeClaim ufs cannot be mounted: '
+    same "$(checks_at_work | wc -l)" 1
+    mv "$work/ufs-away" "$work/ufs"
     mount_node_ufs
     wait_until labelled
+    wait_until service_is UfsReady True Tried
+    wait_until service_is Ready True Working
     # Nothing answers.
     kill -STOP "$server_pid"
     wait_until not_labelled
@@ -912,8 +929,12 @@ deletes_while_ufs_is_away() {
     k delete acceleratedimage large --wait=false
     becomes large DeleteError
     of_task large message | grep '^UFS does not answer'
+    # The node has it open still: that Jobs cannot have it the task has told.
+    labelled
+    wait_until service_is UfsReady False NotMounted
     mv "$work/ufs-away" "$work/ufs"
     wait_until is_gone large
+    wait_until service_is UfsReady True Tried
     [ -z "$(find "$work/ufs" -name '*.erofs' -size +200M)" ]
     service 'jobs: {limit: 2, retries: 0, memoryMib: 256, cpuMillis: 300, deadlineSeconds: 21600}'
 }

@@ -1,8 +1,14 @@
 //! What is tried for the service before anything depends on it: a Job mounts UFS as all of them
 //! do, writes to it and reads it back, and asks registries whether they take the logins.
+//!
+//! What has gone well counts until somebody who depends on UFS says that it is away: all nodes that
+//! can tell, or a task whose Job could not use it. Then a Job tries it anew. Each further one that
+//! is begun for such a word, and finds nothing wrong, comes later: there may be nothing wrong but
+//! with the nodes.
 
 use crate::conditions;
 use crate::job::{self, Settings};
+use crate::labels::Ufs;
 use crate::login::{self, ACCESS, Log, Whose};
 use crate::plan::{left, no_pod, pause, tried_again, waits_for, why};
 use crate::resource::{CheckStatus, ImageAcceleration, UfsSpec, UfsVolume};
@@ -19,6 +25,10 @@ use std::time::Duration;
 pub const UFS_READY: &str = "UfsReady";
 /// Its reason when one has.
 const TRIED: &str = "Tried";
+/// Its reason when one has, and nodes cannot read from it all the same.
+const JOBS_ONLY: &str = "JobsOnly";
+/// Its reason when one had, and it seems to be away since then.
+const DOUBTED: &str = "Doubted";
 /// Its reason while no node of the Job can mount UFS.
 const NOT_MOUNTED: &str = "NotMounted";
 /// Its reason when UFS is there, and cannot be written to or read.
@@ -31,6 +41,9 @@ pub const TRY_AGAIN: &str = "image-accel.io/try-again";
 /// The reason of Events that say of a pod that a volume of it cannot be mounted.
 pub const FAILED_MOUNT: &str = "FailedMount";
 
+/// How long nobody may have said that UFS is away, after a Job could have tried it for that, until
+/// the next one who says so is believed as soon as the first.
+const CALM: Duration = Duration::from_secs(600);
 /// How soon to look again while a Job is at work.
 const SOON: Duration = Duration::from_secs(3);
 
@@ -47,10 +60,23 @@ pub struct Checking<'a> {
     pub log: Option<Log>,
     /// Events that say why that pod has not begun: [`FAILED_MOUNT`].
     pub events: &'a [Event],
+    /// What the nodes say of UFS, if they were looked at.
+    pub nodes: Option<&'a Ufs>,
+    /// The last task that could not use it.
+    pub trouble: Option<&'a Trouble>,
     /// What the controller was told.
     pub settings: &'a Settings,
     /// The time.
     pub now: Timestamp,
+}
+
+/// That a task's Job could not use UFS.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    /// When it was seen.
+    pub at: Timestamp,
+    /// Which task, and what its Job says.
+    pub what: String,
 }
 
 /// Something to be done.
@@ -65,13 +91,13 @@ pub enum Step {
 /// A condition's status (`True`, `False` or `Unknown`), reason and message.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Said {
-    status: &'static str,
-    reason: String,
-    message: String,
+    pub(crate) status: &'static str,
+    pub(crate) reason: String,
+    pub(crate) message: String,
 }
 
 impl Said {
-    fn new(status: &'static str, reason: &str, message: impl Into<String>) -> Self {
+    pub(crate) fn new(status: &'static str, reason: &str, message: impl Into<String>) -> Self {
         Self {
             status,
             reason: reason.to_owned(),
@@ -82,7 +108,8 @@ impl Said {
     fn again(said: &Condition) -> Self {
         let status = match said.status.as_str() {
             "True" => "True",
-            _ => "False",
+            "False" => "False",
+            _ => "Unknown",
         };
         Self::new(status, &said.reason, said.message.clone())
     }
@@ -103,8 +130,8 @@ pub struct Checked {
     pub again: Option<Duration>,
 }
 
-/// Decides how to go on with trying what the service names: once for all of its settings, and
-/// again after a while if something is wrong with them.
+/// Decides how to go on with trying what the service names: once for all of its settings, again
+/// after a while if something is wrong with them, and anew if UFS seems to be away.
 pub fn check(observed: &Checking<'_>) -> Checked {
     let service = observed.service;
     let of = fingerprint(service);
@@ -116,15 +143,19 @@ pub fn check(observed: &Checking<'_>) -> Checked {
         of,
         ..CheckStatus::default()
     });
-    let name = format!("accel-check-{}-{}", state.of, state.failures);
+    let (of, failures) = (&state.of, state.failures);
+    // The Job of another round may not be gone yet.
+    let name = match state.rounds {
+        0 => format!("accel-check-{of}-{failures}"),
+        round => format!("accel-check-{of}-{round}-{failures}"),
+    };
     let check = Check {
         observed,
         place: place(&service.spec.ufs),
         state,
     };
     if check.state.passed {
-        let steps = check.stop_all();
-        return check.passed(steps, None);
+        return check.goes_on();
     }
     let job = observed.jobs.iter().find(|job| job.name_any() == name);
     match (job, job.and_then(job::end)) {
@@ -132,17 +163,6 @@ pub fn check(observed: &Checking<'_>) -> Checked {
         (Some(job), None) => check.watch(job),
         (Some(_), Some(Ok(()))) => check.passed(Vec::new(), Some(Duration::ZERO)),
         (Some(job), Some(Err((reason, message)))) => check.failed(job, (&reason, &message)),
-    }
-}
-
-/// Writes it into a status.
-pub fn tell(checked: &Checked, service: &mut ImageAcceleration, now: Timestamp) {
-    let generation = service.metadata.generation;
-    let status = service.status.get_or_insert_default();
-    status.check = Some(checked.check.clone());
-    for (type_, said) in [(UFS_READY, &checked.ufs), (ACCESS, &checked.access)] {
-        let says = [type_, said.status, &said.reason, &said.message];
-        conditions::set(&mut status.conditions, says, generation, now);
     }
 }
 
@@ -193,19 +213,26 @@ impl Check<'_> {
         stay.map(|job| Step::Stop(job.name_any())).collect()
     }
 
-    /// What is known of this, if these settings have been tried in vain: it stays until there is
+    fn said(&self, type_: &str) -> Option<&Condition> {
+        let status = self.observed.service.status.as_ref();
+        status.and_then(|status| conditions::find(&status.conditions, type_))
+    }
+
+    /// What is known of this, if these settings have been tried before: it stays until there is
     /// something else to say.
     fn before(&self, type_: &str) -> Option<&Condition> {
-        let status = self.observed.service.status.as_ref();
-        let said = status.and_then(|status| conditions::find(&status.conditions, type_));
-        said.filter(|said| self.state.failures > 0 && said.status != "Unknown")
+        let tried = self.state.failures > 0 || self.state.rounds > 0;
+        let said = self.said(type_).filter(|_| tried);
+        said.filter(|said| said.status != "Unknown" || said.reason == DOUBTED)
     }
 
     /// As long as nothing new is known of UFS.
     fn ufs_as_before(&self, now: &str) -> Said {
         // That the claim has no volume is no result of a Job.
-        let of_job =
-            |said: &&Condition| [TRIED, NOT_MOUNTED, NOT_USABLE, FAILED].contains(&&*said.reason);
+        let of_job = |said: &&Condition| {
+            let reasons = [TRIED, JOBS_ONLY, DOUBTED, NOT_MOUNTED, NOT_USABLE, FAILED];
+            reasons.contains(&&*said.reason)
+        };
         match self.before(UFS_READY).filter(of_job) {
             Some(said) => Said::again(said),
             None => Said::new("Unknown", "Trying", now),
@@ -226,7 +253,79 @@ impl Check<'_> {
 
     fn ufs_is_good(&self) -> Said {
         let what = format!("a Job has written to {}, and read it back", self.place);
-        Said::new("True", TRIED, what)
+        match self.observed.nodes {
+            Some(Ufs::Unread(said)) => {
+                let what = format!("{what}, but no node that can tell reads from it ({said})");
+                Said::new("True", JOBS_ONLY, what)
+            }
+            _ => Said::new("True", TRIED, what),
+        }
+    }
+
+    /// Who says that UFS is away, although a Job could use it the last time.
+    fn doubt(&self) -> Option<String> {
+        if let Some(Ufs::Unread(said)) = self.observed.nodes {
+            return Some(format!("no node that can tell reads from it ({said})"));
+        }
+        let since = self.state.finished_at.as_ref();
+        let later = |trouble: &&Trouble| since.is_none_or(|Time(since)| trouble.at > *since);
+        let trouble = self.observed.trouble.filter(later)?;
+        Some(trouble.what.clone())
+    }
+
+    /// What is left of a pause since it was tried last.
+    fn left(&self, pause: Duration) -> Option<Duration> {
+        let Time(last) = self.state.finished_at.as_ref()?;
+        left(*last, pause, self.observed.now)
+    }
+
+    /// It has passed.
+    fn goes_on(mut self) -> Checked {
+        let steps = self.stop_all();
+        let pause = pause(self.state.doubts);
+        match self.doubt() {
+            Some(doubt) if self.left(pause).is_none() => return self.doubted(&doubt, steps),
+            Some(_) => {}
+            // Nothing was said for long, or not even nodes have been looked at.
+            None if self.observed.nodes.is_some() && self.left(pause + CALM).is_none() => {
+                self.state.doubts = 0;
+            }
+            None => {}
+        }
+        let said = self.said(UFS_READY);
+        let same = match (self.observed.nodes, said.map(|said| &*said.reason)) {
+            // A Job has not tried it since they say so, or they may say it still.
+            (Some(Ufs::Unread(_)), Some(TRIED | JOBS_ONLY))
+            | (Some(Ufs::Untold) | None, Some(JOBS_ONLY)) => said.map(Said::again),
+            _ => None,
+        };
+        let mut checked = self.passed(steps, None);
+        checked.ufs = same.unwrap_or(checked.ufs);
+        checked
+    }
+
+    /// It has passed, and somebody says that UFS is away: it is tried anew.
+    fn doubted(mut self, doubt: &str, steps: Vec<Step>) -> Checked {
+        self.state.passed = false;
+        self.state.failures = 0;
+        self.state.rounds = self.state.rounds.saturating_add(1);
+        self.state.doubts = self.state.doubts.saturating_add(1);
+        let ufs = match self.said(UFS_READY) {
+            // A Job has found it to be there while they said that.
+            Some(said) if said.reason == JOBS_ONLY => Said::again(said),
+            _ => {
+                let what = format!("{} seems to be away: {doubt}; a Job tries it", self.place);
+                Said::new("Unknown", DOUBTED, what)
+            }
+        };
+        let access = self.access_as_before("registries are asked once UFS can be used");
+        self.say(ufs, access, steps, Some(Duration::ZERO))
+    }
+
+    /// A Job has come to an end.
+    fn ended(&mut self) {
+        self.state.finished_at = Some(Time(self.observed.now));
+        self.state.doubted = matches!(self.observed.nodes, Some(Ufs::Unread(_)));
     }
 
     /// UFS cannot be mounted; `said` by the node that tried.
@@ -284,7 +383,7 @@ impl Check<'_> {
     fn passed(mut self, steps: Vec<Step>, again: Option<Duration>) -> Checked {
         if !self.state.passed {
             self.state.passed = true;
-            self.state.finished_at = Some(Time(self.observed.now));
+            self.ended();
         }
         let ufs = self.ufs_is_good();
         let access = match self.asks() {
@@ -296,10 +395,12 @@ impl Check<'_> {
 
     /// There is no Job.
     fn start(self, name: String) -> Checked {
-        let last = self.state.finished_at.as_ref();
-        let pause = pause(self.state.failures);
-        let left = last.and_then(|Time(last)| left(*last, pause, self.observed.now));
-        let (steps, again) = match left {
+        let pause = match self.observed.nodes {
+            // It was away for them, too, and is back.
+            Some(Ufs::Read) if self.state.doubted => pause(1),
+            _ => pause(self.state.failures),
+        };
+        let (steps, again) = match self.left(pause) {
             // The failed Job stays that long for whoever wants to look at it.
             Some(left) => (Vec::new(), left),
             None => {
@@ -349,7 +450,7 @@ impl Check<'_> {
     fn failed(mut self, job: &Job, end: (&str, &str)) -> Checked {
         let (pod, log) = (self.observed.pod, self.observed.log.as_ref());
         self.state.failures = self.state.failures.saturating_add(1);
-        self.state.finished_at = Some(Time(self.observed.now));
+        self.ended();
         let pause = pause(self.state.failures);
         let tried_again = |mut said: Said| {
             said.message = tried_again(&said.message, job, pause);

@@ -38,35 +38,3 @@ pub fn set(
         None => all.push(condition),
     }
 }
-
-/// Gives those whose status is what it was `before` the time that they had then, whatever was
-/// said of them in between.
-pub fn keep_times(all: &mut [Condition], before: &[Condition]) {
-    for said in all {
-        let was = find(before, &said.type_).filter(|was| was.status == said.status);
-        if let Some(was) = was {
-            said.last_transition_time = was.last_transition_time.clone();
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_was_said_in_between_is_no_change() {
-        let at = |seconds| Timestamp::from_second(seconds).unwrap();
-        let mut all = Vec::new();
-        set(&mut all, ["Kept", "False", "Why", ""], Some(1), at(1));
-        set(&mut all, ["Changed", "False", "Why", ""], Some(1), at(1));
-        let before = all.clone();
-        for (status, second) in [("Unknown", 2), ("False", 3)] {
-            set(&mut all, ["Kept", status, "Why", ""], Some(1), at(second));
-        }
-        set(&mut all, ["Changed", "True", "Why", ""], Some(1), at(3));
-        keep_times(&mut all, &before);
-        assert_eq!(all[0], before[0]);
-        assert_eq!(all[1].last_transition_time, Time(at(3)));
-    }
-}

@@ -26,6 +26,8 @@ pub const COMPONENT: (&str, &str) = ("app.kubernetes.io/component", "node-health
 pub const HEALTHY: &str = "image-accel.io/healthy";
 /// On a node's Lease: what came of the last check.
 pub const MESSAGE: &str = "image-accel.io/message";
+/// On a node's Lease: `true` if it cannot serve because it cannot read from UFS.
+pub const UFS_UNREAD: &str = "image-accel.io/ufs-unread";
 /// On a node: which label it was given, so that it can be taken away.
 const LABELLED: &str = "image-accel.io/labelled";
 /// The label's value.
@@ -74,6 +76,8 @@ pub enum Health {
 pub struct Word {
     /// Whether it can serve.
     pub health: Health,
+    /// Whether it cannot because it cannot read from UFS.
+    pub ufs_unread: bool,
     /// What came of the last check.
     pub message: String,
 }
@@ -84,11 +88,13 @@ impl Word {
         let says = |key: &str| lease.annotations().get(key).cloned().unwrap_or_default();
         // It is shown on terminals, and the node has written it.
         let message = says(MESSAGE).replace(char::is_control, " ");
+        let healthy = says(HEALTHY) == YES;
         Self {
-            health: match says(HEALTHY) == YES {
+            health: match healthy {
                 true => Health::Good,
                 false => Health::Bad,
             },
+            ufs_unread: !healthy && says(UFS_UNREAD) == YES,
             message: message.chars().take(MAX_MESSAGE).collect(),
         }
     }
@@ -121,6 +127,7 @@ impl Seen {
             if seen.renewed.is_none() || now.duration_since(seen.since) > SILENCE {
                 word = Word {
                     health: Health::Bad,
+                    ufs_unread: false,
                     message: "its agent is silent".to_owned(),
                 };
             } else if !seen.heard && word.health == Health::Good {
@@ -142,6 +149,35 @@ pub struct Labels {
     pub nodes: u32,
     /// Those of them that can serve.
     pub ready: u32,
+    /// Whether UFS is there for them.
+    pub ufs: Ufs,
+}
+
+/// Whether UFS is there, as far as the nodes that are meant can tell.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Ufs {
+    /// None of them can.
+    #[default]
+    Untold,
+    /// One of them reads from it, or did a moment ago.
+    Read,
+    /// All that can tell cannot read from it. One of them, and what it says.
+    Unread(String),
+}
+
+impl Ufs {
+    /// As these nodes say: their names, and what each of them says.
+    fn of(said: &[(&str, &Word)]) -> Self {
+        let any = |health| said.iter().any(|(_, word)| word.health == health);
+        let unread = said.iter().find(|(_, word)| word.ufs_unread);
+        match unread {
+            _ if any(Health::Good) => Self::Read,
+            // One of them may read from it.
+            _ if any(Health::Unknown) => Self::Untold,
+            Some((node, word)) => Self::Unread(format!("{node}: {}", word.message)),
+            None => Self::Untold,
+        }
+    }
 }
 
 /// The condition of the service that the cluster takes the label.
@@ -154,6 +190,8 @@ pub struct Looked {
     pub nodes: u32,
     /// Those of them that can serve, and have the label.
     pub ready: u32,
+    /// Whether UFS is there for them.
+    pub ufs: Ufs,
     /// The first node that could not be changed, and why.
     pub refused: Option<String>,
 }
@@ -194,13 +232,16 @@ pub fn labels(
     let mut labels = Labels::default();
     let nothing = BTreeMap::new();
     let spec = service.map(|service| &service.nodes);
+    let mut said = Vec::new();
     for node in nodes {
         let Some(name) = &node.name else { continue };
         let has = node.labels.as_ref().unwrap_or(&nothing);
         let marks = node.annotations.as_ref().unwrap_or(&nothing);
         let given = marks.get(LABELLED).map(String::as_str);
         let meant = spec.filter(|spec| is_meant(spec, has));
-        let health = words.get(name).map_or(Health::Bad, |word| word.health);
+        let word = words.get(name);
+        let health = word.map_or(Health::Bad, |word| word.health);
+        said.extend(meant.and(word).map(|word| (&**name, word)));
         let wanted = meant.filter(|spec| match health {
             Health::Good => !is_kept_out(spec, has),
             Health::Bad => false,
@@ -232,6 +273,7 @@ pub fn labels(
             }}),
         });
     }
+    labels.ufs = Ufs::of(&said);
     // Pods come to a node that cannot serve as long as it has the label.
     labels.changes.sort_by_key(|change| change.gives);
     labels
@@ -265,7 +307,13 @@ mod tests {
                 true => Health::Good,
                 false => Health::Bad,
             };
-            ((*node).to_owned(), Word { health, message })
+            let ufs_unread = false;
+            let word = Word {
+                health,
+                ufs_unread,
+                message,
+            };
+            ((*node).to_owned(), word)
         };
         all.iter().map(word).collect()
     }
@@ -370,6 +418,61 @@ mod tests {
         }
         // Nobody asks for what others gave while acceleration is off.
         assert_eq!(found(json!({KEY: "true"}), none, true, None).changes, []);
+    }
+
+    #[test]
+    fn ufs_is_away_when_nobody_can_read_from_it_who_can_tell() {
+        let word = |health, ufs_unread| Word {
+            health,
+            ufs_unread,
+            message: "why".to_owned(),
+        };
+        let unread = word(Health::Bad, true);
+        let other = word(Health::Bad, false);
+        let good = word(Health::Good, false);
+        let unheard = word(Health::Unknown, false);
+        let spec = service(json!({"selector": {"pool": "x"}}));
+        let nodes = [
+            node("a", json!({"pool": "x"}), json!({})),
+            node("b", json!({"pool": "x"}), json!({})),
+            node("others", json!({}), json!({})),
+        ];
+        let away = Ufs::Unread("b: why".to_owned());
+        for (a, b, expected) in [
+            (None, None, Ufs::Untold),
+            (None, Some(&other), Ufs::Untold),
+            (None, Some(&unread), away.clone()),
+            (Some(&other), Some(&unread), away),
+            (Some(&unread), Some(&good), Ufs::Read),
+            (Some(&unheard), Some(&good), Ufs::Read),
+            (Some(&unheard), Some(&unread), Ufs::Untold),
+        ] {
+            let mut words = BTreeMap::new();
+            for (name, word) in [("a", a), ("b", b), ("others", Some(&unread))] {
+                words.extend(word.map(|word| (name.to_owned(), word.clone())));
+            }
+            assert_eq!(labels(&nodes, &words, Some(&spec)).ufs, expected);
+            assert_eq!(labels(&nodes, &words, None).ufs, Ufs::Untold);
+        }
+    }
+
+    #[test]
+    fn only_a_node_that_cannot_serve_says_that_it_cannot_read() {
+        for (healthy, unread, expected) in [
+            ("false", Some("true"), true),
+            ("false", Some("false"), false),
+            // Of an older version.
+            ("false", None, false),
+            ("true", Some("true"), false),
+        ] {
+            let mut annotations = json!({HEALTHY: healthy});
+            if let Some(unread) = unread {
+                annotations[UFS_UNREAD] = json!(unread);
+            }
+            let lease = json!({"metadata": {"annotations": annotations}});
+            let lease = serde_json::from_value(lease).unwrap();
+            assert_eq!(Word::of(&lease).ufs_unread, expected);
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! It reads what the agent (`accel-snapshotter agent --health`) has written, and writes one
 //! Lease, the node's own. It has no right to anything else, and nobody else has its right.
 
-use crate::labels::{COMPONENT, HEALTHY, MAX_MESSAGE, MESSAGE, lease_name};
+use crate::labels::{COMPONENT, HEALTHY, MAX_MESSAGE, MESSAGE, UFS_UNREAD, lease_name};
 use crate::yaml;
 use accel_ufs::UfsError;
 use accel_ufs::health::{Health, SILENCE};
@@ -27,8 +27,27 @@ const SURE: u64 = 2;
 /// The longest name of a node, in bytes: names of objects have at most 253.
 const MAX_NODE: usize = 240;
 
-/// What is told: whether the node can serve, and why not.
-type Word = (bool, String);
+/// What is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Word {
+    /// Whether the node can serve.
+    healthy: bool,
+    /// Whether it cannot because it cannot read from UFS.
+    ufs_unread: bool,
+    /// Why not.
+    message: String,
+}
+
+impl Word {
+    /// That there is no agent to be heard.
+    fn silent(message: impl Into<String>) -> Self {
+        Self {
+            healthy: false,
+            ufs_unread: false,
+            message: message.into(),
+        }
+    }
+}
 
 /// What the agent's file has said so far.
 #[derive(Debug)]
@@ -62,7 +81,7 @@ impl Listener {
             Ok(health) => health,
             Err(error) => {
                 *self = Self::new();
-                return Some((false, format!("the agent says nothing: {error}")));
+                return Some(Word::silent(format!("the agent says nothing: {error}")));
             }
         };
         let (last, since) = *self.last.get_or_insert((health.checks, now));
@@ -78,10 +97,14 @@ impl Listener {
             self.doubt = Doubt::Silent(SURE);
         }
         match self.doubt {
-            Doubt::None => Some((health.healthy, health.message)),
+            Doubt::None => Some(Word {
+                healthy: health.healthy,
+                ufs_unread: !health.healthy && health.ufs_unread,
+                message: health.message,
+            }),
             Doubt::Stale => None,
-            Doubt::Silent(SURE) => Some((false, "the agent has stopped checking".to_owned())),
-            Doubt::Silent(_) => Some((false, "the agent has only begun to check again".to_owned())),
+            Doubt::Silent(SURE) => Some(Word::silent("the agent has stopped checking")),
+            Doubt::Silent(_) => Some(Word::silent("the agent has only begun to check again")),
         }
     }
 }
@@ -102,7 +125,7 @@ pub async fn run(client: Client, namespace: &str, node: &str, file: &Path) {
                 match tell(&leases, node, &word).await {
                     Ok(()) => {
                         if changed || !wrong.is_empty() {
-                            info!(node, healthy = word.0, "{}", word.1);
+                            info!(node, healthy = word.healthy, "{}", word.message);
                         }
                         told = Some((word, Instant::now()));
                         wrong.clear();
@@ -121,10 +144,14 @@ pub async fn run(client: Client, namespace: &str, node: &str, file: &Path) {
     }
 }
 
-async fn tell(leases: &Api<Lease>, node: &str, (healthy, message): &Word) -> Result<()> {
-    let message: String = message.chars().take(MAX_MESSAGE).collect();
+async fn tell(leases: &Api<Lease>, node: &str, word: &Word) -> Result<()> {
+    let message: String = word.message.chars().take(MAX_MESSAGE).collect();
     let patch = json!({
-        "metadata": {"annotations": {HEALTHY: healthy.to_string(), MESSAGE: message}},
+        "metadata": {"annotations": {
+            HEALTHY: word.healthy.to_string(),
+            UFS_UNREAD: word.ufs_unread.to_string(),
+            MESSAGE: message,
+        }},
         "spec": {"holderIdentity": node, "renewTime": MicroTime(Timestamp::now())},
     });
     let name = lease_name(node);
@@ -217,8 +244,8 @@ mod tests {
         let all = all.into_iter().enumerate().map(|(second, read)| {
             let now = start + Duration::from_secs(second as u64);
             match listener.hear(read, now) {
-                Some((true, _)) => '+',
-                Some((false, _)) => '-',
+                Some(word) if word.healthy => '+',
+                Some(_) => '-',
                 None => ' ',
             }
         });
@@ -253,6 +280,37 @@ mod tests {
         // One that was there and never said anything.
         let all = (0..silent + 2).map(|_| said(true, 2));
         assert_eq!(heard(all), " ".repeat(silent + 1) + "-");
+    }
+
+    #[test]
+    fn why_a_node_cannot_serve_is_passed_on() {
+        let mut listener = Listener::new();
+        let now = Instant::now();
+        let mut hear = |healthy, ufs_unread, checks| {
+            let health = Health {
+                healthy,
+                ufs_unread,
+                checks,
+                ..Health::default()
+            };
+            listener
+                .hear(Ok(health), now)
+                .is_some_and(|word| word.ufs_unread)
+        };
+        assert!(!hear(false, true, 1), "who wrote it may be long gone");
+        assert!(hear(false, true, 2));
+        assert!(!hear(false, false, 3));
+        // One failure is nothing.
+        assert!(!hear(true, true, 4));
+        let silent = listener.hear(
+            Ok(Health {
+                checks: 4,
+                ufs_unread: true,
+                ..Health::default()
+            }),
+            now + SILENCE + Duration::from_secs(1),
+        );
+        assert!(!silent.unwrap().ufs_unread);
     }
 
     #[test]

@@ -34,6 +34,10 @@ const LAST_RETRY: Duration = Duration::from_secs(3600);
 /// How long the log of a Job that has done its work may be without its result: a kubelet that
 /// gets no answer from containerd gives a word about that as the log, and no error.
 const LOG_PATIENCE: Duration = Duration::from_secs(300);
+/// How long a pod may wait for its volumes and its image until it may be UFS that it waits for.
+const START_PATIENCE: Duration = Duration::from_secs(120);
+/// How `mkfs-accel` ends if it cannot use UFS.
+const NO_UFS: i32 = 5;
 const NO_LOG_YET: &str = "the Job has ended, and its node does not give its log yet";
 
 /// What can be seen of a task.
@@ -73,6 +77,8 @@ pub struct Plan {
     pub again: Option<Duration>,
     /// Whether it waits because as many Jobs are under way as may be.
     pub waits: bool,
+    /// Why its Job cannot use UFS, if it seems so.
+    pub ufs_fails: Option<String>,
 }
 
 /// Something to be done.
@@ -213,6 +219,7 @@ struct Next<'a> {
     steps: Vec<Step>,
     again: Option<Duration>,
     waits: bool,
+    ufs_fails: Option<String>,
 }
 
 impl<'a> Next<'a> {
@@ -242,6 +249,7 @@ impl<'a> Next<'a> {
             steps: Vec::new(),
             again: None,
             waits: false,
+            ufs_fails: None,
         }
     }
 
@@ -252,7 +260,17 @@ impl<'a> Next<'a> {
             steps: self.steps,
             again: self.again,
             waits: self.waits,
+            ufs_fails: self.ufs_fails,
         }
+    }
+
+    /// A Job is at work, or should be.
+    fn notices_stuck(&mut self) {
+        self.ufs_fails = self
+            .observed
+            .pod
+            .filter(|pod| is_stuck(pod, self.observed.now))
+            .map(|_| "its pod has been waiting for its volumes for minutes".to_owned());
     }
 
     fn decide(&mut self) {
@@ -406,6 +424,7 @@ impl<'a> Next<'a> {
             self.say(Phase::CreateError, &what);
             return;
         }
+        self.notices_stuck();
         let mut passes = None;
         if let Some(refusal) = login::refusal(self.observed.pod, self.observed.log.as_ref()) {
             let whose = Whose::of(self.observed.task, &service.spec);
@@ -507,6 +526,9 @@ impl<'a> Next<'a> {
         let whose = Whose::of(self.observed.task, &service.spec);
         let (pod, log) = (self.observed.pod, self.observed.log.as_ref());
         let (access, what) = login::failure(pod, log, whose, (reason, message));
+        if failed(pod).is_some_and(|ended| ended.exit_code == NO_UFS) {
+            self.ufs_fails = Some(what.clone());
+        }
         if let Some(access) = access {
             self.condition(ACCESS, "False", access, &what);
         }
@@ -645,6 +667,18 @@ pub(crate) fn waits_for(pod: &Pod) -> Option<String> {
     }
 }
 
+/// Whether a pod waits for its volumes, or its image, longer than that takes.
+fn is_stuck(pod: &Pod, now: Timestamp) -> bool {
+    let status = pod.status.as_ref();
+    let containers = status.and_then(|status| status.container_statuses.as_ref());
+    let state = containers.and_then(|all| all.first()?.state.as_ref());
+    let reason = state.and_then(|state| state.waiting.as_ref()?.reason.as_deref());
+    // When its node has taken it.
+    let since = status.and_then(|status| status.start_time.as_ref());
+    let waits = since.is_some_and(|Time(since)| left(*since, START_PATIENCE, now).is_none());
+    waits && reason == Some("ContainerCreating")
+}
+
 /// What went wrong, and what to do.
 fn in_words(ended: &ContainerStateTerminated, job_reason: &str) -> String {
     let said = report::words(ended.message.as_deref().unwrap_or_default());
@@ -660,7 +694,7 @@ fn in_words(ended: &ContainerStateTerminated, job_reason: &str) -> String {
         (_, _, 4) => {
             "the image cannot be had: look at its name, and at the login in the Secret that spec.registry.secretName names"
         }
-        (_, _, 5) => {
+        (_, _, NO_UFS) => {
             "UFS, or where the result goes, cannot be used: is it there, not full, and writable for the user spec.jobs.user?"
         }
         _ => "",

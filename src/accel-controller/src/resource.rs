@@ -237,10 +237,11 @@ impl Default for JobsSpec {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ImageAccelerationStatus {
-    /// `UfsReady`: a Job has mounted UFS, written to it and read it back; `RegistryAccess`:
-    /// registries take the logins; `Ready`: nothing is known that keeps tasks from being
-    /// converted. They are tried in any case. `NodesLabelled`: the cluster takes the label. While
-    /// it is deleted with `purge`, `Purged`: what is left.
+    /// `UfsReady`: a Job has mounted UFS, written to it and read it back, and nobody who needs it
+    /// has said since then that it is away; `RegistryAccess`: registries take the logins; `Ready`:
+    /// nothing is known that keeps tasks from being converted. They are tried in any case.
+    /// `NodesLabelled`: the cluster takes the label. While it is deleted with `purge`, `Purged`:
+    /// what is left.
     pub conditions: Vec<Condition>,
     /// How far it is with trying UFS, and asking registries whether they take the logins.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -267,12 +268,26 @@ pub struct CheckStatus {
     pub of: String,
     /// How often it came to nothing.
     pub failures: u32,
+    /// How often it was begun anew although it had gone well, because UFS seemed to be away.
+    #[serde(skip_serializing_if = "is_none")]
+    pub rounds: u32,
+    /// How many of these rounds came soon one after the other: the more, the later the next one.
+    #[serde(skip_serializing_if = "is_none")]
+    pub doubts: u32,
+    /// Whether the nodes said that they cannot read from UFS when it was tried last.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub doubted: bool,
     /// When it was tried last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finished_at: Option<Time>,
     /// UFS can be used, and all registries take theirs.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub passed: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
+const fn is_none(number: &u32) -> bool {
+    *number == 0
 }
 
 /// A task: an image that nodes are to start without downloading it.

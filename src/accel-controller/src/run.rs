@@ -5,7 +5,7 @@ mod nodes;
 mod purging;
 
 use self::nodes::Known;
-use crate::check;
+use crate::check::{Checked, Trouble};
 use crate::conditions;
 use crate::job::{self, CHECK, MANAGED, Settings, TASK_UID};
 use crate::labels::Looked;
@@ -30,7 +30,7 @@ use kube::runtime::reflector::ObjectRef;
 use kube::runtime::watcher;
 use kube::{Client, Resource, ResourceExt};
 use serde_json::{Value, json};
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Mutex, Notify};
 use tokio::time::timeout;
@@ -82,6 +82,8 @@ struct Context {
     metrics: Arc<Metrics>,
     /// What came of the last look at the nodes.
     looked: std::sync::Mutex<Option<Looked>>,
+    /// The last task whose Job could not use UFS.
+    trouble: std::sync::Mutex<Option<Trouble>>,
     /// That this has changed. One loop writes the service's status, or what one says of it
     /// would be undone by what another one has read before.
     counted: Notify,
@@ -102,6 +104,7 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
         known: std::sync::Mutex::default(),
         metrics,
         looked: std::sync::Mutex::default(),
+        trouble: std::sync::Mutex::default(),
         counted: Notify::new(),
         starting: Mutex::new(()),
         client,
@@ -281,6 +284,13 @@ impl Context {
             settings: &self.settings,
             now: Timestamp::now(),
         });
+        if let Some(why) = &plan.ufs_fails {
+            let (namespace, name) = (task.namespace().unwrap_or_default(), task.name_any());
+            *self.trouble() = Some(Trouble {
+                at: Timestamp::now(),
+                what: format!("the Job of the task {namespace}/{name} cannot use it: {why}"),
+            });
+        }
         let jobs = others_at_work + at_work(&jobs);
         self.metrics.looked(&uid, plan.waits, jobs);
         Ok(plan)
@@ -460,12 +470,14 @@ impl Context {
         }
         self.keep_for_purge(service).await?;
         let checked = self.look_at_check(service).await?;
-        let mut with_check = service.clone();
-        check::tell(&checked, &mut with_check, Timestamp::now());
-        self.tell_service(service, &with_check).await?;
+        self.tell_service(service, &checked).await?;
         let again = self.go_on_with_check(&checked).await;
         let again = again.unwrap_or(SERVICE_PAUSE).min(SERVICE_PAUSE);
         Ok(Action::requeue(again))
+    }
+
+    fn trouble(&self) -> MutexGuard<'_, Option<Trouble>> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn tasks(&self) -> Result<Vec<AcceleratedImage>, RunError> {
@@ -473,12 +485,11 @@ impl Context {
         Ok(all.list(&ListParams::default()).await?.items)
     }
 
-    /// Makes the status from what `known` says already, and writes it unless it is that of
-    /// `service`.
+    /// Makes the status, and writes it unless it is what is said already.
     async fn tell_service(
         &self,
         service: &ImageAcceleration,
-        known: &ImageAcceleration,
+        checked: &Checked,
     ) -> Result<(), RunError> {
         let claims = self.own::<PersistentVolumeClaim>();
         let claim = match &service.spec.ufs.claim_name {
@@ -488,12 +499,8 @@ impl Context {
         let tasks = self.tasks().await?;
         let looked = self.looked().clone();
         let now = Timestamp::now();
-        let mut status = service::status(known, claim.as_ref(), &tasks, looked.as_ref(), now);
-        // A Job may try what the claim cannot have yet: of UFS two things are said, one after
-        // the other.
-        if let Some(before) = &service.status {
-            conditions::keep_times(&mut status.conditions, &before.conditions);
-        }
+        let (claim, looked) = (claim.as_ref(), looked.as_ref());
+        let status = service::status(service, checked, claim, &tasks, looked, now);
         self.write_service(service, &status).await
     }
 

@@ -1,6 +1,6 @@
 //! What is said of the service, as a pure function of what is observed.
 
-use crate::check::UFS_READY;
+use crate::check::{Checked, Said, UFS_READY};
 use crate::conditions;
 use crate::labels::{LABELLING, Looked};
 use crate::login::ACCESS;
@@ -14,10 +14,11 @@ use k8s_openapi::jiff::Timestamp;
 /// The reason of [`UFS_READY`] while the claim waits for a volume.
 pub const NOT_BOUND: &str = "NotBound";
 
-/// The service's status. `claim` is the one that it names, if there is one; `nodes` is what came
+/// The service's status. `checked` is what a look at its check has come to; `claim` is the one that it names, if there is one; `nodes` is what came
 /// of the last look at the nodes, if there was one.
 pub fn status<'a>(
     service: &ImageAcceleration,
+    checked: &Checked,
     claim: Option<&PersistentVolumeClaim>,
     tasks: impl IntoIterator<Item = &'a AcceleratedImage>,
     nodes: Option<&Looked>,
@@ -27,45 +28,31 @@ pub fn status<'a>(
     // What an older version called UfsReady; nobody would change it any more.
     status.conditions.retain(|said| said.type_ != "UfsBound");
     let generation = service.metadata.generation;
-    // Whoever tries UFS and asks registries has said it already, but perhaps of other settings.
-    let said = |type_| {
-        let said = conditions::find(&status.conditions, type_);
-        let said = said.filter(|said| said.observed_generation == generation)?;
-        Some((
-            said.status.clone(),
-            said.reason.clone(),
-            said.message.clone(),
-        ))
-    };
-    let unknown = |what: &str| ("Unknown".to_owned(), "Trying".to_owned(), what.to_owned());
-    let tried = said(UFS_READY);
-    let ufs = match unbound(&service.spec.ufs, claim) {
-        Some((reason, message)) => ("False".to_owned(), reason.to_owned(), message),
-        None => tried.unwrap_or_else(|| unknown("whether Jobs can use UFS is not known yet")),
-    };
-    let access = said(ACCESS).unwrap_or_else(|| unknown("registries were not asked yet"));
-    let worst = [(UFS_READY, &ufs), (ACCESS, &access)];
-    let first = |is: &str| worst.into_iter().find(|(_, (status, ..))| status == is);
-    let (is_ready, why, ready) = match first("False").or_else(|| first("Unknown")) {
-        Some((type_, (status, _, message))) => (status.clone(), type_, message.clone()),
+    status.check = Some(checked.check.clone());
+    // A Job may try what the claim cannot have yet.
+    let unbound = unbound(&service.spec.ufs, claim);
+    let unbound = unbound.map(|(reason, message)| Said::new("False", reason, message));
+    let (ufs, access) = (unbound.unwrap_or(checked.ufs.clone()), &checked.access);
+    let worst = [(UFS_READY, &ufs), (ACCESS, access)];
+    let first = |is: &str| worst.into_iter().find(|(_, said)| said.status == is);
+    let ready = match first("False").or_else(|| first("Unknown")) {
+        Some((type_, said)) => Said::new(said.status, type_, said.message.clone()),
         None => {
-            let what = "nothing is known that keeps tasks from being converted".to_owned();
-            ("True".to_owned(), "Working", what)
+            let what = "nothing is known that keeps tasks from being converted";
+            Said::new("True", "Working", what)
         }
     };
     let labelling = nodes.map(|nodes| match &nodes.refused {
-        Some(refused) => (LABELLING, "False", "Refused", refused.clone()),
+        Some(refused) => Said::new("False", "Refused", refused.clone()),
         None => {
-            let what = "nodes have the label exactly while they can serve".to_owned();
-            (LABELLING, "True", "Labelled", what)
+            let what = "nodes have the label exactly while they can serve";
+            Said::new("True", "Labelled", what)
         }
     });
-    let all = [
-        (UFS_READY, &*ufs.0, &*ufs.1, ufs.2.clone()),
-        ("Ready", &*is_ready, why, ready),
-    ];
-    for (type_, is, reason, message) in all.into_iter().chain(labelling) {
-        let says = [type_, is, reason, &message];
+    let labelling = labelling.as_ref().map(|said| (LABELLING, said));
+    let all = [(UFS_READY, &ufs), (ACCESS, access), ("Ready", &ready)];
+    for (type_, said) in all.into_iter().chain(labelling) {
+        let says = [type_, said.status, &said.reason, &said.message];
         conditions::set(&mut status.conditions, says, generation, now);
     }
     (status.images, status.stored_bytes) = (0, 0);
@@ -118,7 +105,8 @@ fn unbound(ufs: &UfsSpec, claim: Option<&PersistentVolumeClaim>) -> Option<(&'st
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::resource::AcceleratedImageStatus;
+    use crate::labels::Ufs;
+    use crate::resource::{AcceleratedImageStatus, CheckStatus};
     use serde_json::json;
 
     fn claim(phase: &str) -> PersistentVolumeClaim {
@@ -160,9 +148,19 @@ mod tests {
         let mut looked = Looked {
             nodes: 2,
             ready: 1,
+            ufs: Ufs::Read,
             refused: Some("n1: no".to_owned()),
         };
-        let first = status(&service, None, &tasks, Some(&looked), at(1));
+        let said = |is| Said::new(is, "Why", "what a Job says");
+        let checked = |ufs, access| Checked {
+            ufs: said(ufs),
+            access: said(access),
+            check: CheckStatus::default(),
+            steps: Vec::new(),
+            again: None,
+        };
+        let good = checked("True", "True");
+        let first = status(&service, &good, None, &tasks, Some(&looked), at(1));
         let labelling = |status: &ImageAccelerationStatus| {
             let found = conditions::find(&status.conditions, LABELLING).unwrap();
             (found.status.clone(), found.message.clone())
@@ -177,37 +175,53 @@ mod tests {
         assert_eq!((first.images, first.stored.as_str()), (2, "3.0 MiB"));
 
         service.status = Some(first);
-        let mut say = |type_: &str, is: &str, generation| {
-            let says = [type_, is, "Why", "what a Job says"];
-            let said = &mut service.status.as_mut().unwrap().conditions;
-            conditions::set(said, says, Some(generation), at(1));
-            status(&service, Some(&claim("Bound")), &tasks, None, at(1))
-        };
-        // Nothing is Ready that nobody has tried.
-        assert_eq!(ready(&say(UFS_READY, "Unknown", 2)).reason, UFS_READY);
-        let untried = say(UFS_READY, "True", 2);
-        assert_eq!(ready(&untried).status, "Unknown");
-        assert_eq!(ready(&untried).reason, ACCESS);
-        let old = say(ACCESS, "True", 1);
-        assert_eq!(ready(&old).status, "Unknown", "that was of other settings");
-        assert_eq!(ready(&old).reason, ACCESS);
-        assert_eq!(ready(&say(ACCESS, "True", 2)).status, "True");
-        // UFS comes first.
-        say(ACCESS, "False", 2);
-        let broken = say(UFS_READY, "False", 2);
-        assert_eq!(ready(&broken).reason, UFS_READY);
-        assert_eq!(ready(&broken).message, "what a Job says");
-        say(ACCESS, "True", 2);
-        say(UFS_READY, "True", 2);
-        let pending = status(&service, Some(&claim("Pending")), &tasks, None, at(2));
+        // UFS comes first, and what is wrong before what is not known.
+        for (ufs, access, is, why) in [
+            ("Unknown", "Unknown", "Unknown", UFS_READY),
+            ("True", "Unknown", "Unknown", ACCESS),
+            ("True", "True", "True", "Working"),
+            ("Unknown", "False", "False", ACCESS),
+            ("False", "False", "False", UFS_READY),
+        ] {
+            let checked = checked(ufs, access);
+            let status = status(
+                &service,
+                &checked,
+                Some(&claim("Bound")),
+                &tasks,
+                None,
+                at(1),
+            );
+            let said = ready(&status);
+            assert_eq!((&*said.status, &*said.reason), (is, why));
+            let ufs_said = conditions::find(&status.conditions, UFS_READY).unwrap();
+            assert_eq!(ufs_said.status, ufs);
+            if is == "False" {
+                assert_eq!(said.message, "what a Job says");
+            }
+        }
+        // What the claim cannot have yet a Job may have tried: of UFS one thing is said.
+        let pending = status(
+            &service,
+            &good,
+            Some(&claim("Pending")),
+            &tasks,
+            None,
+            at(2),
+        );
+        let ufs = conditions::find(&pending.conditions, UFS_READY).unwrap();
+        assert_eq!((&*ufs.status, &*ufs.reason), ("False", NOT_BOUND));
+        assert_eq!(ufs.last_transition_time.0, at(1));
         assert_eq!(ready(&pending).last_transition_time.0, at(1));
         looked = Looked {
             nodes: 2,
             ready: 2,
+            ufs: Ufs::Read,
             refused: None,
         };
         let bound = status(
             &service,
+            &good,
             Some(&claim("Bound")),
             &tasks,
             Some(&looked),

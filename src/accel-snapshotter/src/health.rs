@@ -11,6 +11,25 @@ use std::time::{Duration, Instant};
 /// fail before it is not any more: one alone may be chance.
 const SURE: u32 = 2;
 
+/// Why a check has failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// In words.
+    pub why: String,
+    /// Whether nothing could be read from UFS, so that perhaps UFS is away.
+    pub ufs_unread: bool,
+}
+
+impl Failure {
+    /// One that says nothing of UFS.
+    pub fn of_node(why: impl Into<String>) -> Self {
+        Self {
+            why: why.into(),
+            ufs_unread: false,
+        }
+    }
+}
+
 /// What is to be said of the node.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Verdict(Health);
@@ -24,12 +43,15 @@ impl Verdict {
     }
 
     /// Another check.
-    pub fn observe(&mut self, result: Result<(), String>) {
+    pub fn observe(&mut self, result: Result<(), Failure>) {
         let well = result.is_ok();
         let said = &mut self.0;
-        said.message = match result {
-            Ok(()) => "reads from UFS, and what it reads is right".to_owned(),
-            Err(why) => why,
+        (said.message, said.ufs_unread) = match result {
+            Ok(()) => {
+                let what = "reads from UFS, and what it reads is right";
+                (what.to_owned(), false)
+            }
+            Err(failure) => (failure.why, failure.ufs_unread),
         };
         said.checks += 1;
         if well == said.healthy {
@@ -66,7 +88,7 @@ impl Verdict {
 #[derive(Debug)]
 pub struct Watched<T>(State<T>);
 
-type Checked<T> = (T, Result<(), String>);
+type Checked<T> = (T, Result<(), Failure>);
 
 #[derive(Debug)]
 enum State<T> {
@@ -87,14 +109,17 @@ impl<T: Default + Send + 'static> Watched<T> {
     /// what is left of the patience; as long as it hangs each call fails.
     pub fn check(
         &mut self,
-        check: impl FnOnce(&mut T) -> Result<(), String> + Send + 'static,
+        check: impl FnOnce(&mut T) -> Result<(), Failure> + Send + 'static,
         patience: Duration,
-    ) -> Result<(), String> {
+    ) -> Result<(), Failure> {
         let until = Instant::now() + patience;
-        let late = Err(format!(
-            "UFS or ublk-server does not answer: a check takes longer than {} s",
-            patience.as_secs()
-        ));
+        let late = Err(Failure {
+            why: format!(
+                "UFS or ublk-server does not answer: a check takes longer than {} s",
+                patience.as_secs()
+            ),
+            ufs_unread: true,
+        });
         let what = match std::mem::replace(&mut self.0, State::Idle(T::default())) {
             State::Idle(what) => what,
             State::Hanging(answer) => match answer.recv_timeout(patience) {
@@ -116,15 +141,17 @@ impl<T: Default + Send + 'static> Watched<T> {
                 self.0 = State::Hanging(answer);
                 late
             }
-            Err(RecvTimeoutError::Disconnected) => Err("a check has ended by itself".to_owned()),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(Failure::of_node("a check has ended by itself"))
+            }
         }
     }
 }
 
 fn begin<T: Send + 'static>(
     mut what: T,
-    check: impl FnOnce(&mut T) -> Result<(), String> + Send + 'static,
-) -> Result<Receiver<Checked<T>>, String> {
+    check: impl FnOnce(&mut T) -> Result<(), Failure> + Send + 'static,
+) -> Result<Receiver<Checked<T>>, Failure> {
     let (sender, answer) = mpsc::channel();
     let checking = thread::Builder::new().name("check".to_owned());
     let spawned = checking.spawn(move || {
@@ -132,7 +159,7 @@ fn begin<T: Send + 'static>(
         // Nobody hears it if the process ends.
         let _ = sender.send((what, checked));
     });
-    spawned.map_err(|error| format!("cannot start a thread: {error}"))?;
+    spawned.map_err(|error| Failure::of_node(format!("cannot start a thread: {error}")))?;
     Ok(answer)
 }
 
@@ -161,7 +188,7 @@ mod tests {
             let said = results.chars().map(|result| {
                 verdict.observe(match result {
                     '+' => Ok(()),
-                    _ => Err("why".to_owned()),
+                    _ => Err(Failure::of_node("why")),
                 });
                 if verdict.said().healthy { '1' } else { '0' }
             });
@@ -172,6 +199,23 @@ mod tests {
         assert_eq!(after("--"), "10");
         assert_eq!(after("+-+-+"), "00000");
         assert_eq!(after("+"), "1");
+    }
+
+    #[test]
+    fn whether_it_is_ufs_that_cannot_be_read_is_said_of_the_last_check() {
+        let mut verdict = Verdict::default();
+        let mut unread = |result| {
+            verdict.observe(result);
+            verdict.said().ufs_unread
+        };
+        let ufs = Failure {
+            why: "why".to_owned(),
+            ufs_unread: true,
+        };
+        assert!(unread(Err(ufs.clone())));
+        assert!(!unread(Err(Failure::of_node("why"))));
+        assert!(unread(Err(ufs)));
+        assert!(!unread(Ok(())));
     }
 
     #[test]
@@ -206,20 +250,21 @@ mod tests {
                 gate.lock()
                     .unwrap()
                     .recv()
-                    .map_err(|error| error.to_string())
+                    .map_err(|error| Failure::of_node(error.to_string()))
             }
         };
         let soon = Duration::from_millis(20);
         for _ in 0..3 {
             let failed = watched.check(hanging(), soon).unwrap_err();
-            assert!(failed.contains("does not answer"), "{failed}");
+            assert!(failed.why.contains("does not answer"), "{failed:?}");
+            assert!(failed.ufs_unread);
         }
         assert!(begun.load(Relaxed) <= 1, "more than one hangs");
         // What was checked is there again once it has ended, and the next check counts: one
         // that was slow is one failure.
         let_go.send(()).unwrap();
-        let seen = |what: &mut u32| Err(format!("seen {what}"));
-        assert_eq!(watched.check(seen, LONG), Err("seen 1".to_owned()));
+        let seen = |what: &mut u32| Err(Failure::of_node(format!("seen {what}")));
+        assert_eq!(watched.check(seen, LONG), Err(Failure::of_node("seen 1")));
         assert_eq!(watched.check(|_| Ok(()), LONG), Ok(()));
     }
 
@@ -231,7 +276,7 @@ mod tests {
             panic!("the test's");
         };
         watched.check(panics, LONG).unwrap_err();
-        let seen = |what: &mut u32| Err(format!("seen {what}"));
-        assert_eq!(watched.check(seen, LONG), Err("seen 0".to_owned()));
+        let seen = |what: &mut u32| Err(Failure::of_node(format!("seen {what}")));
+        assert_eq!(watched.check(seen, LONG), Err(Failure::of_node("seen 0")));
     }
 }

@@ -2,11 +2,12 @@
 //! leaving that behind.
 
 use crate::canary::{NodeCanary, Places};
-use crate::health::{Verdict, Watched};
+use crate::health::{Failure, Verdict, Watched};
 use crate::service;
 use crate::ufs_place::UfsPlace;
 use accel_ufs::node::NodeName;
 use anyhow::{Context, Result, bail};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -98,17 +99,26 @@ impl Watch {
 
     /// A node can serve if its snapshotter answers, and `ublk-server`, whichever that
     /// has, gives what is on UFS.
-    fn check(&self) -> impl FnOnce(&mut NodeCanary) -> Result<(), String> + Send + 'static {
+    fn check(&self) -> impl FnOnce(&mut NodeCanary) -> Result<(), Failure> + Send + 'static {
         let (socket, ufs) = (self.socket.clone(), self.ufs.clone());
         let (node, shared) = (self.node.clone(), Arc::clone(&self.shared));
-        let check = move |canary: &mut NodeCanary| {
+        let find = move || {
             let asked = service::ask_status(socket, ANSWER);
             let server = service::runtime()?.block_on(asked)?.server;
             let places = Places { ufs, node, server };
             shared.found(&places)?;
-            canary.check(places)
+            Ok(places)
         };
-        move |canary| check(canary).map_err(|error| format!("{error:#}"))
+        move |canary| {
+            let of_node = |error: anyhow::Error| Failure::of_node(format!("{error:#}"));
+            let places = find().map_err(of_node)?;
+            let server = places.server.clone();
+            canary.check(places).map_err(|error| Failure {
+                why: format!("{error:#}"),
+                // Without that one nothing is known of UFS.
+                ufs_unread: UnixStream::connect(server).is_ok(),
+            })
+        }
     }
 }
 

@@ -18,6 +18,10 @@ pub const SILENCE: Duration = Duration::from_secs(15);
 pub struct Health {
     /// Whether the node can serve.
     pub healthy: bool,
+    /// Whether the last check has failed because nothing could be read from UFS, so that perhaps
+    /// UFS is away.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ufs_unread: bool,
     /// What came of the last check.
     pub message: String,
     /// How many checks there were: who reads it sees that it goes on, whatever the clocks say.
@@ -72,6 +76,7 @@ mod tests {
         assert!(!Health::is_fresh(&path));
         let health = Health {
             healthy: true,
+            ufs_unread: false,
             message: "why".to_owned(),
             checks: 7,
             in_a_row: 1,
@@ -82,6 +87,9 @@ mod tests {
         // Programs of different versions meet here.
         let text = r#"{"healthy":true,"message":"why","checks":7,"in_a_row":1}"#;
         assert_eq!(fs::read_to_string(&path).unwrap(), text);
+        let unread = r#"{"healthy":false,"ufs_unread":true,"message":"","checks":1,"in_a_row":0}"#;
+        fs::write(&path, unread).unwrap();
+        assert!(Health::read(&path).unwrap().ufs_unread);
         let file = fs::File::options().write(true).open(&path).unwrap();
         let past = SystemTime::now().checked_sub(SILENCE).unwrap();
         file.set_times(FileTimes::new().set_modified(past)).unwrap();

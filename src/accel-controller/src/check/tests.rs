@@ -1,5 +1,6 @@
 use super::*;
 use crate::report::{Output, Problem, Refused, Tried};
+use crate::service;
 use serde_json::Value;
 
 /// A service, and the Jobs that ask for it.
@@ -9,6 +10,8 @@ struct Service {
     pod: Option<Pod>,
     log: Option<Result<Output, String>>,
     events: Vec<Event>,
+    nodes: Option<Ufs>,
+    trouble: Option<Trouble>,
     now: i64,
 }
 
@@ -26,6 +29,8 @@ impl Service {
             pod: None,
             log: None,
             events: Vec::new(),
+            nodes: None,
+            trouble: None,
             now: 1_700_000_000,
         }
     }
@@ -45,10 +50,15 @@ impl Service {
             pod: self.pod.as_ref(),
             log: self.log.clone(),
             events: &self.events,
+            nodes: self.nodes.as_ref(),
+            trouble: self.trouble.as_ref(),
             settings: &settings,
             now,
         });
-        tell(&checked, &mut self.service, now);
+        let claim = json!({"metadata": {"name": "ufs"}, "status": {"phase": "Bound"}});
+        let claim = serde_json::from_value(claim).unwrap();
+        let status = service::status(&self.service, &checked, Some(&claim), [], None, now);
+        self.service.status = Some(status);
         let does = checked.steps.into_iter().map(|step| match step {
             Step::Run(job) => {
                 self.jobs.push(*job);
@@ -78,6 +88,32 @@ impl Service {
 
     fn ufs(&self) -> (String, String, String) {
         self.said(UFS_READY)
+    }
+
+    /// A status and a reason.
+    fn ufs_is(&self) -> String {
+        let (is, why, _) = self.ufs();
+        format!("{is} {why}")
+    }
+
+    /// The first Job has tried all of it, and is gone.
+    fn pass(&mut self) {
+        self.step();
+        self.end_job("Complete");
+        self.step();
+        assert_eq!(self.step(), ["stop"]);
+        assert_eq!(self.ufs_is(), "True Tried");
+    }
+
+    /// Looks until it does something, or for so many seconds; after how many, and what.
+    fn wait(&mut self, seconds: i64) -> (i64, Vec<&'static str>) {
+        for second in 1..=seconds {
+            let does = self.step();
+            if !does.is_empty() {
+                return (second, does);
+            }
+        }
+        (seconds, Vec::new())
     }
 
     /// What the Job says of UFS, and no more yet.
@@ -348,14 +384,10 @@ fn a_registry_that_says_no_is_told_and_asked_again() {
 
 #[test]
 fn the_service_is_ready_only_with_logins_that_are_taken() {
-    let claim = json!({"metadata": {"name": "ufs"}, "status": {"phase": "Bound"}});
-    let claim = serde_json::from_value(claim).unwrap();
     let mut service = Service::new(json!({"secretName": "login"}));
     let ready = |service: &mut Service| {
         service.step();
-        let now = Timestamp::from_second(service.now).unwrap();
-        let status = crate::service::status(&service.service, Some(&claim), [], None, now);
-        service.service.status = Some(status.clone());
+        let status = service.service.status.as_ref().unwrap();
         conditions::find(&status.conditions, "Ready")
             .unwrap()
             .clone()
@@ -373,4 +405,186 @@ fn the_service_is_ready_only_with_logins_that_are_taken() {
     ready(&mut service);
     service.end_job("Complete");
     assert_eq!(ready(&mut service).status, "True");
+}
+
+fn unread() -> Option<Ufs> {
+    Some(Ufs::Unread("n1: UFS is not mounted at /u".to_owned()))
+}
+
+#[test]
+fn ufs_that_goes_away_is_noticed_and_tried_until_it_is_back() {
+    let mut service = Service::new(json!({"secretName": "login"}));
+    service.pass();
+    service.nodes = Some(Ufs::Read);
+    assert_eq!(service.wait(10_000), (10_000, Vec::new()));
+    service.nodes = unread();
+    assert!(service.step().is_empty());
+    let (is, why, message) = service.ufs();
+    assert_eq!((&*is, &*why), ("Unknown", DOUBTED));
+    let said = "the PersistentVolumeClaim ufs seems to be away: no node that can tell reads from it (n1: UFS is not mounted at /u)";
+    assert!(message.starts_with(said), "{message}");
+    let ready = |service: &Service| {
+        let (is, why, what) = service.said("Ready");
+        (is, why, what)
+    };
+    assert_eq!(
+        ready(&service),
+        ["Unknown", UFS_READY, &message].map(str::to_owned).into()
+    );
+    // Of registries nothing new is known.
+    assert_eq!(service.access().0, "True");
+    assert_eq!(service.step(), ["run"]);
+    assert!(service.wait(100).1.is_empty(), "one at a time");
+    assert_eq!(service.ufs().2, message);
+    // Its pod cannot have it either.
+    service.node_says(1, "MountVolume.SetUp failed for volume \"ufs\" : stale");
+    service.step();
+    assert_eq!(service.ufs_is(), "False NotMounted");
+    assert_eq!(ready(&service).0, "False");
+    // With each try that comes to nothing the next one comes later.
+    let mut pauses = Vec::new();
+    for _ in 0..8 {
+        service.end_job("Failed");
+        service.step();
+        assert_eq!(service.ufs_is(), "False NotMounted");
+        let (second, does) = service.wait(10_000);
+        assert_eq!(does, ["stop"]);
+        assert_eq!(service.step(), ["run"]);
+        pauses.push(second);
+    }
+    assert_eq!(pauses, [60, 120, 240, 480, 960, 1920, 3600, 3600]);
+    // Nodes can read again: so will a Job, and not only when its turn comes.
+    service.end_job("Failed");
+    service.step();
+    service.wait(300);
+    service.nodes = Some(Ufs::Read);
+    assert_eq!(service.step(), ["stop"]);
+    assert_eq!(service.step(), ["run"]);
+    service.job_says(None);
+    service.step();
+    assert_eq!(service.ufs_is(), "True Tried");
+    service.end_job("Complete");
+    service.step();
+    assert_eq!(ready(&service).0, "True");
+    assert_eq!(service.step(), ["stop"]);
+    assert_eq!(service.wait(10_000), (10_000, Vec::new()));
+}
+
+#[test]
+fn a_try_for_nodes_that_are_back_counts_like_any_other_when_it_fails() {
+    let mut service = Service::new(json!({}));
+    service.pass();
+    service.nodes = unread();
+    service.wait(100);
+    service.job_says(Some("no space left"));
+    for failed in 0..4 {
+        service.end_job("Failed");
+        service.step();
+        assert_eq!(service.ufs_is(), "False NotUsable");
+        if failed == 1 {
+            service.nodes = Some(Ufs::Read);
+        }
+        let pause = [60, 60, 240, 480][failed];
+        assert_eq!(service.wait(10_000), (pause, vec!["stop"]));
+        assert_eq!(service.step(), ["run"]);
+    }
+}
+
+#[test]
+fn what_is_wrong_with_nodes_alone_starts_jobs_seldom_and_changes_nothing() {
+    let mut service = Service::new(json!({}));
+    service.pass();
+    let mut pauses = Vec::new();
+    service.wait(100);
+    service.nodes = unread();
+    for round in 0..9 {
+        let (second, does) = service.wait(10_000);
+        assert_eq!(does, ["run"]);
+        pauses.push(second);
+        let expected = match round {
+            0 => "Unknown Doubted",
+            _ => "True JobsOnly",
+        };
+        assert_eq!(service.ufs_is(), expected);
+        assert!(service.step().is_empty());
+        service.job_says(None);
+        service.end_job("Complete");
+        service.step();
+        assert_eq!(service.ufs_is(), "True JobsOnly");
+        let message = service.ufs().2;
+        assert!(message.contains("(n1: UFS is not mounted"), "{message}");
+        assert_eq!(service.step(), ["stop"]);
+        service.log = None;
+    }
+    // A look decides, and the next one makes the Job; two passed with its end.
+    assert_eq!(pauses, [2, 60, 120, 240, 480, 960, 1920, 3600, 3600]);
+    // Nobody has looked at nodes yet: a controller that has just begun.
+    service.nodes = None;
+    service.wait(10);
+    assert_eq!(service.ufs_is(), "True JobsOnly");
+    service.nodes = Some(Ufs::Read);
+    service.step();
+    assert_eq!(service.ufs_is(), "True Tried");
+    // Nodes that come and go start no more of them.
+    let mut begun = 0;
+    for second in 0..100_000 {
+        service.nodes = if second / 30 % 2 == 0 {
+            unread()
+        } else {
+            Some(Ufs::Read)
+        };
+        if service.step() == ["run"] {
+            begun += 1;
+            service.end_job("Complete");
+        }
+    }
+    assert!((20..30).contains(&begun), "{begun}");
+    // After a time of calm it is believed at once again.
+    service.nodes = Some(Ufs::Read);
+    service.wait(5000);
+    service.nodes = unread();
+    service.step();
+    assert_eq!(service.ufs_is(), "Unknown Doubted");
+}
+
+#[test]
+fn a_task_that_cannot_use_ufs_has_it_tried_once() {
+    let mut service = Service::new(json!({}));
+    service.pass();
+    service.nodes = Some(Ufs::Read);
+    service.wait(100);
+    service.trouble = Some(Trouble {
+        at: Timestamp::from_second(service.now).unwrap(),
+        what: "the Job of the task default/a cannot use it: no answer".to_owned(),
+    });
+    service.step();
+    let (is, why, message) = service.ufs();
+    assert_eq!((&*is, &*why), ("Unknown", DOUBTED));
+    assert!(message.contains("default/a"), "{message}");
+    assert_eq!(service.step(), ["run"]);
+    service.end_job("Complete");
+    service.step();
+    assert_eq!(service.ufs_is(), "True Tried");
+    assert_eq!(service.step(), ["stop"]);
+    assert_eq!(service.wait(10_000), (10_000, Vec::new()));
+}
+
+#[test]
+fn the_job_of_another_round_is_not_taken_for_this_ones() {
+    let mut service = Service::new(json!({}));
+    service.step();
+    service.end_job("Complete");
+    service.step();
+    let old = service.jobs[0].clone();
+    service.step();
+    service.wait(100);
+    service.nodes = unread();
+    service.step();
+    // Its pod is on a node that does not answer.
+    let now = Timestamp::from_second(service.now).unwrap();
+    service.jobs.push(old);
+    service.jobs[0].metadata.deletion_timestamp = Some(Time(now));
+    assert_eq!(service.step(), ["run"]);
+    service.step();
+    assert_eq!(service.ufs_is(), "Unknown Doubted");
 }

@@ -1,12 +1,15 @@
 //! What has to be done for a task that is being deleted: what it made goes, but for what
 //! others need, and not while nodes use it.
 
-use super::{LATER, NO_LOG_YET, Next, Observed, Plan, SOON, Step, left, waits_for, why};
+use super::{
+    LATER, NO_LOG_YET, NO_UFS, Next, Observed, Plan, SOON, Step, failed, left, waits_for, why,
+};
 use crate::conditions;
 use crate::job;
 use crate::login::Secret;
 use crate::report::{Output, Removal};
 use crate::resource::{ImageAcceleration, Phase, UserStatus};
+use k8s_openapi::api::core::v1::ContainerStateTerminated;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt as _;
 use std::time::Duration;
@@ -55,6 +58,7 @@ impl Next<'_> {
         match job.map(|job| (job, job::end(job))) {
             Some((job, None)) => {
                 self.stop_all_but(Some(job));
+                self.notices_stuck();
                 // Without the task's Secret there is another Job, with the service's login.
                 let what = match self.lend(job) {
                     Some(_) => Some("its Job is being ended".to_owned()),
@@ -231,6 +235,9 @@ impl Next<'_> {
         message: &str,
     ) {
         self.free();
+        let no_ufs = |ended: &ContainerStateTerminated| ended.exit_code == NO_UFS;
+        let ufs_fails =
+            reason == "DeadlineExceeded" || failed(self.observed.pod).is_some_and(no_ufs);
         let what = match reason {
             "DeadlineExceeded" => {
                 let stuck = self.observed.pod.and_then(waits_for);
@@ -239,6 +246,7 @@ impl Next<'_> {
             }
             _ => why(self.observed.pod, (reason, message)),
         };
+        self.ufs_fails = ufs_fails.then(|| what.clone());
         self.status.failures = self.status.failures.saturating_add(1);
         self.status.finished_at = Some(Time(self.observed.now));
         let pause = pause(self.status.failures);

@@ -352,6 +352,42 @@ fn what_a_pod_waits_for_is_told() {
     );
 }
 
+/// A pod that its node has taken so many seconds ago, and waits for that.
+fn waiting_pod(cluster: &mut Cluster, seconds: i64, reason: &str) {
+    cluster.pod_says(&json!({"waiting": {"reason": reason}}));
+    let since = Timestamp::from_second(cluster.now - seconds).unwrap();
+    let pod = cluster.pod.as_mut().unwrap();
+    pod.status.as_mut().unwrap().start_time = Some(Time(since));
+}
+
+#[test]
+fn that_ufs_may_be_away_is_noticed() {
+    for (exit, expected) in [(5, Some("no answer (UFS")), (4, None), (3, None)] {
+        let mut cluster = Cluster::working();
+        cluster.end_job("Failed", "BackoffLimitExceeded");
+        cluster.pod_says(&json!({"terminated": {"exitCode": exit, "reason": "Error",
+            "message": "mkfs-accel: no answer\n"}}));
+        let said = cluster.plan().ufs_fails;
+        match expected {
+            Some(expected) => assert!(said.unwrap().starts_with(expected)),
+            None => assert_eq!(said, None),
+        }
+        // It is noticed once.
+        cluster.step();
+        cluster.now += 5;
+        assert_eq!(cluster.plan().ufs_fails, None);
+    }
+    for (seconds, reason, expected) in [
+        (119, "ContainerCreating", false),
+        (120, "ContainerCreating", true),
+        (10_000, "ImagePullBackOff", false),
+    ] {
+        let mut cluster = Cluster::working();
+        waiting_pod(&mut cluster, seconds, reason);
+        assert_eq!(cluster.plan().ufs_fails.is_some(), expected);
+    }
+}
+
 #[test]
 fn a_result_that_cannot_be_read_is_unknown_and_one_that_is_lost_is_made_again() {
     let mut cluster = Cluster::working();

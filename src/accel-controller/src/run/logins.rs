@@ -82,12 +82,15 @@ impl Context {
             (Some(pod), None) => self.failed_mounts(pod).await?,
             _ => Vec::new(),
         };
+        let (looked, trouble) = (self.looked().clone(), self.trouble().clone());
         Ok(check::check(&Checking {
             service,
             jobs: &jobs,
             pod: pod.as_ref(),
             log,
             events: &events,
+            nodes: looked.as_ref().map(|looked| &looked.ufs),
+            trouble: trouble.as_ref(),
             settings: &self.settings,
             now: Timestamp::now(),
         }))

@@ -139,6 +139,7 @@ impl Context {
         let now = Some(Looked {
             nodes: labels.nodes,
             ready,
+            ufs: labels.ufs,
             refused,
         });
         let mut looked = self.looked();

@@ -156,6 +156,8 @@ fn what_cannot_be_removed_is_tried_again_and_says_why() {
     cluster.end_job("Failed", "BackoffLimitExceeded");
     cluster.pod_says(&json!({"terminated": {"exitCode": 5, "reason": "Error",
         "message": "mkfs-accel: cannot open /ufs\n"}}));
+    let said = cluster.plan().ufs_fails.unwrap();
+    assert!(said.starts_with("cannot open /ufs (UFS"), "{said}");
     assert!(cluster.step().is_empty());
     assert_eq!(cluster.phase().0, Phase::DeleteError);
     assert!(
@@ -170,8 +172,14 @@ fn what_cannot_be_removed_is_tried_again_and_says_why() {
     assert_eq!(cluster.step(), ["stop accel-u-delete-0"]);
     assert_eq!(cluster.step(), ["run accel-u-delete-1"]);
     // It hangs.
+    waiting_pod(&mut cluster, 10, "ContainerCreating");
+    assert_eq!(cluster.plan().ufs_fails, None);
+    waiting_pod(&mut cluster, 120, "ContainerCreating");
+    assert!(cluster.plan().ufs_fails.is_some());
     cluster.end_job("Failed", "DeadlineExceeded");
     cluster.pod_says(&json!({"waiting": {"reason": "ContainerCreating"}}));
+    let said = cluster.plan().ufs_fails.unwrap();
+    assert!(said.starts_with("UFS does not answer"), "{said}");
     cluster.step();
     let (phase, message) = cluster.phase();
     assert_eq!(phase, Phase::DeleteError);
