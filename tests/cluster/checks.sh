@@ -352,6 +352,8 @@ shares_layers() {
     becomes more Ready
     same "$(on_ufs)" $((before + 1))
     same "$(of_task more layers)" 3
+    same "$(of_task more sharedBytes)" "$(of_task tiny storedBytes)"
+    same "$(of_task tiny sharedBytes)" 0
     skopeo inspect --tls-verify=false "docker://$registry/elsewhere/more:fast" >/dev/null
 }
 
@@ -934,7 +936,9 @@ deletes_while_ufs_is_away() {
     wait_until service_is UfsReady False NotMounted
     mv "$work/ufs-away" "$work/ufs"
     wait_until is_gone large
-    wait_until service_is UfsReady True Tried
+    # Whoever has mended it need not wait until it is tried again.
+    accel enable --claim ufs --wait
+    service_is UfsReady True Tried
     [ -z "$(find "$work/ufs" -name '*.erofs' -size +200M)" ]
     service 'jobs: {limit: 2, retries: 0, memoryMib: 256, cpuMillis: 300, deadlineSeconds: 21600}'
 }
@@ -1013,6 +1017,13 @@ obeys_the_plug_in() {
     accel enable --claim ufs --limit 3
     same "$(k get imageacceleration cluster -o 'jsonpath={.spec.jobs.limit} {.spec.jobs.memoryMib} {.spec.registry.plainHttp}')" \
         '3 256 true'
+    # Another place for what has no target of its own.
+    accel enable --claim ufs --push-to "$registry/pushed" --wait
+    accel create "$registry/many/of:4" --name pushed --wait | grep "pushed is ready: $registry/pushed/many/of:4-acc"
+    skopeo inspect --tls-verify=false "docker://$registry/pushed/many/of:4-acc" >/dev/null
+    accel delete pushed --wait
+    not_there pushed/many/of 4-acc
+    k patch imageacceleration cluster --type merge -p '{"spec": {"registry": {"pushTo": null}}}'
     accel create "$registry/many/of:4" --target "$registry/many/of:by-hand" --wait | grep "of-4 is ready: $registry/many/of:by-hand"
     accel create "$registry/many/of:4" --target "$registry/many/of:by-hand" | grep unchanged
     fails accel create "$registry/many/of:3" --name of-4

@@ -515,6 +515,7 @@ impl<'a> Next<'a> {
         status.layers = Some(sizes.layers);
         status.original_bytes = Some(sizes.original);
         status.stored_bytes = Some(sizes.stored);
+        status.shared_bytes = Some(sizes.shared);
         status.stored = report::bytes(sizes.stored);
         status.progress = None;
         status.finished_at = Some(Time(self.observed.now));

@@ -100,6 +100,9 @@ pub struct Image {
 pub struct Layer {
     /// The blob's size in the registry, in bytes.
     pub size: u64,
+    /// Whether others need it, too.
+    #[serde(default)]
+    pub shared: bool,
     /// Its file.
     pub erofs: Erofs,
 }
@@ -131,6 +134,8 @@ pub struct Sizes {
     pub original: u64,
     /// On UFS, in bytes.
     pub stored: u64,
+    /// Those of these that others need, too.
+    pub shared: u64,
 }
 
 impl Report {
@@ -143,9 +148,11 @@ impl Report {
             sizes.layers = sizes.layers.saturating_add(1);
             sizes.original = sizes.original.saturating_add(layer.size);
             let erofs = &layer.erofs;
-            sizes.stored = (sizes.stored)
-                .saturating_add(erofs.size)
-                .saturating_add(erofs.index_size);
+            let stored = erofs.size.saturating_add(erofs.index_size);
+            sizes.stored = sizes.stored.saturating_add(stored);
+            if layer.shared {
+                sizes.shared = sizes.shared.saturating_add(stored);
+            }
         }
         sizes
     }
@@ -218,7 +225,7 @@ mod tests {
     const LOG: &str = r#"{"progress":{"platform":"linux/amd64","layers":2,"layers_done":0,"bytes":30,"bytes_done":0}}
 a warning
 {"progress":{"platform":"linux/amd64","layers":2,"layers_done":1,"bytes":30,"bytes_done":10}}
-{"source":"docker://h/a:v1","manifest":"sha256:aa","seconds":1.5,"layers":[],"left_out":[],"images":[{"platform":"linux/amd64","manifest":"sha256:aa","layers":[{"fate":"converted","size":10,"erofs":{"path":"layers/1","size":4096,"root":"00","uuid":"0","index_size":64}},{"fate":"present","size":20,"erofs":{"path":"layers/2","size":8192,"index_size":64}}]},{"platform":"linux/arm64","manifest":"sha256:bb","layers":[{"fate":"present","size":20,"erofs":{"path":"layers/2","size":8192,"index_size":64}}]}],"accelerated":[{"target":"docker://h/a:v1-acc","manifest":"sha256:cc"}]}
+{"source":"docker://h/a:v1","manifest":"sha256:aa","seconds":1.5,"layers":[],"left_out":[],"images":[{"platform":"linux/amd64","manifest":"sha256:aa","layers":[{"fate":"converted","size":10,"shared":false,"erofs":{"path":"layers/1","size":4096,"root":"00","uuid":"0","index_size":64}},{"fate":"present","size":20,"shared":true,"erofs":{"path":"layers/2","size":8192,"index_size":64}}]},{"platform":"linux/arm64","manifest":"sha256:bb","layers":[{"fate":"present","size":20,"shared":true,"erofs":{"path":"layers/2","size":8192,"index_size":64}}]}],"accelerated":[{"target":"docker://h/a:v1-acc","manifest":"sha256:cc"}]}
 "#;
 
     #[test]
@@ -231,6 +238,7 @@ a warning
             layers: 2,
             original: 30,
             stored: 4096 + 8192 + 128,
+            shared: 8192 + 64,
         };
         assert_eq!(report.sizes(), expected);
     }

@@ -50,6 +50,11 @@ const KEY: &str = r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9
         json_path = ".status.conditions[?(@.type==\"Ready\")].status"
     ),
     printcolumn(
+        name = "UFS",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"UfsReady\")].status"
+    ),
+    printcolumn(
         name = "Images",
         type_ = "integer",
         json_path = ".status.images",
@@ -413,6 +418,9 @@ pub struct AcceleratedImageStatus {
     /// What they take on UFS, in bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stored_bytes: Option<u64>,
+    /// What of that other images had as well when this one became Ready, in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shared_bytes: Option<u64>,
     /// `storedBytes` for people.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub stored: String,

@@ -106,6 +106,29 @@ fn exactly_what_no_other_image_needs_goes() {
 }
 
 #[test]
+fn what_others_need_as_well_is_told() {
+    let (one, other) = images();
+    let ufs = Ufs::new();
+    let shared = |image: &Image, claim: &str| -> Vec<_> {
+        let report = match claim {
+            "" => ufs.convert(&image.source()),
+            claim => ufs.convert_with(&image.source(), &["--claim", claim]),
+        };
+        let layers = report["images"][0]["layers"].as_array().unwrap().clone();
+        let shared = layers
+            .iter()
+            .map(|layer| layer["shared"].as_bool().unwrap());
+        shared.collect()
+    };
+    assert_eq!(shared(&one, "c/one"), [false; 2]);
+    assert_eq!(shared(&other, ""), [true, false, false]);
+    // That it was converted before is nobody else's.
+    assert_eq!(shared(&other, ""), [true, false, false]);
+    assert_eq!(shared(&one, "c/one"), [true, false]);
+    assert_eq!(shared(&one, "c/two"), [true, true]);
+}
+
+#[test]
 fn an_image_stays_as_long_as_anybody_has_claimed_it() {
     let (one, _) = images();
     let ufs = Ufs::new();

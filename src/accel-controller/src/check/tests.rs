@@ -527,7 +527,7 @@ fn what_is_wrong_with_nodes_alone_starts_jobs_seldom_and_changes_nothing() {
     assert_eq!(service.ufs_is(), "True Tried");
     // Nodes that come and go start no more of them.
     let mut begun = 0;
-    for second in 0..100_000 {
+    for second in 0..20_000 {
         service.nodes = if second / 30 % 2 == 0 {
             unread()
         } else {
@@ -538,7 +538,7 @@ fn what_is_wrong_with_nodes_alone_starts_jobs_seldom_and_changes_nothing() {
             service.end_job("Complete");
         }
     }
-    assert!((20..30).contains(&begun), "{begun}");
+    assert!((5..10).contains(&begun), "{begun}");
     // After a time of calm it is believed at once again.
     service.nodes = Some(Ufs::Read);
     service.wait(5000);

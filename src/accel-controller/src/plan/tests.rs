@@ -161,8 +161,9 @@ impl Cluster {
 }
 
 fn report() -> Output {
-    let layer = |path: &str| Layer {
+    let layer = |path: &str, shared| Layer {
         size: 100,
+        shared,
         erofs: Erofs {
             path: path.to_owned(),
             size: 1 << 20,
@@ -173,7 +174,7 @@ fn report() -> Output {
         report: Some(Report {
             manifest: "sha256:aa".to_owned(),
             images: vec![Image {
-                layers: vec![layer("1"), layer("2")],
+                layers: vec![layer("1", false), layer("2", true)],
             }],
             accelerated: vec![Accelerated {
                 manifest: "sha256:bb".to_owned(),
@@ -221,6 +222,7 @@ fn a_task_becomes_ready_and_its_job_goes() {
         (cluster.status().layers, cluster.status().stored.as_str()),
         (Some(2), "2.0 MiB")
     );
+    assert_eq!(cluster.status().shared_bytes, Some(1 << 20));
     assert_eq!(cluster.status().started_at, started);
     assert_eq!(cluster.step(), ["stop accel-u-1-0"]);
     // And nothing else ever happens.

@@ -11,13 +11,14 @@ use accel_oci::{Digest, ImageSource, Platform, PlatformError};
 use accel_ufs::UfsError;
 use accel_ufs::annotations::{IMAGE_KEY, LayerAnnotations, ORIGINAL_KEY};
 use accel_ufs::claim::{ClaimName, ClaimRecord, ClaimedLayer, NewClaim};
-use accel_ufs::names;
+use accel_ufs::names::{self, LayerName};
 use accel_ufs::publish::{Outcome, Ufs};
 use accel_ufs::record::{self, ImageRecord, LayerRecord, NameRecord, Process};
 use accel_ufs::resolve::canonical;
 use accel_ufs::start;
 use anyhow::{Context, bail, ensure};
 use serde::Serialize;
+use std::collections::HashSet;
 use std::fmt::Display;
 use std::io;
 use std::num::NonZeroU16;
@@ -158,11 +159,11 @@ struct ImageReport<'a> {
 }
 
 impl<'a> ImageReport<'a> {
-    fn new((image, layers): &'a (&Image, Vec<Done>)) -> Self {
+    fn new((image, layers): &'a (&Image, Vec<Done>), others: Option<&Needed>) -> Self {
         Self {
             platform: image.platform.to_string(),
             manifest: image.manifest,
-            layers: layers.iter().map(LayerReport::new).collect(),
+            layers: layer_reports(layers, others),
         }
     }
 }
@@ -177,17 +178,47 @@ struct Written {
 struct LayerReport<'a> {
     fate: Fate,
     seconds: f64,
+    /// Whether others need it, too: missing if that could not be found out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shared: Option<bool>,
     #[serde(flatten)]
     record: &'a LayerRecord,
 }
 
-impl<'a> LayerReport<'a> {
-    fn new(done: &'a Done) -> Self {
-        Self {
-            fate: done.fate,
-            seconds: done.took.as_secs_f64(),
-            record: &done.record,
-        }
+fn layer_reports<'a>(layers: &'a [Done], others: Option<&Needed>) -> Vec<LayerReport<'a>> {
+    let report = |done: &'a Done| LayerReport {
+        fate: done.fate,
+        seconds: done.took.as_secs_f64(),
+        shared: others.map(|others| others.has(&done.record)),
+        record: &done.record,
+    };
+    layers.iter().map(report).collect()
+}
+
+/// The layers that others have claimed.
+struct Needed(HashSet<LayerName>);
+
+impl Needed {
+    /// By all but whom these images are claimed for.
+    fn by_others(ufs: &Ufs, arguments: &Arguments, found: &Images) -> Result<Self, UfsError> {
+        let by_hand = |name: &ClaimName| {
+            let mut images = found.images.iter();
+            images.any(|image| ClaimName::by_hand(&image.manifest) == *name)
+        };
+        let own = |name: &ClaimName| match &arguments.claim {
+            Some(own) => own == name,
+            None => by_hand(name),
+        };
+        let claims = ufs.claims()?;
+        let others = claims
+            .iter()
+            .filter(|claim| !claim.going && !own(&claim.name));
+        let layers = others.flat_map(|claim| &claim.record.layers);
+        Ok(Self(layers.flat_map(ClaimedLayer::names).collect()))
+    }
+
+    fn has(&self, layer: &LayerRecord) -> bool {
+        layer.name().is_some_and(|name| self.0.contains(&name))
     }
 }
 
@@ -294,12 +325,18 @@ fn convert(
     let written = accelerate(found, &done, targets)?;
     let took = started.elapsed();
     if tell != Tell::People {
+        let others = Needed::by_others(ufs, arguments, found);
+        let others = others
+            .inspect_err(|error| tracing::warn!(%error, "who else needs its layers is not known"))
+            .ok();
         let report = Report {
             source: source.to_string(),
             manifest: main.manifest,
             seconds: took.as_secs_f64(),
-            layers: main_layers.iter().map(LayerReport::new).collect(),
-            images: done.iter().map(ImageReport::new).collect(),
+            layers: layer_reports(main_layers, others.as_ref()),
+            images: (done.iter())
+                .map(|image| ImageReport::new(image, others.as_ref()))
+                .collect(),
             left_out: &found.left_out,
             accelerated: &written,
         };
