@@ -133,6 +133,13 @@ units_in_guest() {
 # nfs_in_guest KERNEL: UFS on a real NFS server that is stopped, comes back, is damaged.
 nfs_in_guest() { torture_in_guest "$1" ublk nfs; }
 
+# kubelet_images; kubelet_in_guest KERNEL: a kubelet mounts UFS from a real NFS server for a Job.
+kubelet_images() { "$repo/tests/kubelet-nfs" --bin "$work/bin" --make "$work/kubelet"; }
+kubelet_in_guest() {
+    "$repo/tools/guest/run" --kernel "$1" --timeout 1800 --share "$repo=$repo:ro" \
+        --share "$work/kubelet=/accel/kubelet:ro" -- "$repo/tests/kubelet-nfs" --made /accel/kubelet
+}
+
 # torture_tests_in_guest KERNEL: some of that in short, and that it would notice.
 torture_tests_in_guest() {
     # shellcheck disable=SC2016 # expanded in the guest

@@ -1,6 +1,6 @@
 //! The controller and its command line.
 
-use accel_controller::job::Settings;
+use accel_controller::job::{self, Settings};
 use accel_controller::metrics::Metrics;
 use accel_controller::{lead, login, node, resource, run};
 use anyhow::{Context as _, Result, bail};
@@ -83,6 +83,17 @@ enum Command {
         #[arg(long, value_name = "NAME", default_value = "image-accel")]
         namespace: String,
     },
+    /// Print the Job that tries UFS, as it is for an ImageAcceleration whose spec is on standard
+    /// input; both are JSON.
+    #[command(hide = true)]
+    CheckJob {
+        /// The image with mkfs-accel that it runs
+        #[arg(long, value_name = "IMAGE")]
+        job_image: String,
+        /// The controller's namespace
+        #[arg(long, value_name = "NAME", default_value = "image-accel")]
+        namespace: String,
+    },
     /// Print the definitions of the resources, for `kubectl apply -f -`.
     Crds {
         /// Write them to this directory instead, a file each
@@ -118,6 +129,10 @@ fn main() -> ExitCode {
             secret,
             namespace,
         } => login::access(&namespace, &of, &secret).and_then(|text| print(&text)),
+        Command::CheckJob {
+            job_image,
+            namespace,
+        } => check_job(job_image, namespace),
         Command::Crds { out } => crds(out.as_deref()),
     };
     match done {
@@ -132,6 +147,18 @@ fn main() -> ExitCode {
 fn print(text: &str) -> Result<()> {
     write!(std::io::stdout(), "{text}")?;
     Ok(())
+}
+
+fn check_job(image: String, namespace: String) -> Result<()> {
+    let spec = serde_json::from_reader(std::io::stdin().lock());
+    let spec = spec.context("standard input is no spec of an ImageAcceleration")?;
+    let settings = Settings {
+        namespace,
+        image,
+        cluster: String::new(),
+    };
+    let job = job::build_check("accel-check".to_owned(), &spec, None, &settings);
+    print(&serde_json::to_string_pretty(&job)?)
 }
 
 fn crds(out: Option<&Path>) -> Result<()> {
