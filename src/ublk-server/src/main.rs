@@ -315,3 +315,24 @@ fn main() -> ExitCode {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is promised to who sets nothing: five seconds for a source, ten minutes for a read.
+    #[test]
+    fn deadlines_are_five_seconds_and_ten_minutes() {
+        let cli = Cli::try_parse_from(["ublk-server", "serve", "--ufs", "/ufs"]).unwrap();
+        let Command::Serve {
+            attempt_timeout,
+            request_timeout,
+            ..
+        } = cli.command
+        else {
+            panic!("{:?} is not what was asked for", cli.command);
+        };
+        assert_eq!(attempt_timeout, Duration::from_secs(5));
+        assert_eq!(request_timeout, Duration::from_mins(10));
+    }
+}
