@@ -1,5 +1,5 @@
-//! What runs on layers of the snapshotter, in a mount namespace of its own, is in nobody's
-//! list of mounts.
+//! What an overlay has below it is in nobody's list of mounts: containers on layers of the
+//! snapshotter, which run in mount namespaces of their own, and those that do not run yet.
 
 use super::snapshots::{clear_after, layers_of, mount, points};
 use crate::Setting;
@@ -7,8 +7,9 @@ use crate::daemon::Daemon;
 use crate::leftovers::State;
 use crate::snapshotter::{Labels, Snapshotter};
 use anyhow::{Context as _, Result, ensure};
+use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 
 /// `ublk-server shutdown` while a container runs on layers of the snapshotter: it is named,
@@ -42,6 +43,12 @@ fn shut_down_under_a_container(
     let root = directory.join("rootfs");
     std::fs::create_dir(&root)?;
     mount(&mounts, &root)?;
+    let layers = points(&snapshotter.root())?;
+    ensure!(layers.len() > 1, "an image of one layer shows little");
+    let named = format!("the overlay mounted at {}", root.display());
+    shutdown_is_refused(daemon, snapshotter, &layers, &named)
+        .context("before the container runs")?;
+    mounted_by_others(daemon, snapshotter, &layers, directory)?;
     // As a runtime does: a mount namespace of its own, in which there is nothing else. It
     // reads what it is told to.
     let enter = "cd \"$1\"; mkdir old; pivot_root . old; exec /bin/sh -ec \"$2\"";
@@ -94,20 +101,80 @@ fn while_it_runs(
     };
     read("in a container")?;
     let layers = points(&snapshotter.root())?;
-    ensure!(layers.len() > 1, "an image of one layer shows little");
+    let named = format!("(process {container})");
     // And once more: the first has changed nothing.
     for _ in 0..2 {
-        let refused = daemon.client(["shutdown", "--leave-daemon"])?;
-        let message = String::from_utf8_lossy(&refused.stderr).into_owned();
-        ensure!(!refused.status.success(), "all of it went");
-        let named = format!("(process {container})");
-        ensure!(
-            message.matches(&named).count() == layers.len(),
-            "{named} is not named for each of {layers:?}: {message}"
-        );
+        shutdown_is_refused(daemon, snapshotter, &layers, &named)?;
         read("after a shutdown")?;
-        let left = points(&snapshotter.root())?;
-        ensure!(left == layers, "of {layers:?} are left {left:?}");
+    }
+    Ok(())
+}
+
+/// `ublk-server shutdown` names who uses each of these layers, and leaves them where they are.
+fn shutdown_is_refused(
+    daemon: &Daemon,
+    snapshotter: &Snapshotter,
+    layers: &BTreeSet<PathBuf>,
+    named: &str,
+) -> Result<()> {
+    let refused = daemon.client(["shutdown", "--leave-daemon"])?;
+    let message = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(!refused.status.success(), "all of it went");
+    ensure!(
+        message.matches(named).count() == layers.len(),
+        "{named} is not named for each of {layers:?}: {message}"
+    );
+    let left = points(&snapshotter.root())?;
+    ensure!(left == *layers, "of {layers:?} are left {left:?}");
+    Ok(())
+}
+
+/// The same with overlays that others mount: with names that are relative to where they are,
+/// and in a mount namespace that a process is in, but not on the overlay.
+fn mounted_by_others(
+    daemon: &Daemon,
+    snapshotter: &Snapshotter,
+    layers: &BTreeSet<PathBuf>,
+    directory: &Path,
+) -> Result<()> {
+    let point = directory.join("other");
+    std::fs::create_dir(&point)?;
+    let root = snapshotter.root();
+    let lower: Vec<_> = layers
+        .iter()
+        .map(|layer| Ok(layer.strip_prefix(&root)?.to_string_lossy()))
+        .collect::<Result<_>>()?;
+    let options = format!("lowerdir={}", lower.join(":"));
+    let mount = "mount -t overlay -o \"$1\" overlay \"$2\"; echo mounted; read -r end";
+    for namespace in [false, true] {
+        let mut words = vec!["sh", "-ec"];
+        if namespace {
+            words.splice(..0, ["unshare", "--mount", "--propagation", "private"]);
+        }
+        let mut process = Command::new(words[0])
+            .args(&words[1..])
+            .args([mount, "mount", &options, &point.to_string_lossy()])
+            .current_dir(&root)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("starting a process that mounts")?;
+        let mut said = BufReader::new(process.stdout.take().context("no output")?);
+        let mut line = String::new();
+        said.read_line(&mut line)?;
+        let mut named = format!("the overlay mounted at {}", point.display());
+        if namespace {
+            named += &format!(" in the mount namespace of sh (process {})", process.id());
+        }
+        let refused = shutdown_is_refused(daemon, snapshotter, layers, &named);
+        // It ends with its input, and so does its namespace.
+        drop(process.stdin.take());
+        process.wait()?;
+        if !namespace {
+            rustix::mount::unmount(&point, rustix::mount::UnmountFlags::empty())?;
+        }
+        ensure!(line == "mounted\n", "it could not mount");
+        refused.with_context(|| format!("by hand, {options}"))?;
     }
     Ok(())
 }

@@ -1,7 +1,8 @@
 //! Who uses a mount.
 
 use crate::mountinfo::unescape;
-use std::collections::BTreeMap;
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -18,21 +19,63 @@ fn mounts(text: &str) -> impl Iterator<Item = (&str, PathBuf)> {
     })
 }
 
-/// The overlays in some process's `mountinfo`: where each is, and its lower directories, as
-/// they were named.
-fn overlays(text: &str) -> impl Iterator<Item = (PathBuf, Vec<PathBuf>)> {
+/// An overlay in some process's `mountinfo`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Overlay {
+    /// Its device number, which all mounts of it have.
+    device: String,
+    point: PathBuf,
+    lower: Vec<PathBuf>,
+}
+
+/// Those in a process's `mountinfo`, with their lower directories as they were named.
+fn overlays(text: &str) -> impl Iterator<Item = Overlay> {
     text.lines().filter_map(|line| {
         let (front, back) = line.split_once(" - overlay ")?;
-        let options = back.split(' ').nth(1)?.split(',');
+        let options = back.split(' ').nth(1)?;
+        let option = |name: &str| {
+            let options = options.split(',');
+            let named = options.filter_map(move |option| option.strip_prefix(name));
+            named.collect::<Vec<_>>()
+        };
         // One option for all of them, or one for each.
-        let lower = options.filter_map(|option| {
-            let all = option.strip_prefix("lowerdir=");
-            all.or_else(|| option.strip_prefix("lowerdir+="))
-        });
-        let lower = lower.flat_map(|all| all.split(':')).map(unescape);
-        let point = unescape(front.split(' ').nth(4)?);
-        Some((point, lower.collect()))
+        let lower = [option("lowerdir="), option("lowerdir+=")].concat();
+        let lower = lower.iter().flat_map(|all| all.split(':'));
+        // Those after an empty one are of data only.
+        let lower: Vec<_> = lower
+            .filter(|name| !name.is_empty())
+            .map(unescape)
+            .collect();
+        let mut front = front.split(' ').skip(2);
+        Some(Overlay {
+            device: front.next()?.to_owned(),
+            point: unescape(front.nth(1)?),
+            lower: match option("upperdir=").first() {
+                Some(upper) => resolved(lower, &unescape(upper)),
+                None => lower,
+            },
+        })
     })
+}
+
+/// Gives relative lower directories their full names, if the upper one tells where they
+/// begin: containerd shortens what would be too long to what differs, and keeps all
+/// directories of a snapshotter beneath one.
+fn resolved(lower: Vec<PathBuf>, upper: &Path) -> Vec<PathBuf> {
+    let base = upper.ancestors().skip(1).find(|base| {
+        let mut relative = lower.iter().filter(|lower| lower.is_relative());
+        base.is_absolute() && relative.all(|lower| is_there(&base.join(lower)))
+    });
+    match base {
+        Some(base) => lower.iter().map(|lower| base.join(lower)).collect(),
+        None => lower,
+    }
+}
+
+/// Whether something has this name. Whoever serves it is asked for nothing.
+fn is_there(path: &Path) -> bool {
+    let flags = AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
+    statx(CWD, path, flags, StatxFlags::empty()).is_ok()
 }
 
 /// Whose mount namespace it is.
@@ -63,66 +106,111 @@ pub fn of_mount(point: &Path) -> String {
     })
 }
 
-/// Processes on overlays: containers, for the most part. Nothing else tells who uses a layer:
-/// an overlay has mounts of its own of what lies below it, which are in no list and keep no
-/// mount point busy.
+/// Overlays: containers, for the most part. Nothing else tells who uses a layer: an overlay
+/// has mounts of its own of what lies below it, which are in no list and keep no mount point
+/// busy.
 #[derive(Debug)]
 pub struct Containers(Vec<Container>);
 
 #[derive(Debug)]
 struct Container {
-    pid: u32,
-    command: String,
-    /// Lower directories of the overlays that it is on. They may be relative.
-    lower: Vec<PathBuf>,
+    overlay: Overlay,
+    /// In whose mount namespace its mount point is, unless it is in ours.
+    of: Option<(u32, String)>,
+    /// The processes on it.
+    users: BTreeMap<u32, String>,
 }
 
 impl Containers {
-    /// Those that there are now.
+    /// Those that there are now, in all mount namespaces that a process is in.
     pub fn look() -> Self {
-        let here = namespace("self");
         let read = |pid: &str| {
             let text = fs::read(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
             overlays(&String::from_utf8_lossy(&text)).collect::<Vec<_>>()
         };
-        let own = read("self");
-        let mut containers = Vec::new();
-        for (pid, id) in processes() {
-            let other = (namespace(&pid) != here).then(|| read(&pid));
-            let overlays = other.as_ref().unwrap_or(&own);
+        // A process sees what is beneath its root.
+        let view = |pid: &str| {
+            (
+                namespace(pid),
+                fs::read_link(format!("/proc/{pid}/root")).ok(),
+            )
+        };
+        let mut found: BTreeMap<String, Container> = BTreeMap::new();
+        let mut views = HashMap::new();
+        let own = ("self".to_owned(), std::process::id());
+        for (pid, id) in std::iter::once(own).chain(processes()) {
+            let is_own = pid == "self";
+            let overlays: &mut Vec<Overlay> = views.entry(view(&pid)).or_insert_with(|| read(&pid));
             if overlays.is_empty() {
                 continue;
             }
-            // A namespace may have a copy of the host's mounts, as a service's has: only
-            // those count on which the process is.
-            let places: Vec<_> = links(&pid).collect();
-            let mut lower = Vec::new();
-            for (point, directories) in overlays {
-                if places.iter().any(|place| place.starts_with(point)) {
-                    lower.extend(directories.iter().cloned());
+            let (places, command) = (links(&pid).collect::<Vec<_>>(), command(&pid));
+            for overlay in overlays {
+                let container = found.entry(overlay.device.clone());
+                let container = container.or_insert_with(|| Container {
+                    overlay: overlay.clone(),
+                    of: (!is_own).then(|| (id, command.clone())),
+                    users: BTreeMap::new(),
+                });
+                // A namespace may have a copy of the host's mounts, as a service's has: only
+                // those are used on which the process is.
+                let on_it = |place: &PathBuf| place.starts_with(&overlay.point);
+                if !is_own && places.iter().any(on_it) {
+                    container.users.insert(id, command.clone());
                 }
             }
-            if !lower.is_empty() {
-                containers.push(Container {
-                    pid: id,
-                    command: command(&pid),
-                    lower,
-                });
-            }
         }
-        Self(containers)
+        Self(found.into_values().collect())
     }
 
-    /// Those on overlays with the layer that is mounted at `point`, for people. Empty if
-    /// there are none.
+    /// Those with the layer that is mounted at `point`, for people: the processes on them, and
+    /// where those are mounted on which there is none. Empty if no overlay has the layer. What
+    /// a lower directory's name is relative to nobody may know: it counts if it may be the
+    /// layer's.
     pub fn of_layer(&self, point: &Path) -> String {
-        let uses = |container: &&Container| {
-            let lower = &mut container.lower.iter();
-            // containerd shortens what would be too long to paths that begin somewhere.
-            lower.any(|lower| !lower.as_os_str().is_empty() && point.ends_with(lower))
-        };
-        let users = self.0.iter().filter(uses);
-        told(&users.map(|user| (user.pid, user.command.clone())).collect())
+        let (mut users, mut unused) = (BTreeMap::new(), Vec::new());
+        let on_it = |container: &&Container| container.overlay.has_lower(point);
+        for container in self.0.iter().filter(on_it) {
+            if container.users.is_empty() {
+                unused.push(container.named());
+            } else {
+                users.extend(container.users.clone());
+            }
+        }
+        unused.sort_unstable();
+        if !users.is_empty() {
+            unused.insert(0, told(&users));
+        }
+        unused.join(", ")
+    }
+}
+
+impl Container {
+    /// By where it is mounted, for people.
+    fn named(&self) -> String {
+        let point = self.overlay.point.display();
+        match &self.of {
+            None => format!("the overlay mounted at {point}"),
+            Some((pid, command)) => format!(
+                "the overlay mounted at {point} in the mount namespace of {command} (process {pid})"
+            ),
+        }
+    }
+}
+
+impl Overlay {
+    /// Whether what is at `point` may be below it.
+    fn has_lower(&self, point: &Path) -> bool {
+        let mut relative = self.lower.iter().filter(|lower| lower.is_relative());
+        self.lower.iter().any(|lower| {
+            if lower.is_absolute() {
+                return lower == point;
+            }
+            // All of them begin at the same place.
+            let base = point.ancestors().nth(lower.components().count());
+            point.ends_with(lower)
+                && base.is_some_and(|base| relative.all(|lower| is_there(&base.join(lower))))
+        })
     }
 }
 
@@ -204,39 +292,86 @@ mod tests {
         assert_eq!(found, [("98:0", PathBuf::from("/mnt/a b"))]);
     }
 
+    fn paths(names: &[&str]) -> Vec<PathBuf> {
+        names.iter().map(PathBuf::from).collect()
+    }
+
     #[test]
     fn overlays_tell_what_is_below() {
         let text = "36 35 98:0 /r /mnt/a rw - ext3 /dev/root rw,lowerdir=/no\n\
-                    37 35 0:50 / /c\\0401/rootfs rw shared:9 - overlay overlay rw,lowerdir=/r/layers/a:b,upperdir=/u\n\
+                    37 35 0:50 / /c\\0401/rootfs rw shared:9 - overlay overlay rw,lowerdir=/r/layers/a:b::d,upperdir=/u\n\
                     38 35 0:51 / / ro - overlay none ro,lowerdir+=/x,lowerdir+=/y\n\
                     39 35 0:52 / /broken ro - overlay\n";
         let found: Vec<_> = overlays(text).collect();
-        let paths = |names: [&str; 2]| names.map(PathBuf::from).to_vec();
+        let overlay = |device: &str, point: &str, lower| Overlay {
+            device: device.into(),
+            point: point.into(),
+            lower: paths(lower),
+        };
         assert_eq!(
             found,
             [
-                ("/c 1/rootfs".into(), paths(["/r/layers/a", "b"])),
-                ("/".into(), paths(["/x", "/y"])),
+                overlay("0:50", "/c 1/rootfs", &["/r/layers/a", "b", "d"]),
+                overlay("0:51", "/", &["/x", "/y"]),
             ]
         );
     }
 
     #[test]
+    fn relative_names_begin_where_all_of_them_are() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        for name in ["one/1/fs", "one/2/fs", "one/3/fs", "two/1/fs", "two/2/fs"] {
+            fs::create_dir_all(at(name)).unwrap();
+        }
+        let lower = || paths(&["1/fs", "3/fs", "/other"]);
+        // Beneath the same directory as the upper one, or nobody knows where.
+        assert_eq!(
+            resolved(lower(), &at("one/9/fs")),
+            [at("one/1/fs"), at("one/3/fs"), "/other".into()]
+        );
+        assert_eq!(resolved(lower(), &at("two/9/fs")), lower());
+        let overlay = Overlay {
+            device: "0:50".into(),
+            point: "/".into(),
+            lower: lower(),
+        };
+        let has = |name: &str| overlay.has_lower(&at(name));
+        assert_eq!(["one/1/fs", "one/3/fs"].map(has), [true; 2]);
+        assert_eq!(["one/2/fs", "two/1/fs", "1/fs", "fs"].map(has), [false; 4]);
+        assert!(overlay.has_lower(Path::new("/other")));
+    }
+
+    #[test]
     fn containers_are_named_by_what_is_below_them() {
-        let container = |pid, lower: &[&str]| Container {
-            pid,
-            command: "sh".into(),
-            lower: lower.iter().map(PathBuf::from).collect(),
+        let container = |number: u32, lower: &[&str], users: &[u32], of: Option<u32>| Container {
+            overlay: Overlay {
+                device: format!("0:{number}"),
+                point: format!("/c/{number}").into(),
+                lower: paths(lower),
+            },
+            of: of.map(|pid| (pid, "runc".to_owned())),
+            users: users.iter().map(|pid| (*pid, "sh".to_owned())).collect(),
         };
         let containers = Containers(vec![
-            container(1, &["/r/layers/a", "/r/layers/b"]),
-            container(2, &["", "layers/b"]),
-            container(3, &["/other/layers/b", "yers/b"]),
+            container(1, &["/r/layers/a", "/r/layers/b"], &[1, 2], None),
+            container(2, &["/r/layers/b"], &[2, 3], Some(2)),
+            container(3, &["/other/layers/b", "/yers/b"], &[4], None),
+            container(4, &["/r/layers/b", "/r/layers/d"], &[], None),
+            container(5, &["/r/layers/d"], &[], Some(7)),
         ]);
         let of = |point| containers.of_layer(Path::new(point));
-        assert_eq!(of("/r/layers/a"), "sh (process 1)");
-        assert_eq!(of("/r/layers/b"), "sh (process 1), sh (process 2)");
+        assert_eq!(of("/r/layers/a"), "sh (process 1), sh (process 2)");
+        assert_eq!(
+            of("/r/layers/b"),
+            "sh (process 1), sh (process 2), sh (process 3), the overlay mounted at /c/4"
+        );
         assert_eq!(of("/r/layers/c"), "");
+        assert_eq!(
+            of("/r/layers/d"),
+            "the overlay mounted at /c/4, \
+             the overlay mounted at /c/5 in the mount namespace of runc (process 7)"
+        );
     }
 
     #[test]
