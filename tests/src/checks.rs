@@ -114,7 +114,7 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             lifecycle::lost_device_in_use_is_in_nobodys_way,
         ),
     ];
-    let others: [(&str, Check); 25] = [
+    let others: [(&str, Check); 26] = [
         (
             "mount::large_layer_with_at_most_1_mib",
             mounting::large_layer_takes_at_most_1_mib,
@@ -174,6 +174,10 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
         (
             "containers::shutdown_names_them_and_lets_them_run",
             containers::shutdown_names_them_and_lets_them_run,
+        ),
+        (
+            "containers::shutdown_leaves_mounted_images_to_them",
+            containers::shutdown_leaves_mounted_images_to_them,
         ),
         (
             "lifecycle::stop_leaves_nothing",

@@ -2,15 +2,15 @@
 //! snapshotter, which run in mount namespaces of their own, and those that do not run yet.
 
 use super::snapshots::{clear_after, layers_of, mount, points};
-use crate::Setting;
 use crate::daemon::Daemon;
 use crate::leftovers::State;
 use crate::snapshotter::{Labels, Snapshotter};
+use crate::{Setting, fixture};
 use anyhow::{Context as _, Result, ensure};
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 /// `ublk-server shutdown` while a container runs on layers of the snapshotter: it is named,
 /// goes on reading, and nothing is taken from under it; when it has ended all goes.
@@ -49,26 +49,18 @@ fn shut_down_under_a_container(
     shutdown_is_refused(daemon, snapshotter, &layers, &named)
         .context("before the container runs")?;
     mounted_by_others(daemon, snapshotter, &layers, directory)?;
-    // As a runtime does: a mount namespace of its own, in which there is nothing else. It
-    // reads what it is told to.
-    let enter = "cd \"$1\"; mkdir old; pivot_root . old; exec /bin/sh -ec \"$2\"";
-    let read = "busybox umount -l /old; while read -r path; do busybox head -n 1 \"$path\"; done";
-    let mut container = Command::new("unshare")
-        .args(["--mount", "--propagation", "private", "sh", "-ec"])
-        .args([enter.as_ref(), "container".as_ref(), root.as_os_str()])
-        .arg(read)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("starting a container")?;
-    let told = container.stdin.take().context("no input")?;
-    let said = container.stdout.take().context("no output")?;
-    let checked = while_it_runs(daemon, snapshotter, container.id(), told, said);
-    // It ends with its input.
-    let ended = container.wait()?;
+    let container = Container::start(&root)?;
+    let named = format!("(process {})", container.pid());
+    let checked = container.run(|read| {
+        // And once more: the first has changed nothing.
+        for _ in 0..2 {
+            shutdown_is_refused(daemon, snapshotter, &layers, &named)?;
+            read("after a shutdown")?;
+        }
+        Ok(())
+    });
     rustix::mount::unmount(&root, rustix::mount::UnmountFlags::empty())?;
     checked?;
-    ensure!(ended.success(), "the container ended with {ended}");
     // As the units have it: a snapshotter that runs mounts again what its images need.
     snapshotter.kill()?;
     daemon.ask(["shutdown", "--leave-daemon"])?;
@@ -83,31 +75,104 @@ fn shut_down_under_a_container(
     Ok(())
 }
 
-fn while_it_runs(
-    daemon: &Daemon,
-    snapshotter: &Snapshotter,
-    container: u32,
-    mut told: ChildStdin,
-    said: ChildStdout,
-) -> Result<()> {
-    let mut said = BufReader::new(said);
-    let mut read = |happened: &str| -> Result<()> {
-        crate::drop_caches()?;
-        writeln!(told, "/app/data/greeting")?;
-        let mut line = String::new();
-        said.read_line(&mut line)?;
-        ensure!(line == "image-accel\n", "{happened} it read {line:?}");
+/// What a runtime makes: a process with a mount namespace of its own, in which there is
+/// nothing but the container. It reads what it is told to.
+struct Container {
+    child: Child,
+    told: ChildStdin,
+    said: BufReader<ChildStdout>,
+}
+
+impl Container {
+    fn start(root: &Path) -> Result<Self> {
+        let enter = "cd \"$1\"; mkdir old; pivot_root . old; exec /bin/sh -ec \"$2\"";
+        let read =
+            "busybox umount -l /old; while read -r path; do busybox head -n 1 \"$path\"; done";
+        let mut child = Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "sh", "-ec"])
+            .args([enter.as_ref(), "container".as_ref(), root.as_os_str()])
+            .arg(read)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("starting a container")?;
+        let told = child.stdin.take().context("no input")?;
+        let said = child.stdout.take().context("no output")?;
+        let said = BufReader::new(said);
+        Ok(Self { child, told, said })
+    }
+
+    fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Does something while it runs, which is given how to have it read, and ends it.
+    fn run(self, act: impl FnOnce(&mut dyn FnMut(&str) -> Result<()>) -> Result<()>) -> Result<()> {
+        let Self {
+            mut child,
+            mut told,
+            mut said,
+        } = self;
+        let mut read = |happened: &str| -> Result<()> {
+            crate::drop_caches()?;
+            writeln!(told, "/app/data/greeting")?;
+            let mut line = String::new();
+            said.read_line(&mut line)?;
+            ensure!(line == "image-accel\n", "{happened} it read {line:?}");
+            Ok(())
+        };
+        let checked = read("in a container").and_then(|()| act(&mut read));
+        // It ends with its input.
+        drop(told);
+        let ended = child.wait()?;
+        checked?;
+        ensure!(ended.success(), "the container ended with {ended}");
+        Ok(())
+    }
+}
+
+/// The same with a container on an image that `ublk-server mount` has mounted, and with an
+/// overlay on top of one that nobody uses yet.
+pub fn shutdown_leaves_mounted_images_to_them(setting: &Setting) -> Result<()> {
+    let before = State::now(setting)?;
+    let scratch = setting.scratch_dir()?;
+    let image = fixture::image(setting, "tiny")?;
+    let daemon = Daemon::start(setting, &setting.ufs())?;
+    let upper = scratch.path().join("upper");
+    let mounted = daemon.mount_with(&image.source, &["--rw".as_ref(), upper.as_os_str()])?;
+    let refused = |named: &str| -> Result<()> {
+        let refused = daemon.client(["shutdown", "--leave-daemon"])?;
+        let message = String::from_utf8_lossy(&refused.stderr).into_owned();
+        ensure!(!refused.status.success(), "it went");
+        ensure!(message.contains(named), "{named} is not named: {message}");
+        ensure!(
+            mounted.path().join("app/data/greeting").exists(),
+            "it is not mounted any more"
+        );
         Ok(())
     };
-    read("in a container")?;
-    let layers = points(&snapshotter.root())?;
-    let named = format!("(process {container})");
-    // And once more: the first has changed nothing.
-    for _ in 0..2 {
-        shutdown_is_refused(daemon, snapshotter, &layers, &named)?;
-        read("after a shutdown")?;
-    }
-    Ok(())
+    let container = Container::start(mounted.path())?;
+    let named = format!("(process {})", container.pid());
+    container
+        .run(|read| {
+            refused(&named)?;
+            read("after a shutdown")
+        })
+        .with_context(|| daemon.log())?;
+    let (point, empty) = (scratch.path().join("other"), scratch.path().join("empty"));
+    std::fs::create_dir(&point)?;
+    std::fs::create_dir(&empty)?;
+    let options = format!("lowerdir={}:{}", mounted.path().display(), empty.display());
+    let options = std::ffi::CString::new(options)?;
+    let flags = rustix::mount::MountFlags::empty();
+    rustix::mount::mount("overlay", &point, "overlay", flags, &*options)?;
+    let checked = refused(&format!("the overlay mounted at {}", point.display()));
+    rustix::mount::unmount(&point, rustix::mount::UnmountFlags::empty())?;
+    checked.with_context(|| daemon.log())?;
+    mounted.unmount()?;
+    daemon.stop()?;
+    drop(scratch);
+    before.check_same_now(setting)
 }
 
 /// `ublk-server shutdown` names who uses each of these layers, and leaves them where they are.

@@ -272,14 +272,25 @@ pub fn shutdown(paths: &Paths, leave_daemon: bool) -> Result<()> {
 /// Ends what can be ended; says what cannot.
 fn end_all(paths: &Paths) -> Result<Vec<String>> {
     let mut left = Vec::new();
-    for note in noted(paths)? {
-        if let Err(error) = take_back(paths, &note) {
+    let containers = Containers::look();
+    let notes = noted(paths)?;
+    let images = notes.iter().map(|note| note.directory.clone());
+    let images: Vec<_> = images.collect();
+    for note in &notes {
+        // A container may be on a copy of the mount, which goes on without this one.
+        let layers = note.layers.iter().map(|root| paths.layer(*root));
+        let layers: Vec<_> = layers.collect();
+        let users = containers.of_image(&note.directory, &layers, &images);
+        if !users.is_empty() {
+            left.push(format!("{}: in use by {users}", note.directory.display()));
+            continue;
+        }
+        if let Err(error) = take_back(paths, note) {
             let error = with_users(error, &note.directory);
             left.push(format!("{}: {error:#}", note.directory.display()));
         }
     }
     let status: Status = wire::ask(&paths.socket, &Command::Status, None)?;
-    let containers = Containers::look();
     for holder in &status.holders {
         if noted(paths)?
             .iter()

@@ -168,21 +168,43 @@ impl Containers {
     /// a lower directory's name is relative to nobody may know: it counts if it may be the
     /// layer's.
     pub fn of_layer(&self, point: &Path) -> String {
-        let (mut users, mut unused) = (BTreeMap::new(), Vec::new());
-        let on_it = |container: &&Container| container.overlay.has_lower(point);
-        for container in self.0.iter().filter(on_it) {
-            if container.users.is_empty() {
-                unused.push(container.named());
-            } else {
-                users.extend(container.users.clone());
-            }
-        }
-        unused.sort_unstable();
-        if !users.is_empty() {
-            unused.insert(0, told(&users));
-        }
-        unused.join(", ")
+        told_all(self.0.iter().filter(|it| it.overlay.has_lower(point)))
     }
+
+    /// Those on what is mounted at `directory`, an image with these layers, and those with
+    /// that or one of its layers below them, for people. What is mounted at one of `images`
+    /// is no other's; other daemons' images name their layers, which may be the same, without
+    /// saying where they are. Empty if there are none.
+    pub fn of_image(&self, directory: &Path, layers: &[PathBuf], images: &[PathBuf]) -> String {
+        let uses = |it: &&Container| {
+            let overlay = &it.overlay;
+            let mut layers = layers.iter();
+            match it.of.is_none() && images.contains(&overlay.point) {
+                true => overlay.point == directory && !it.users.is_empty(),
+                false => {
+                    overlay.has_lower(directory) || layers.any(|it| overlay.lower.contains(it))
+                }
+            }
+        };
+        told_all(self.0.iter().filter(uses))
+    }
+}
+
+/// The processes on them, and where those are mounted on which there is none.
+fn told_all<'a>(containers: impl Iterator<Item = &'a Container>) -> String {
+    let (mut users, mut unused) = (BTreeMap::new(), Vec::new());
+    for container in containers {
+        if container.users.is_empty() {
+            unused.push(container.named());
+        } else {
+            users.extend(container.users.clone());
+        }
+    }
+    unused.sort_unstable();
+    if !users.is_empty() {
+        unused.insert(0, told(&users));
+    }
+    unused.join(", ")
 }
 
 impl Container {
@@ -372,6 +394,35 @@ mod tests {
             "the overlay mounted at /c/4, \
              the overlay mounted at /c/5 in the mount namespace of runc (process 7)"
         );
+    }
+
+    #[test]
+    fn images_are_used_by_who_is_on_them_and_by_others_with_their_layers() {
+        let container = |point: &str, lower: &[&str], users: &[u32]| Container {
+            overlay: Overlay {
+                device: String::new(),
+                point: point.into(),
+                lower: paths(lower),
+            },
+            of: None,
+            users: users.iter().map(|pid| (*pid, "sh".to_owned())).collect(),
+        };
+        let containers = Containers(vec![
+            container("/one", &["/r/a"], &[]),
+            container("/two", &["/r/b", "/r/a"], &[1]),
+            container("/three", &["/r/c"], &[]),
+            container("/on/three", &["/three"], &[]),
+            container("/four", &["/r/d"], &[]),
+            container("/with/d", &["/r/d"], &[2]),
+        ]);
+        let images = paths(&["/one", "/two", "/three", "/four"]);
+        let of = |directory: &str, layers: &[&str]| {
+            containers.of_image(Path::new(directory), &paths(layers), &images)
+        };
+        assert_eq!(of("/one", &["/r/a"]), "");
+        assert_eq!(of("/two", &["/r/a", "/r/b"]), "sh (process 1)");
+        assert_eq!(of("/three", &["/r/c"]), "the overlay mounted at /on/three");
+        assert_eq!(of("/four", &["/r/d"]), "sh (process 2)");
     }
 
     #[test]
