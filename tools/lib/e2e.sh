@@ -130,8 +130,18 @@ units_in_guest() {
         "$repo/tests/systemd-e2e" --bin /accel/bin --fixtures /accel/fixtures --transport ublk
 }
 
-# nfs_in_guest KERNEL: UFS on a real NFS server that is stopped, comes back, is damaged.
-nfs_in_guest() { torture_in_guest "$1" ublk nfs; }
+# stalls_in_guest KERNEL: UFS that hangs in the kernel for ever; UFS on a real NFS server that
+# is stopped, comes back, is damaged.
+stalls_in_guest() {
+    # shellcheck disable=SC2016 # expanded in the guest
+    "$repo/tools/guest/run" --kernel "$1" --timeout 4200 --share "$work/bin=/accel/bin:ro" -- sh -euc '
+        modprobe ublk_drv
+        for what in "stuck --devices 4" nfs; do
+            echo "torture $what"
+            # Its name and options are words.
+            /accel/bin/torture $what --bin /accel/bin --transport ublk --scratch /var/tmp
+        done'
+}
 
 # kubelet_images; kubelet_in_guest KERNEL: a kubelet mounts UFS from a real NFS server for a Job.
 kubelet_images() { "$repo/tests/kubelet-nfs" --bin "$work/bin" --make "$work/kubelet"; }
