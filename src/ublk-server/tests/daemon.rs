@@ -627,6 +627,42 @@ fn who_waits_for_a_stalled_ufs_holds_up_nobody_else() {
     assert!(!client.wait().unwrap().success());
 }
 
+/// Of what is read ahead for an image nothing is waited for when the image goes.
+#[test]
+fn metadata_on_its_way_does_not_hold_up_the_unmount() {
+    let mut image = None;
+    let mut node = Node::start(|ufs| image = Some(publish_image(ufs, &[base(ufs).0])));
+    let image = image.unwrap().to_string();
+    node.child.kill().unwrap();
+    node.child.wait().unwrap();
+    // Nothing is given up while this test lasts.
+    let further: [&OsStr; 2] = ["--attempt-timeout".as_ref(), "10m".as_ref()];
+    node.child = serve_with(node.directory.path(), &further);
+    node.await_daemon();
+    let root = node.directory("root");
+    let say = |command: serde_json::Value| {
+        let mut stream = UnixStream::connect(node.path("socket")).unwrap();
+        writeln!(stream, "{command}").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("{\"ok\""), "{answer}");
+    };
+    // As `mount` does before and after it mounts; in between UFS goes away.
+    say(serde_json::json!({"op": "attach", "image": image, "holder": root}));
+    let worker = node.status()["sources"][0]["worker"].clone();
+    kill(&worker, Signal::STOP);
+    say(serde_json::json!({"op": "mounted", "holder": root}));
+    await_that(|| node.status()["exports"][0]["misses"] != 0);
+    node.ask(&["unmount", &root]);
+    let status = node.status();
+    for list in ["exports", "holders"] {
+        assert_eq!(status[list], serde_json::json!([]), "{status}");
+    }
+    assert_eq!(status["sources"][0]["worker"], worker);
+    kill(&worker, Signal::CONT);
+    node.stop();
+}
+
 /// Memory may be too short for the stack of a thread.
 #[test]
 fn clients_ask_again_while_no_thread_can_be_made() {
