@@ -11,6 +11,7 @@ use crate::{Pool, Slot};
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
@@ -23,7 +24,7 @@ const GRAVES: usize = 4;
 /// Pause before a worker is started again; doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-/// How often dying workers are looked at.
+/// How often dying workers are looked at whose end cannot be waited for.
 const BURIAL: Duration = Duration::from_millis(10);
 
 /// A worker process.
@@ -67,7 +68,22 @@ impl Worker {
 /// A worker that was given up, and the slots it may still write.
 struct Grave {
     child: Child,
+    /// Becomes readable when it has ended; a worker that is stuck in the kernel takes as
+    /// long as its source does. `None` if there was no descriptor to be had.
+    ended: Option<OwnedFd>,
     slots: Vec<Slot>,
+}
+
+impl Grave {
+    fn new(child: Child, slots: Vec<Slot>) -> Self {
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let ended = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        Self {
+            child,
+            ended,
+            slots,
+        }
+    }
 }
 
 /// When to start the next worker.
@@ -180,10 +196,7 @@ fn give_up(shared: &Shared, graves: &mut Vec<Grave>, restart: &mut Restart, reas
     drop(state);
     shared.changed.notify_all();
     let _ = worker.child.kill();
-    graves.push(Grave {
-        child: worker.child,
-        slots,
-    });
+    graves.push(Grave::new(worker.child, slots));
     shared.counters.dying.store(graves.len(), Relaxed);
     finish(events);
     restart.delay(Instant::now());
@@ -223,10 +236,11 @@ fn wait(shared: &Shared, graves: &[Grave], restart: &Restart) -> io::Result<bool
             .map(|worker| Arc::clone(&worker.socket));
         let mut deadline = state.next_tick();
         let mut until = |at: Instant| deadline = Some(deadline.map_or(at, |d| d.min(at)));
-        if !graves.is_empty() {
+        if graves.iter().any(|grave| grave.ended.is_none()) {
             until(Instant::now() + BURIAL);
         }
-        if state.worker.is_none() {
+        // Otherwise the next burial comes first.
+        if state.worker.is_none() && graves.len() < GRAVES {
             until(restart.at.max(Instant::now() + BURIAL));
         }
         if !state.is_idle() {
@@ -246,6 +260,8 @@ fn wait(shared: &Shared, graves: &[Grave], restart: &Restart) -> io::Result<bool
         };
         polled.push(PollFd::new(socket, PollFlags::IN | room));
     }
+    let ended = graves.iter().filter_map(|grave| grave.ended.as_ref());
+    polled.extend(ended.map(|ended| PollFd::new(ended, PollFlags::IN)));
     match rustix::event::poll(&mut polled, timeout.as_ref()) {
         Ok(_) | Err(Errno::INTR) => {}
         Err(error) => return Err(error.into()),
@@ -253,7 +269,8 @@ fn wait(shared: &Shared, graves: &[Grave], restart: &Restart) -> io::Result<bool
     if !polled[0].revents().is_empty() {
         let _ = rustix::io::read(&shared.wake, &mut [0; 8]);
     }
-    Ok(polled.get(1).is_some_and(|fd| !fd.revents().is_empty()))
+    let said = socket.is_some() && polled.get(1).is_some_and(|fd| !fd.revents().is_empty());
+    Ok(said)
 }
 
 /// Takes in everything the worker has said. An error means that it is gone.

@@ -370,6 +370,40 @@ fn a_stalled_ufs_is_not_noticed_but_told() {
     node.stop();
 }
 
+/// A worker that its source holds in the kernel ends when that answers: until then nobody
+/// looks again and again whether it has.
+#[test]
+fn a_stuck_worker_is_waited_for_asleep() {
+    let stalled = Stalled::new();
+    let mut image = None;
+    let mut node = Node::start(|ufs| image = Some(publish_image(ufs, &[base(ufs).0])));
+    node.stall_ufs(&stalled);
+    let root = node.directory("root");
+    node.ask(&["mount", &image.unwrap().to_string(), &root]);
+    await_that(|| node.status()["sources"][0]["dying"] != 0);
+    let daemon = node.child.id();
+    let tasks = fs::read_dir(format!("/proc/{daemon}/task")).unwrap();
+    let tasks = tasks.map(|task| task.unwrap().file_name().into_string().unwrap());
+    let tasks: Vec<_> = tasks.map(|task| format!("{daemon}/task/{task}")).collect();
+    let threads = tasks.iter().filter(|task| field(task, "Name") == "source");
+    let threads: Vec<_> = threads.collect();
+    assert_eq!(threads.len(), 2, "one for each source");
+    let slept = |thread: &str| -> u64 {
+        let times = field(thread, "voluntary_ctxt_switches");
+        times.parse().unwrap()
+    };
+    let before: Vec<_> = threads.iter().map(|thread| slept(thread)).collect();
+    // While a hundred looks would fit in.
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    for (thread, before) in threads.iter().zip(before) {
+        let times = slept(thread) - before;
+        assert!(times < 50, "it has looked {times} times");
+    }
+    assert_ne!(node.status()["sources"][0]["dying"], 0, "it is gone");
+    node.ask(&["unmount", &root]);
+    node.stop();
+}
+
 #[test]
 fn a_killed_daemon_is_not_noticed() {
     let mut made = None;
