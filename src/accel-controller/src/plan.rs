@@ -1,8 +1,11 @@
 //! What has to be done for a task, as a pure function of what is observed.
 
 mod delete;
+mod pod;
 
 pub use self::delete::{IN_USE, REMOVED};
+use self::pod::{NO_UFS, is_stuck, started};
+pub(crate) use self::pod::{failed, no_pod, waits_for, why};
 use crate::conditions;
 use crate::job::{self, Settings};
 use crate::login::{self, ACCESS, Log, Secret, Whose};
@@ -13,7 +16,7 @@ use crate::resource::{
     SERVICE_NAME,
 };
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ContainerStateTerminated, Pod};
+use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
@@ -34,10 +37,6 @@ const LAST_RETRY: Duration = Duration::from_secs(3600);
 /// How long the log of a Job that has done its work may be without its result: a kubelet that
 /// gets no answer from containerd gives a word about that as the log, and no error.
 const LOG_PATIENCE: Duration = Duration::from_secs(300);
-/// How long a pod may wait for its volumes and its image until it may be UFS that it waits for.
-const START_PATIENCE: Duration = Duration::from_secs(120);
-/// How `mkfs-accel` ends if it cannot use UFS.
-const NO_UFS: i32 = 5;
 const NO_LOG_YET: &str = "the Job has ended, and its node does not give its log yet";
 
 /// What can be seen of a task.
@@ -588,15 +587,6 @@ impl<'a> Next<'a> {
     }
 }
 
-/// What is said of a Job without a pod: because it has just been made, or nobody lets it have one.
-pub(crate) fn no_pod(job: &Job, settings: &Settings) -> String {
-    format!(
-        "its Job has no pod; if that lasts, `kubectl -n {} describe job {}` says why",
-        settings.namespace,
-        job.name_any()
-    )
-}
-
 fn shown(progress: &Progress, taken: Duration) -> ProgressStatus {
     let per_second = progress
         .bytes_done
@@ -613,98 +603,6 @@ fn shown(progress: &Progress, taken: Duration) -> ProgressStatus {
         bytes_done: progress.bytes_done,
         bytes_per_second: per_second,
         text,
-    }
-}
-
-/// When the pod's program began.
-fn started(pod: &Pod) -> Option<Timestamp> {
-    let containers = pod.status.as_ref()?.container_statuses.as_ref()?;
-    let running = containers.first()?.state.as_ref()?.running.as_ref()?;
-    running.started_at.as_ref().map(|time| time.0)
-}
-
-/// How the pod's program has failed, if it has.
-pub(crate) fn failed(pod: Option<&Pod>) -> Option<&ContainerStateTerminated> {
-    let containers = pod?.status.as_ref()?.container_statuses.as_ref()?;
-    let ended = containers.first()?.state.as_ref()?.terminated.as_ref();
-    ended.filter(|ended| ended.exit_code != 0)
-}
-
-/// Why a Job has failed, of which the cluster says `end` (reason and message), and what to do.
-pub(crate) fn why(pod: Option<&Pod>, end: (&str, &str)) -> String {
-    let (reason, message) = end;
-    match failed(pod) {
-        Some(ended) => in_words(ended, reason),
-        None => format!("the Job failed: {reason}: {message}"),
-    }
-}
-
-/// Why the pod's program does not run yet.
-pub(crate) fn waits_for(pod: &Pod) -> Option<String> {
-    let status = pod.status.as_ref()?;
-    let scheduled = status
-        .conditions
-        .iter()
-        .flatten()
-        .find(|condition| condition.type_ == "PodScheduled" && condition.status == "False");
-    if let Some(condition) = scheduled {
-        let why = condition.message.as_deref().unwrap_or_default();
-        return Some(format!("no node takes its Job: {why}"));
-    }
-    let state = status
-        .container_statuses
-        .as_ref()?
-        .first()?
-        .state
-        .as_ref()?;
-    let waiting = state.waiting.as_ref()?;
-    let reason = waiting.reason.as_deref().unwrap_or_default();
-    match (reason, &waiting.message) {
-        ("ContainerCreating" | "PodInitializing", _) => {
-            Some("its Job's pod is being started".to_owned())
-        }
-        (_, Some(message)) => Some(format!("its Job's pod cannot start: {reason}: {message}")),
-        (_, None) => Some(format!("its Job's pod cannot start: {reason}")),
-    }
-}
-
-/// Whether a pod waits for its volumes, or its image, longer than that takes.
-fn is_stuck(pod: &Pod, now: Timestamp) -> bool {
-    let status = pod.status.as_ref();
-    let containers = status.and_then(|status| status.container_statuses.as_ref());
-    let state = containers.and_then(|all| all.first()?.state.as_ref());
-    let reason = state.and_then(|state| state.waiting.as_ref()?.reason.as_deref());
-    // When its node has taken it.
-    let since = status.and_then(|status| status.start_time.as_ref());
-    let waits = since.is_some_and(|Time(since)| left(*since, START_PATIENCE, now).is_none());
-    waits && reason == Some("ContainerCreating")
-}
-
-/// What went wrong, and what to do.
-fn in_words(ended: &ContainerStateTerminated, job_reason: &str) -> String {
-    let said = report::words(ended.message.as_deref().unwrap_or_default());
-    let reason = ended.reason.as_deref().unwrap_or_default();
-    let advice = match (job_reason, reason, ended.exit_code) {
-        ("DeadlineExceeded", ..) => {
-            "it took longer than spec.jobs.deadlineSeconds of the ImageAcceleration allows; what was converted stays"
-        }
-        (_, "OOMKilled", _) => {
-            "it was out of memory: raise spec.jobs.memoryMib of the ImageAcceleration"
-        }
-        (_, _, 3) => "the image is damaged where it comes from, or what is on UFS is",
-        (_, _, 4) => {
-            "the image cannot be had: look at its name, and at the login in the Secret that spec.registry.secretName names"
-        }
-        (_, _, NO_UFS) => {
-            "UFS, or where the result goes, cannot be used: is it there, not full, and writable for the user spec.jobs.user?"
-        }
-        _ => "",
-    };
-    match (said.is_empty(), advice.is_empty()) {
-        (false, false) => format!("{said} ({advice})"),
-        (false, true) => said,
-        (true, false) => advice.to_owned(),
-        (true, true) => format!("the Job's program ended with {} {reason}", ended.exit_code),
     }
 }
 

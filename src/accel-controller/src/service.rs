@@ -14,8 +14,9 @@ use k8s_openapi::jiff::Timestamp;
 /// The reason of [`UFS_READY`] while the claim waits for a volume.
 pub const NOT_BOUND: &str = "NotBound";
 
-/// The service's status. `checked` is what a look at its check has come to; `claim` is the one that it names, if there is one; `nodes` is what came
-/// of the last look at the nodes, if there was one.
+/// The service's status. `checked` is what a look at its check has come to; `claim` is the one
+/// that it names, if there is one; `nodes` is what came of the last look at the nodes, if there
+/// was one.
 pub fn status<'a>(
     service: &ImageAcceleration,
     checked: &Checked,
