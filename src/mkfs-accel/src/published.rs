@@ -13,6 +13,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Why bytes of a published image cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -234,6 +236,27 @@ impl Input for Published {
     }
 }
 
+/// How long a lower layer may be missing that is being replaced.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How often to look for it.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// [`Published::open`] for a layer that is known to be there. One that another process
+/// replaces, since it was damaged, is missing for a moment: this looks again.
+fn open_patiently(ufs: &Ufs, name: &LayerName) -> Result<Published, PublishedError> {
+    let began = Instant::now();
+    loop {
+        match Published::open(ufs, name) {
+            Err(PublishedError::Read { error, .. })
+                if error.kind() == io::ErrorKind::NotFound && began.elapsed() < PATIENCE =>
+            {
+                thread::sleep(LOOK);
+            }
+            opened => return opened,
+        }
+    }
+}
+
 fn read_at(
     (file, path): &(File, PathBuf),
     bytes: &mut [u8],
@@ -282,7 +305,7 @@ impl LowerLookup for Below<'_> {
                 Some(lower) => lower,
                 None => {
                     let name = self.names.wait_for(number)?;
-                    opened.insert(ErofsLower::open(Published::open(self.ufs, &name)?)?)
+                    opened.insert(ErofsLower::open(open_patiently(self.ufs, &name)?)?)
                 }
             };
             match lower.directory(path)? {

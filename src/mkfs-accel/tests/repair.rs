@@ -217,7 +217,7 @@ fn it_can_be_interrupted_anywhere() {
             .args(["repair", &image.source(), "--ufs"])
             .arg(ufs.path())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()
             .unwrap()
     };
@@ -231,9 +231,10 @@ fn it_can_be_interrupted_anywhere() {
             child.wait().unwrap();
         }
         // Whatever has its name and is not what it was is what was there, damaged.
-        let both = [start(), start()];
-        for mut child in both {
-            assert!(child.wait().unwrap().success(), "round {round}");
+        for child in [start(), start()] {
+            let done = child.wait_with_output().unwrap();
+            let error = String::from_utf8_lossy(&done.stderr);
+            assert!(done.status.success(), "round {round}: {error}");
         }
         good(&[&"verify", &image.source(), &"--ufs", &ufs.path()]);
         good(&[&"gc", &"--ufs", &ufs.path()]);

@@ -75,6 +75,16 @@ struct Open {
     closed: bool,
 }
 
+/// Which file a name leads to: device and inode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Identity(u64, u64);
+
+impl Identity {
+    const fn of(found: &rustix::fs::Stat) -> Self {
+        Self(found.st_dev, found.st_ino)
+    }
+}
+
 impl Ufs {
     /// Opens the UFS directory at `root`, which must exist.
     pub fn open(root: &Path) -> Result<Self, UfsError> {
@@ -390,8 +400,15 @@ impl Ufs {
         Ok(found)
     }
 
-    /// Renames `path`, in `directory`, into the quarantine; its new path.
-    fn quarantine(&self, directory: &OwnedFd, path: &Path) -> Result<PathBuf, UfsError> {
+    /// Renames `path`, in `directory`, into the quarantine if it is `damaged` still; its new
+    /// path, or `None` if another has set that aside meanwhile.
+    fn set_aside(
+        &self,
+        directory: &OwnedFd,
+        path: &Path,
+        damaged: Identity,
+    ) -> Result<Option<PathBuf>, UfsError> {
+        let error = |error: Errno| UfsError::io("set aside", path)(error.into());
         let room = self.root.join(QUARANTINE);
         make_directory(&room)?;
         let target = self.open_beneath(&room)?;
@@ -401,13 +418,35 @@ impl Ufs {
         let mut aside = OsString::from(format!("{}.{}.", self.shared.owner, open.made));
         drop(open);
         aside.push(name);
+        let identity = |directory, name| {
+            rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)
+                .map(|found| Identity::of(&found))
+        };
+        match identity(directory, name) {
+            Ok(found) if found == damaged => {}
+            Ok(_) | Err(Errno::NOENT) => return Ok(None),
+            Err(errno) => return Err(error(errno)),
+        }
         match rustix::fs::renameat(directory, name, &target, &aside) {
-            // Another has done it.
-            Ok(()) | Err(Errno::NOENT) => {}
-            Err(error) => return Err(UfsError::io("set aside", path)(error.into())),
+            Ok(()) => {}
+            Err(Errno::NOENT) => return Ok(None),
+            Err(errno) => return Err(error(errno)),
+        }
+        // Another may have replaced it just then, with what is good. There is no rename
+        // that looks first; so it goes back, unless there is one again.
+        if identity(&target, &aside).is_ok_and(|moved| moved != damaged) {
+            match rustix::fs::linkat(&target, &aside, directory, name, AtFlags::empty()) {
+                Ok(()) | Err(Errno::EXIST) => {
+                    sync_directory(path.parent().unwrap_or(&self.root))?;
+                    rustix::fs::unlinkat(&target, &aside, AtFlags::empty()).map_err(error)?;
+                    return Ok(None);
+                }
+                // What has no second name, a directory, say, is nothing good.
+                Err(_) => {}
+            }
         }
         sync_directory(&room)?;
-        Ok(room.join(aside))
+        Ok(Some(room.join(aside)))
     }
 
     /// Whether `name` is a file, and not something that leads elsewhere. Its size.

@@ -12,6 +12,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::sync::Barrier;
 use tempfile::TempDir;
 
 fn ufs() -> (TempDir, Ufs) {
@@ -335,4 +336,37 @@ fn only_the_own_claim_is_taken_back() {
     assert_eq!(left.len(), 1);
     assert_eq!(left[0].record, of("one"));
     assert!(!left[0].going);
+}
+
+/// Several repair the same file at once: what goes aside is what was damaged, never what
+/// another has just put there.
+#[test]
+fn only_what_is_damaged_goes_aside() {
+    let (directory, _) = ufs();
+    let name = rel("layers/sha256/ab/file.erofs");
+    let path = name.beneath(directory.path());
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let repairers = 4;
+    for round in 0..100 {
+        let _ = fs::remove_file(&path);
+        fs::write(&path, b"bad!").unwrap();
+        let start = Barrier::new(repairers);
+        std::thread::scope(|scope| {
+            for _ in 0..repairers {
+                scope.spawn(|| {
+                    let ufs = Ufs::open(directory.path()).unwrap();
+                    let publication = ufs.create("file").unwrap();
+                    publication.file().write_all(b"good").unwrap();
+                    start.wait();
+                    publication.replace(&name).unwrap();
+                });
+            }
+        });
+        assert_eq!(fs::read(&path).unwrap(), b"good", "round {round}");
+        let aside: Vec<_> = fs::read_dir(directory.path().join("quarantine"))
+            .unwrap()
+            .map(|entry| fs::read(entry.unwrap().path()).unwrap())
+            .collect();
+        assert_eq!(aside, vec![b"bad!"; round + 1], "round {round}");
+    }
 }

@@ -1,6 +1,6 @@
 //! One file's way from its temporary to its final name.
 
-use super::{Ufs, make_directories, sync_directory};
+use super::{Identity, Ufs, make_directories, sync_directory};
 use crate::error::UfsError;
 use crate::names::RelPath;
 use rustix::fs::{AtFlags, Mode, OFlags};
@@ -123,8 +123,26 @@ impl Publication {
             let linked = rustix::fs::linkat(cwd, &self.path, &directory, file, AtFlags::empty());
             drop(open);
             let outcome = match linked {
-                Ok(()) => Some(Outcome::Published),
-                Err(Errno::EXIST) => self.is_same(&directory, file)?,
+                Ok(()) => Outcome::Published,
+                Err(Errno::EXIST) => {
+                    // Known before it is looked into, so that nothing else goes aside.
+                    let found =
+                        match rustix::fs::statat(&directory, file, AtFlags::SYMLINK_NOFOLLOW) {
+                            Ok(found) => Identity::of(&found),
+                            // Another has just set it aside.
+                            Err(Errno::NOENT) => continue,
+                            Err(error) => return Err(UfsError::io("look at", &path)(error.into())),
+                        };
+                    match self.is_same(&directory, file)? {
+                        Some(outcome) => outcome,
+                        None => {
+                            aside.extend(self.ufs.set_aside(&directory, &path, found)?);
+                            // Whatever happens next: it is known as missing, not as damaged.
+                            sync_directory(parent)?;
+                            continue;
+                        }
+                    }
+                }
                 Err(Errno::NOENT) if !self.path.exists() => {
                     return Err(UfsError::TakenForDead {
                         path: self.path.clone(),
@@ -132,13 +150,8 @@ impl Publication {
                 }
                 Err(error) => return Err(UfsError::io("publish", &path)(error.into())),
             };
-            if let Some(outcome) = outcome {
-                sync_directory(parent)?;
-                return Ok((outcome, aside));
-            }
-            aside.push(self.ufs.quarantine(&directory, &path)?);
-            // Whatever happens next: it is known as missing, not as damaged.
             sync_directory(parent)?;
+            return Ok((outcome, aside));
         }
         Err(UfsError::io("replace", &path)(io::Error::other(
             "others put damaged files there again and again",
