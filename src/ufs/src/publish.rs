@@ -264,13 +264,13 @@ impl Ufs {
             .and_then(|()| file.sync_all())
             .map_err(publication.error("write"))?;
         let link = publication.path().with_extension("link");
-        match fs::hard_link(publication.path(), &link) {
+        self.keep(&link, || match fs::hard_link(publication.path(), &link) {
             // Over NFS an answer may be lost, and what is asked for again is there then.
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(UfsError::io("make the link", &link)(error));
+                Err(UfsError::io("make the link", &link)(error))
             }
-            _ => self.keep(&link)?,
-        }
+            _ => Ok(Some(())),
+        })?;
         let read = fs::read(&link).map_err(UfsError::io("read", &link));
         self.end(&link);
         if read? != bytes.as_bytes() {
@@ -324,13 +324,16 @@ impl Ufs {
         let path = self.path(directory);
         // So that what a process that is killed here leaves is known to be nobody's.
         self.check_there()?;
-        self.hold_lease(&mut self.lock())?;
+        let mut open = self.lock();
+        self.hold_lease(&mut open)?;
         let look = path.join(format!("{LOOK}{}", self.shared.owner));
         match File::create(&look) {
             Ok(_) => crate::removal::unlink(&look)?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(UfsError::io("create", &look)(error)),
         }
+        // Until here, so that a signal that ends the process leaves none.
+        drop(open);
         self.list_path(&path)
     }
 
@@ -536,16 +539,22 @@ impl Ufs {
         self.shared.lock()
     }
 
-    /// Notes a file that goes with this process.
-    pub(crate) fn keep(&self, path: &Path) -> Result<(), UfsError> {
+    /// Has `make` make a file that goes with this process; `None` if it made none. A signal
+    /// that ends the process comes before or after.
+    pub(crate) fn keep<T>(
+        &self,
+        path: &Path,
+        make: impl FnOnce() -> Result<Option<T>, UfsError>,
+    ) -> Result<Option<T>, UfsError> {
         let mut open = self.lock();
         if open.closed {
-            drop(open);
-            crate::removal::unlink(path)?;
             return Err(UfsError::Interrupted);
         }
-        open.paths.insert(path.to_owned());
-        Ok(())
+        let made = make()?;
+        if made.is_some() {
+            open.paths.insert(path.to_owned());
+        }
+        Ok(made)
     }
 
     /// Removes it.

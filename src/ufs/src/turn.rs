@@ -44,44 +44,41 @@ impl Ufs {
             _ => {}
         }
         let path = directory.join(layer.0.hex());
-        loop {
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o644)
-                .open(&path)
-                .map_err(UfsError::io("open", &path))?;
-            match file.try_lock() {
-                Ok(()) => {}
-                Err(TryLockError::WouldBlock) => return Ok(None),
-                Err(TryLockError::Error(error)) => {
-                    tracing::debug!(?path, %error, "the file system has no locks");
-                    return self.took(path, file).map(Some);
+        let take = || {
+            loop {
+                let file = OpenOptions::new()
+                    .read(true)
+                    .write(true)
+                    .create(true)
+                    .truncate(false)
+                    .mode(0o644)
+                    .open(&path)
+                    .map_err(UfsError::io("open", &path))?;
+                match file.try_lock() {
+                    Ok(()) => {}
+                    Err(TryLockError::WouldBlock) => return Ok(None),
+                    Err(TryLockError::Error(error)) => {
+                        tracing::debug!(?path, %error, "the file system has no locks");
+                        return Ok(Some(file));
+                    }
+                }
+                // Whoever had it before may have removed the file meanwhile.
+                let same = match (file.metadata(), fs::metadata(&path)) {
+                    (Ok(ours), Ok(there)) => (ours.dev(), ours.ino()) == (there.dev(), there.ino()),
+                    _ => false,
+                };
+                if same {
+                    return Ok(Some(file));
                 }
             }
-            // Whoever had it before may have removed the file meanwhile.
-            let same = match (file.metadata(), fs::metadata(&path)) {
-                (Ok(ours), Ok(there)) => (ours.dev(), ours.ino()) == (there.dev(), there.ino()),
-                _ => false,
-            };
-            if same {
-                return self.took(path, file).map(Some);
-            }
-        }
-    }
-}
-
-impl Ufs {
-    fn took(&self, path: PathBuf, file: File) -> Result<Turn, UfsError> {
+        };
         // A signal that ends the process takes it along.
-        self.keep(&path)?;
-        Ok(Turn {
+        let file = self.keep(&path, take)?;
+        Ok(file.map(|file| Turn {
             ufs: self.clone(),
             path,
             _file: file,
-        })
+        }))
     }
 
     /// Removes what ended processes have left. Who waits for a turn is not disturbed.
@@ -122,5 +119,26 @@ mod tests {
         assert!(other.turn(chain(b"a")).unwrap().is_some());
         let left = fs::read_dir(directory.path().join(TURNS)).unwrap().count();
         assert_eq!(left, 0);
+    }
+    /// What a signal that ends the process sees removed is all there is.
+    #[test]
+    fn none_is_left_whenever_it_is_closed() {
+        let chain = ChainId::new(None, DiffId(Digest::of(b"a")));
+        for round in 0..200 {
+            let directory = tempfile::tempdir().unwrap();
+            let turns = directory.path().join(TURNS);
+            let ufs = Ufs::open(directory.path()).unwrap();
+            std::thread::scope(|scope| {
+                scope.spawn(|| while ufs.turn(chain).is_ok() {});
+                while !turns.exists() {
+                    std::thread::yield_now();
+                }
+                ufs.closer()();
+                // Here the process ends.
+                let left = fs::read_dir(&turns).unwrap().count();
+                assert_eq!(left, 0, "round {round}");
+            });
+            assert!(matches!(ufs.turn(chain), Err(UfsError::Interrupted)));
+        }
     }
 }
