@@ -1,7 +1,9 @@
 //! Whether the node can serve, as one check after the other tells.
 
+use accel_oci::ChainId;
 use accel_ufs::UfsError;
 use accel_ufs::health::Health;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
@@ -62,6 +64,13 @@ impl Verdict {
         if said.in_a_row >= SURE {
             said.healthy = well;
             said.in_a_row = 0;
+        }
+    }
+
+    /// What containers run on; it stays said until something else is known.
+    pub fn uses(&mut self, used: Option<BTreeSet<ChainId>>) {
+        if used.is_some() {
+            self.0.used_chain_ids = used;
         }
     }
 
@@ -172,6 +181,7 @@ impl<T: Default + Send + 'static> Default for Watched<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use accel_oci::Digest;
     use accel_ufs::health::SILENCE;
     use std::fs::{self, FileTimes};
     use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -216,6 +226,22 @@ mod tests {
         assert!(!unread(Err(Failure::of_node("why"))));
         assert!(unread(Err(ufs)));
         assert!(!unread(Ok(())));
+    }
+
+    #[test]
+    fn what_is_used_stays_said_while_nobody_knows_better() {
+        let mut verdict = Verdict::default();
+        let one = BTreeSet::from([ChainId(Digest::of(b"one"))]);
+        let mut said = |used| {
+            verdict.uses(used);
+            verdict.observe(Err(Failure::of_node("why")));
+            verdict.said().used_chain_ids.clone()
+        };
+        assert_eq!(said(None), None);
+        assert_eq!(said(Some(one.clone())).as_ref(), Some(&one));
+        assert_eq!(said(None), Some(one));
+        // That there is nothing is known, too.
+        assert_eq!(said(Some(BTreeSet::new())), Some(BTreeSet::new()));
     }
 
     #[test]

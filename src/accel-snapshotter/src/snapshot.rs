@@ -97,6 +97,18 @@ pub struct Snapshot {
     pub idmap: Option<IdMap>,
 }
 
+impl Snapshot {
+    /// Of a committed one: its chain ID, if it is known.
+    pub fn chain_id(&self) -> Option<ChainId> {
+        if let Some(lazy) = self.lazy {
+            return Some(lazy.chain_id);
+        }
+        // containerd says it of what it unpacked and checked itself.
+        let digest = self.labels.get(SNAPSHOT_REF)?.parse().ok()?;
+        Some(ChainId(digest))
+    }
+}
+
 /// Who says which root a layer has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

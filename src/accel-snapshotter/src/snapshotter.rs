@@ -20,8 +20,9 @@ use crate::store::{Lower, New, Stack, Store, StoreError};
 use crate::usage;
 use accel_client::idmapped::{mount_mapped, user_namespace};
 use accel_client::system;
+use accel_oci::ChainId;
 use accel_ufs::index::Root;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -551,29 +552,38 @@ impl Snapshotter {
                 .map(|(reason, number)| ((*reason).to_owned(), *number))
                 .collect(),
             layers: layers.collect(),
+            used_chain_ids: Some(used_chain_ids(&snapshots)),
             unpacked: unpacked.collect(),
         })
     }
 }
 
+/// What each snapshot stands on that can be written to or looked at, topmost first.
+fn stacks(snapshots: &BTreeMap<String, Snapshot>) -> impl Iterator<Item = Vec<&Snapshot>> {
+    let below = |of: &Snapshot| snapshots.get(of.parent.as_ref()?);
+    let tops = snapshots
+        .values()
+        .filter(|snapshot| snapshot.kind != Kind::Committed);
+    tops.map(move |top| std::iter::successors(below(top), |snapshot| below(snapshot)).collect())
+}
+
 /// How many snapshots that can be written to or looked at stand on each lazy layer.
 fn users(snapshots: &BTreeMap<String, Snapshot>) -> HashMap<Root, usize> {
     let mut users = HashMap::new();
-    for top in snapshots.values() {
-        if top.kind == Kind::Committed {
-            continue;
-        }
-        let mut roots = HashSet::new();
-        let mut below = top.parent.as_ref();
-        while let Some(snapshot) = below.and_then(|name| snapshots.get(name)) {
-            roots.extend(snapshot.lazy.map(|lazy| lazy.root));
-            below = snapshot.parent.as_ref();
-        }
+    for stack in stacks(snapshots) {
+        let lazy = stack.iter().filter_map(|snapshot| snapshot.lazy);
+        let roots: HashSet<_> = lazy.map(|lazy| lazy.root).collect();
         for root in roots {
             *users.entry(root).or_default() += 1;
         }
     }
     users
+}
+
+/// The chain IDs of what such snapshots stand on, if any of it is lazy.
+fn used_chain_ids(snapshots: &BTreeMap<String, Snapshot>) -> BTreeSet<ChainId> {
+    let lazy = stacks(snapshots).filter(|stack| stack.iter().any(|below| below.lazy.is_some()));
+    lazy.filter_map(|stack| stack.first()?.chain_id()).collect()
 }
 
 fn names_in(directory: &Path) -> io::Result<Vec<String>> {
@@ -597,5 +607,73 @@ async fn blocking<T: Send + 'static>(
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::{Lazy, Moment, SNAPSHOT_REF};
+    use accel_oci::Digest;
+    use std::time::Duration;
+
+    fn chain(name: &str) -> ChainId {
+        ChainId(Digest::of(name.as_bytes()))
+    }
+
+    /// One of that name; its chain ID is of the name, too.
+    fn snapshot(name: &str, kind: Kind, parent: Option<&str>, lazy: bool) -> (String, Snapshot) {
+        let moment = Moment(Duration::ZERO);
+        let labels = [(SNAPSHOT_REF.to_owned(), chain(name).to_string())];
+        let lazy = lazy.then(|| Lazy {
+            chain_id: chain(name),
+            root: Root([1; 32]),
+            trust: Trust::Manifest,
+        });
+        let snapshot = Snapshot {
+            id: SnapshotId(1),
+            kind,
+            parent: parent.map(str::to_owned),
+            labels: match lazy {
+                Some(_) => Labels::new(),
+                None => labels.into(),
+            },
+            created: moment,
+            updated: moment,
+            usage: Usage::default(),
+            lazy,
+            fallback: None,
+            idmap: None,
+        };
+        (name.to_owned(), snapshot)
+    }
+
+    #[test]
+    fn what_is_used_is_told_by_the_uppermost_layer_of_what_containers_run_on() {
+        let (committed, active) = (Kind::Committed, Kind::Active);
+        let mut all = BTreeMap::from([
+            snapshot("lazy", committed, None, true),
+            snapshot("more", committed, Some("lazy"), true),
+            // Unpacked, on top of what is lazy.
+            snapshot("top", committed, Some("lazy"), false),
+            snapshot("plain", committed, None, false),
+            snapshot("on plain", active, Some("plain"), false),
+            snapshot("from nothing", active, None, false),
+        ]);
+        let used = |all: &BTreeMap<_, _>, names: &[&str]| {
+            let expected = names.iter().map(|name| chain(name));
+            assert_eq!(used_chain_ids(all), expected.collect::<BTreeSet<_>>());
+        };
+        used(&all, &[]);
+        all.extend([snapshot("one", active, Some("more"), false)]);
+        used(&all, &["more"]);
+        all.extend([
+            snapshot("two", Kind::View, Some("top"), false),
+            snapshot("three", active, Some("more"), false),
+        ]);
+        used(&all, &["more", "top"]);
+        all.remove("one");
+        all.remove("three");
+        used(&all, &["top"]);
     }
 }

@@ -1,9 +1,9 @@
 //! What `accel-snapshotter status` shows.
 
-use accel_oci::DiffId;
+use accel_oci::{ChainId, DiffId};
 use accel_ufs::index::Root;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 
@@ -31,6 +31,11 @@ pub struct Status {
     pub fallback_reasons: BTreeMap<String, u64>,
     /// Layers that are loaded lazily.
     pub layers: Vec<LayerStatus>,
+    /// What containers run on, and pulls are putting something on top of, by the chain ID of the
+    /// uppermost layer; images that have no lazily loaded layer are not among it. Missing from a
+    /// snapshotter of an older version.
+    #[serde(default)]
+    pub used_chain_ids: Option<BTreeSet<ChainId>>,
     /// Snapshots of accelerated images that were unpacked.
     pub unpacked: Vec<Unpacked>,
 }

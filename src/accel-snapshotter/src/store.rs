@@ -15,8 +15,7 @@
 
 use crate::idmap::IdMap;
 use crate::snapshot::{
-    Kind, Labels, Layer, LayerNumber, Lazy, Moment, SNAPSHOT_REF, Snapshot, SnapshotId, Trust,
-    Usage,
+    Kind, Labels, Layer, LayerNumber, Lazy, Moment, Snapshot, SnapshotId, Trust, Usage,
 };
 use accel_oci::ChainId;
 use accel_ufs::annotations::LayerAnnotations;
@@ -337,13 +336,7 @@ impl Store {
         };
         let inner = self.inner();
         let snapshot = inner.get(parent)?;
-        if let Some(lazy) = snapshot.lazy {
-            return Ok(Some(lazy.chain_id));
-        }
-        // containerd says it of what it unpacked and checked itself.
-        let text = snapshot.labels.get(SNAPSHOT_REF);
-        let digest = text.and_then(|text| text.parse().ok());
-        digest.map(|digest| Some(ChainId(digest))).ok_or_else(|| {
+        snapshot.chain_id().map(Some).ok_or_else(|| {
             StoreError::State(format!(
                 "the chain ID of the snapshot {parent:?} is not known"
             ))

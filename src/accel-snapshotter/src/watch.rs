@@ -5,12 +5,14 @@ use crate::canary::{NodeCanary, Places};
 use crate::health::{Failure, Verdict, Watched};
 use crate::service;
 use crate::ufs_place::UfsPlace;
+use accel_oci::ChainId;
 use accel_ufs::node::NodeName;
 use anyhow::{Context, Result, bail};
+use std::collections::BTreeSet;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
@@ -65,6 +67,8 @@ struct Shared {
     ending: AtomicBool,
     /// Where the canary is, if there may be one.
     places: Mutex<Option<Places>>,
+    /// What the snapshotter has said is used, if it has said so since that was written.
+    used: Mutex<Option<BTreeSet<ChainId>>>,
 }
 
 impl Watch {
@@ -80,6 +84,7 @@ impl Watch {
                 return;
             }
             verdict.observe(checked);
+            verdict.uses(self.shared.take_used());
             let said = verdict.said();
             if said.healthy != was {
                 tracing::info!(healthy = said.healthy, "{}", said.message);
@@ -104,7 +109,9 @@ impl Watch {
         let (node, shared) = (self.node.clone(), Arc::clone(&self.shared));
         let find = move || {
             let asked = service::ask_status(socket, ANSWER);
-            let server = service::runtime()?.block_on(asked)?.server;
+            let status = service::runtime()?.block_on(asked)?;
+            shared.uses(status.used_chain_ids);
+            let server = status.server;
             let places = Places { ufs, node, server };
             shared.found(&places)?;
             Ok(places)
@@ -123,6 +130,21 @@ impl Watch {
 }
 
 impl Shared {
+    fn used(&self) -> MutexGuard<'_, Option<BTreeSet<ChainId>>> {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes what is used. Whether the check goes on well does not matter to that.
+    fn uses(&self, used: Option<BTreeSet<ChainId>>) {
+        if used.is_some() {
+            *self.used() = used;
+        }
+    }
+
+    fn take_used(&self) -> Option<BTreeSet<ChainId>> {
+        self.used().take()
+    }
+
     /// Notes where there will be a canary.
     fn found(&self, places: &Places) -> Result<()> {
         let mut known = self.places.lock().unwrap_or_else(PoisonError::into_inner);

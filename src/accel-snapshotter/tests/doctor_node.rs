@@ -63,6 +63,7 @@ fn snapshotter() -> Status {
         hits: 0,
         fallbacks: 0,
         fallback_reasons: BTreeMap::new(),
+        used_chain_ids: None,
         layers: Vec::new(),
         unpacked: Vec::new(),
     }

@@ -4,7 +4,9 @@
 //! file on the node's own disk, not on UFS, which is what may be away.
 
 use crate::error::UfsError;
+use accel_oci::ChainId;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -28,6 +30,9 @@ pub struct Health {
     pub checks: u64,
     /// How many of the last ones disagree with what is said.
     pub in_a_row: u32,
+    /// What containers run on, by the chain ID of the uppermost layer, as it was known last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used_chain_ids: Option<BTreeSet<ChainId>>,
 }
 
 impl Health {
@@ -80,6 +85,7 @@ mod tests {
             message: "why".to_owned(),
             checks: 7,
             in_a_row: 1,
+            used_chain_ids: None,
         };
         health.write(&path).unwrap();
         assert_eq!(Health::read(&path).unwrap(), health);
@@ -90,6 +96,13 @@ mod tests {
         let unread = r#"{"healthy":false,"ufs_unread":true,"message":"","checks":1,"in_a_row":0}"#;
         fs::write(&path, unread).unwrap();
         assert!(Health::read(&path).unwrap().ufs_unread);
+        let hex = "ab".repeat(32);
+        let used = format!(
+            r#"{{"healthy":true,"message":"","checks":1,"in_a_row":0,"used_chain_ids":["sha256:{hex}"]}}"#
+        );
+        fs::write(&path, used).unwrap();
+        let used = Health::read(&path).unwrap().used_chain_ids.unwrap();
+        assert_eq!(used.first().unwrap().0.hex(), hex);
         let file = fs::File::options().write(true).open(&path).unwrap();
         let past = SystemTime::now().checked_sub(SILENCE).unwrap();
         file.set_times(FileTimes::new().set_modified(past)).unwrap();
