@@ -3,6 +3,7 @@
 use crate::check::{TRY_AGAIN, UFS_READY, fingerprint};
 use crate::conditions;
 use crate::labels::{Health, LABELLING, Word, is_kept_out, is_labelled, is_meant, lease_name};
+use crate::purge::some;
 use crate::reference::Names;
 use crate::resource::{AcceleratedImage, ImageAcceleration, Phase, RegistrySpec, SERVICE_NAME};
 use crate::service::NOT_BOUND;
@@ -145,13 +146,13 @@ pub fn waiting(task: &AcceleratedImage) -> Waiting {
 /// Tasks as lines of a table; `wide` with what else there is.
 pub fn table(tasks: &[AcceleratedImage], namespaces: bool, wide: bool, now: Timestamp) -> String {
     let mut head = vec![
-        "NAME", "PHASE", "SOURCE", "TARGET", "PROGRESS", "STORED", "AGE",
+        "NAME", "PHASE", "SOURCE", "TARGET", "PROGRESS", "STORED", "USED BY", "AGE",
     ];
     if namespaces {
         head.insert(0, "NAMESPACE");
     }
     if wide {
-        head.extend(["LAYERS", "MESSAGE"]);
+        head.extend(["LAYERS", "NODES", "MESSAGE"]);
     }
     let mut lines = vec![head.into_iter().map(str::to_owned).collect::<Vec<_>>()];
     for task in tasks {
@@ -164,6 +165,10 @@ pub fn table(tasks: &[AcceleratedImage], namespaces: bool, wide: bool, now: Time
             status.target,
             progress.unwrap_or_default(),
             status.stored,
+            status
+                .used_by_count
+                .map(|count| count.to_string())
+                .unwrap_or_default(),
             task.creation_timestamp()
                 .map(|at| age(now.duration_since(at.0).as_secs()))
                 .unwrap_or_default(),
@@ -173,7 +178,12 @@ pub fn table(tasks: &[AcceleratedImage], namespaces: bool, wide: bool, now: Time
         }
         if wide {
             let layers = status.layers.map(|layers| layers.to_string());
-            line.extend([layers.unwrap_or_default(), status.message]);
+            let count = status.used_by_count.unwrap_or_default();
+            let nodes = some(
+                &status.used_by,
+                usize::try_from(count).unwrap_or(usize::MAX),
+            );
+            line.extend([layers.unwrap_or_default(), nodes, status.message]);
         }
         lines.push(line);
     }
@@ -417,6 +427,30 @@ mod tests {
         let at = lines[0].find("PHASE").unwrap();
         assert!(lines[1][at..].starts_with("Ready") && lines[2][at..].starts_with("Creating"));
         assert!(lines[2].contains("1/2 layers") && lines[2].ends_with("why"));
+    }
+
+    #[test]
+    fn a_table_shows_which_nodes_use_an_image() {
+        let mut used = task("a", "h/a:v1", Phase::Ready);
+        let status = used.status.as_mut().unwrap();
+        status.used_by = (0..100).map(|number| format!("n{number:03}")).collect();
+        status.used_by_count = Some(120);
+        let mut free = task("b", "h/b:v1", Phase::Ready);
+        free.status.as_mut().unwrap().used_by_count = Some(0);
+        let tasks = [used, free, task("c", "h/c:v1", Phase::Creating)];
+        let cells = |wide, column: &str, width: usize| -> Vec<String> {
+            let shown = table(&tasks, false, wide, Timestamp::UNIX_EPOCH);
+            let at = shown.find(column).unwrap();
+            // Lines end with what they say last.
+            let cell = |line: &str| {
+                let cell: String = line.chars().skip(at).take(width).collect();
+                cell.trim_end().to_owned()
+            };
+            shown.lines().skip(1).map(cell).collect()
+        };
+        assert_eq!(cells(false, "USED BY", 7), ["120", "0", ""]);
+        let names = "n000, n001, n002, n003, n004 and 115 more";
+        assert_eq!(cells(true, "NODES", names.len()), [names, "", ""]);
     }
 
     #[test]

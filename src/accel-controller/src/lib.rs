@@ -26,4 +26,5 @@ pub mod report;
 pub mod resource;
 pub mod run;
 pub mod service;
+pub mod users;
 mod yaml;

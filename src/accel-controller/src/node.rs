@@ -4,7 +4,9 @@
 //! Lease, the node's own. It has no right to anything else, and nobody else has its right.
 
 use crate::labels::{COMPONENT, HEALTHY, MAX_MESSAGE, MESSAGE, UFS_UNREAD, lease_name};
+use crate::users::{self, USED};
 use crate::yaml;
+use accel_oci::ChainId;
 use accel_ufs::UfsError;
 use accel_ufs::health::{Health, SILENCE};
 use anyhow::{Context as _, Result, bail};
@@ -13,7 +15,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use kube::api::{Api, Patch, PatchParams};
-use serde_json::json;
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
@@ -36,6 +39,8 @@ struct Word {
     ufs_unread: bool,
     /// Why not.
     message: String,
+    /// What containers run on, unless that is not known: then what was told before stays.
+    used: Option<BTreeSet<ChainId>>,
 }
 
 impl Word {
@@ -45,6 +50,7 @@ impl Word {
             healthy: false,
             ufs_unread: false,
             message: message.into(),
+            used: None,
         }
     }
 }
@@ -101,6 +107,7 @@ impl Listener {
                 healthy: health.healthy,
                 ufs_unread: !health.healthy && health.ufs_unread,
                 message: health.message,
+                used: health.used_chain_ids,
             }),
             Doubt::Stale => None,
             Doubt::Silent(SURE) => Some(Word::silent("the agent has stopped checking")),
@@ -144,18 +151,26 @@ pub async fn run(client: Client, namespace: &str, node: &str, file: &Path) {
     }
 }
 
-async fn tell(leases: &Api<Lease>, node: &str, word: &Word) -> Result<()> {
+/// A merge patch of the Lease.
+fn patch(node: &str, word: &Word) -> Value {
     let message: String = word.message.chars().take(MAX_MESSAGE).collect();
-    let patch = json!({
-        "metadata": {"annotations": {
-            HEALTHY: word.healthy.to_string(),
-            UFS_UNREAD: word.ufs_unread.to_string(),
-            MESSAGE: message,
-        }},
-        "spec": {"holderIdentity": node, "renewTime": MicroTime(Timestamp::now())},
+    let mut annotations = json!({
+        HEALTHY: word.healthy.to_string(),
+        UFS_UNREAD: word.ufs_unread.to_string(),
+        MESSAGE: message,
     });
+    if let Some(used) = &word.used {
+        annotations[USED] = json!(users::told(used));
+    }
+    json!({
+        "metadata": {"annotations": annotations},
+        "spec": {"holderIdentity": node, "renewTime": MicroTime(Timestamp::now())},
+    })
+}
+
+async fn tell(leases: &Api<Lease>, node: &str, word: &Word) -> Result<()> {
     let name = lease_name(node);
-    let (plain, patch) = (PatchParams::default(), Patch::Merge(patch));
+    let (plain, patch) = (PatchParams::default(), Patch::Merge(patch(node, word)));
     let patched = leases.patch(&name, &plain, &patch);
     let patched = tokio::time::timeout(RENEW, patched).await;
     patched
@@ -204,7 +219,7 @@ pub fn access(namespace: &str, node: &str) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::Value;
+    use accel_oci::Digest;
 
     #[test]
     fn a_node_may_change_its_own_lease_and_nothing_else() {
@@ -311,6 +326,44 @@ mod tests {
             now + SILENCE + Duration::from_secs(1),
         );
         assert!(!silent.unwrap().ufs_unread);
+    }
+
+    #[test]
+    fn what_containers_run_on_is_told_and_stays_told_while_nobody_knows() {
+        let mut listener = Listener::new();
+        let now = Instant::now();
+        let used = BTreeSet::from([ChainId(Digest::of(b"image"))]);
+        let mut hear = |used: Option<&BTreeSet<ChainId>>, checks, after| {
+            let health = Health {
+                healthy: true,
+                checks,
+                used_chain_ids: used.cloned(),
+                ..Health::default()
+            };
+            listener.hear(Ok(health), now + after)
+        };
+        let told = |word: Option<Word>| {
+            let patch = patch("n1", &word.unwrap());
+            // Null would take it away.
+            patch["metadata"]["annotations"].get(USED).cloned()
+        };
+        assert_eq!(hear(Some(&used), 1, Duration::ZERO), None);
+        let text = users::told(&used);
+        assert_eq!(
+            told(hear(Some(&used), 2, Duration::ZERO)),
+            Some(json!(text))
+        );
+        // Of an older version, or one that does not know it yet: a merge patch changes nothing.
+        assert_eq!(told(hear(None, 3, Duration::ZERO)), None);
+        assert_eq!(
+            told(hear(Some(&BTreeSet::new()), 4, Duration::ZERO)),
+            Some(json!(""))
+        );
+        // The agent has stopped: its containers have not.
+        let later = SILENCE + Duration::from_secs(1);
+        let silent = hear(Some(&BTreeSet::new()), 4, later);
+        assert!(!silent.as_ref().unwrap().healthy);
+        assert_eq!(told(silent), None);
     }
 
     #[test]

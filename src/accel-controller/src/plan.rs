@@ -516,6 +516,7 @@ impl<'a> Next<'a> {
         status.stored_bytes = Some(sizes.stored);
         status.shared_bytes = Some(sizes.shared);
         status.stored = report::bytes(sizes.stored);
+        status.chain_ids = report.chain_ids();
         status.progress = None;
         status.finished_at = Some(Time(self.observed.now));
         self.access_is_good();

@@ -109,7 +109,7 @@ pub fn tell(
     let mut message = format!("{} tasks are left", left.len());
     for (names, what) in [(used, "in use"), (failed, "cannot be removed")] {
         if !names.is_empty() {
-            message = format!("{message}; {what}: {}", some(&names));
+            message = format!("{message}; {what}: {}", some(&names, names.len()));
         }
     }
     let ready = "acceleration is being turned off, and what was made is being removed";
@@ -123,11 +123,11 @@ pub fn tell(
     status.nodes_text = "0/0".to_owned();
 }
 
-/// The first few of them.
-fn some(names: &[String]) -> String {
+/// The first few of them, of which there are so many in all.
+pub(crate) fn some(names: &[String], all: usize) -> String {
     const SHOWN: usize = 5;
     let shown = &names[..names.len().min(SHOWN)];
-    match names.len() - shown.len() {
+    match all.saturating_sub(shown.len()) {
         0 => shown.join(", "),
         more => format!("{} and {more} more", shown.join(", ")),
     }

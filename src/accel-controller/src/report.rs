@@ -2,10 +2,11 @@
 //! `mkfs-accel delete --json`.
 
 use crate::resource::UserStatus;
+use accel_oci::ChainId;
 pub use accel_oci::Problem;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// How far it was last, and what came out of it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -103,6 +104,9 @@ pub struct Layer {
     /// Whether others need it, too.
     #[serde(default)]
     pub shared: bool,
+    /// That of the layers up to this one.
+    #[serde(default)]
+    pub chain_id: Option<ChainId>,
     /// Its file.
     pub erofs: Erofs,
 }
@@ -139,6 +143,13 @@ pub struct Sizes {
 }
 
 impl Report {
+    /// The chain IDs of all platforms' images, each once.
+    pub fn chain_ids(&self) -> Vec<String> {
+        let tops = self.images.iter().filter_map(|image| image.layers.last());
+        let all: BTreeSet<_> = tops.filter_map(|top| top.chain_id).collect();
+        all.iter().map(ChainId::to_string).collect()
+    }
+
     /// What the layers of all platforms take. Those that several have count once.
     pub fn sizes(&self) -> Sizes {
         let layers = self.images.iter().flat_map(|image| &image.layers);
@@ -225,7 +236,7 @@ mod tests {
     const LOG: &str = r#"{"progress":{"platform":"linux/amd64","layers":2,"layers_done":0,"bytes":30,"bytes_done":0}}
 a warning
 {"progress":{"platform":"linux/amd64","layers":2,"layers_done":1,"bytes":30,"bytes_done":10}}
-{"source":"docker://h/a:v1","manifest":"sha256:aa","seconds":1.5,"layers":[],"left_out":[],"images":[{"platform":"linux/amd64","manifest":"sha256:aa","layers":[{"fate":"converted","size":10,"shared":false,"erofs":{"path":"layers/1","size":4096,"root":"00","uuid":"0","index_size":64}},{"fate":"present","size":20,"shared":true,"erofs":{"path":"layers/2","size":8192,"index_size":64}}]},{"platform":"linux/arm64","manifest":"sha256:bb","layers":[{"fate":"present","size":20,"shared":true,"erofs":{"path":"layers/2","size":8192,"index_size":64}}]}],"accelerated":[{"target":"docker://h/a:v1-acc","manifest":"sha256:cc"}]}
+{"source":"docker://h/a:v1","manifest":"sha256:aa","seconds":1.5,"layers":[],"left_out":[],"images":[{"platform":"linux/amd64","manifest":"sha256:aa","layers":[{"fate":"converted","chain_id":"sha256:1111111111111111111111111111111111111111111111111111111111111111","size":10,"shared":false,"erofs":{"path":"layers/1","size":4096,"root":"00","uuid":"0","index_size":64}},{"fate":"present","chain_id":"sha256:2222222222222222222222222222222222222222222222222222222222222222","size":20,"shared":true,"erofs":{"path":"layers/2","size":8192,"index_size":64}}]},{"platform":"linux/arm64","manifest":"sha256:bb","layers":[{"fate":"present","size":20,"shared":true,"erofs":{"path":"layers/2","size":8192,"index_size":64}}]}],"accelerated":[{"target":"docker://h/a:v1-acc","manifest":"sha256:cc"}]}
 "#;
 
     #[test]
@@ -241,6 +252,9 @@ a warning
             shared: 8192 + 64,
         };
         assert_eq!(report.sizes(), expected);
+        // That of the whole image. A Job of an older version tells none.
+        let top = format!("sha256:{}", "2".repeat(64));
+        assert_eq!(report.chain_ids(), [top]);
     }
 
     #[test]

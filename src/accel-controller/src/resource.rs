@@ -328,6 +328,12 @@ const fn is_none(number: &u32) -> bool {
         description = "What the layers take on UFS"
     ),
     printcolumn(
+        name = "UsedBy",
+        type_ = "integer",
+        json_path = ".status.usedByCount",
+        description = "Nodes with containers on it"
+    ),
+    printcolumn(
         name = "Age",
         type_ = "date",
         json_path = ".metadata.creationTimestamp"
@@ -438,7 +444,30 @@ pub struct AcceleratedImageStatus {
     pub claimed: bool,
     /// Nodes that it waits for while it is being deleted.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub used_by: Vec<UserStatus>,
+    pub waits_for_nodes: Vec<UserStatus>,
+    /// The chain IDs of its images, one for each platform: of the uppermost layer.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub chain_ids: Vec<String>,
+    /// Nodes of this cluster with containers on its image, by name: the first hundred. Those that
+    /// are silent count with what they have said last, until the cluster has them no more. Tasks
+    /// with the same image have the same nodes.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub used_by: Vec<String>,
+    /// How many nodes these are, all of them; missing as long as it has no image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub used_by_count: Option<u32>,
+}
+
+impl AcceleratedImageStatus {
+    /// Without what [`crate::users`] says, which is written apart.
+    #[must_use]
+    pub fn planned(&self) -> Self {
+        Self {
+            used_by: Vec::new(),
+            used_by_count: None,
+            ..self.clone()
+        }
+    }
 }
 
 impl AcceleratedImage {

@@ -3,6 +3,7 @@
 mod logins;
 mod nodes;
 mod purging;
+mod users;
 
 use self::nodes::Known;
 use crate::check::{Checked, Trouble};
@@ -19,6 +20,7 @@ use crate::resource::{
     SERVICE_NAME,
 };
 use crate::service;
+use crate::users::Users;
 use futures_util::StreamExt as _;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
@@ -80,6 +82,8 @@ struct Context {
     /// cluster is asked.
     known: std::sync::Mutex<Option<Known>>,
     metrics: Arc<Metrics>,
+    /// Which nodes use what, as was known last.
+    users: std::sync::Mutex<Option<Arc<Users>>>,
     /// What came of the last look at the nodes.
     looked: std::sync::Mutex<Option<Looked>>,
     /// The last task whose Job could not use UFS.
@@ -103,6 +107,7 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
         settings,
         known: std::sync::Mutex::default(),
         metrics,
+        users: std::sync::Mutex::default(),
         looked: std::sync::Mutex::default(),
         trouble: std::sync::Mutex::default(),
         counted: Notify::new(),
@@ -115,7 +120,7 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
         watcher::Config::default(),
     );
     let tasks = tasks.with_config(controller::Config::default().debounce(TOGETHER));
-    let (of_ended, known) = (tasks.store(), tasks.store());
+    let (of_ended, known, used) = (tasks.store(), tasks.store(), tasks.store());
     context.metrics.watch(tasks.store());
     context.metrics.leads();
     let tasks = tasks
@@ -171,6 +176,7 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
     );
     tokio::join!(
         context.label_nodes(),
+        context.tell_users(used),
         tasks.for_each(|looked| tell_of(looked.err())),
         services.for_each(|looked| tell_of(looked.err()))
     );
@@ -184,10 +190,10 @@ async fn tell_of(error: Option<LoopError>) {
     }
 }
 
-/// Whether nodes are known to use what a task made.
-fn is_used(task: &AcceleratedImage) -> bool {
+/// Whether a task that is being deleted is known to wait for nodes.
+fn waits_for_nodes(task: &AcceleratedImage) -> bool {
     let status = task.status.as_ref();
-    status.is_some_and(|status| !status.used_by.is_empty())
+    status.is_some_and(|status| !status.waits_for_nodes.is_empty())
 }
 
 /// Tasks that may wait for others.
@@ -267,7 +273,7 @@ impl Context {
             _ => self.secret(task).await?,
         };
         let nodes = match task.metadata.deletion_timestamp {
-            Some(_) if is_used(task) => Some(self.nodes().await?),
+            Some(_) if waits_for_nodes(task) => Some(self.nodes().await?),
             _ => None,
         };
         let at_work = |jobs: &[Job]| jobs.iter().filter(|job| job::is_at_work(job)).count();
@@ -401,7 +407,7 @@ impl Context {
         task: &AcceleratedImage,
         status: &AcceleratedImageStatus,
     ) -> Result<(), RunError> {
-        let patch = status_patch(task, status);
+        let patch = status_patch(task, &status.planned());
         let apply = PatchParams::apply(NAME).force();
         let tasks = self.tasks_beside(task);
         tasks
@@ -429,7 +435,7 @@ impl Context {
         );
         let reason = match removed {
             Some(removed) => removed.reason.clone(),
-            None if status.phase == Phase::Deleting && !status.used_by.is_empty() => {
+            None if status.phase == Phase::Deleting && !status.waits_for_nodes.is_empty() => {
                 plan::IN_USE.to_owned()
             }
             None => format!("{:?}", status.phase),

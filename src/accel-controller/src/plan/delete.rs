@@ -65,7 +65,7 @@ impl Next<'_> {
                     None => self.observed.pod.and_then(waits_for),
                 };
                 let what = what.unwrap_or_else(|| "is being removed".to_owned());
-                if self.status.used_by.is_empty() {
+                if self.status.waits_for_nodes.is_empty() {
                     self.say(Phase::Deleting, &what);
                 }
                 self.again = Some(SOON);
@@ -83,7 +83,7 @@ impl Next<'_> {
                     (Some(said), Ok(())) => self.removed(&said),
                     (_, Err((reason, message))) => self.delete_failed(job, &reason, &message),
                     (None, Ok(())) if self.observed.log.is_some() && self.ended_just_now(job) => {
-                        if self.status.used_by.is_empty() {
+                        if self.status.waits_for_nodes.is_empty() {
                             self.say(Phase::Deleting, NO_LOG_YET);
                         }
                         self.again = Some(LATER);
@@ -118,7 +118,7 @@ impl Next<'_> {
         }
         self.stop_all_but(None);
         if !self.steps.is_empty() {
-            if !self.is_removed() && self.status.used_by.is_empty() {
+            if !self.is_removed() && self.status.waits_for_nodes.is_empty() {
                 self.say(Phase::Deleting, "its Job is being ended");
             }
             self.again = Some(SOON);
@@ -140,7 +140,7 @@ impl Next<'_> {
         };
         let limit = service.spec.jobs.limit;
         if self.observed.others_at_work >= limit.into() {
-            if self.status.used_by.is_empty() {
+            if self.status.waits_for_nodes.is_empty() {
                 let what = format!("waits: {limit} other Jobs are under way, the limit");
                 self.say(Phase::Deleting, &what);
             }
@@ -161,7 +161,7 @@ impl Next<'_> {
             self.observed.settings,
         );
         self.steps.push(Step::Run(Box::new(job)));
-        if self.status.used_by.is_empty() {
+        if self.status.waits_for_nodes.is_empty() {
             self.say(Phase::Deleting, "a Job is being started");
         }
         self.status.finished_at = None;
@@ -174,14 +174,14 @@ impl Next<'_> {
             return Vec::new();
         };
         let cluster = &self.observed.settings.cluster;
-        let users = self.status.used_by.iter();
+        let users = self.status.waits_for_nodes.iter();
         let gone = users
             .filter(|user| user.expired && user.cluster == *cluster && !nodes.contains(&user.node));
         gone.map(|user| user.node.clone()).collect()
     }
 
     fn in_use(&mut self, said: &Removal) {
-        self.status.used_by.clone_from(&said.in_use);
+        self.status.waits_for_nodes.clone_from(&said.in_use);
         let here = &self.observed.settings.cluster;
         let name = |user: &UserStatus| {
             let mut name = user.node.clone();
@@ -222,8 +222,8 @@ impl Next<'_> {
     }
 
     fn free(&mut self) {
-        if !self.status.used_by.is_empty() {
-            self.status.used_by.clear();
+        if !self.status.waits_for_nodes.is_empty() {
+            self.status.waits_for_nodes.clear();
             self.condition(IN_USE, "False", "NotInUse", "no node uses it");
         }
     }

@@ -5,6 +5,7 @@ mod removal;
 use super::*;
 use crate::report::{Accelerated, Erofs, Image, Layer, Problem, Refused, Removal};
 use crate::resource::{ImageAccelerationSpec, UfsSpec, UserStatus};
+use accel_oci::{ChainId, Digest};
 use std::sync::LazyLock;
 
 static SETTINGS: LazyLock<Settings> = LazyLock::new(|| Settings {
@@ -164,6 +165,7 @@ fn report() -> Output {
     let layer = |path: &str, shared| Layer {
         size: 100,
         shared,
+        chain_id: Some(ChainId(Digest::of(path.as_bytes()))),
         erofs: Erofs {
             path: path.to_owned(),
             size: 1 << 20,
@@ -223,11 +225,15 @@ fn a_task_becomes_ready_and_its_job_goes() {
         (Some(2), "2.0 MiB")
     );
     assert_eq!(cluster.status().shared_bytes, Some(1 << 20));
+    let top = ChainId(Digest::of(b"2")).to_string();
+    assert_eq!(cluster.status().chain_ids, [top]);
     assert_eq!(cluster.status().started_at, started);
     assert_eq!(cluster.step(), ["stop accel-u-1-0"]);
-    // And nothing else ever happens.
+    // And nothing else ever happens, whoever uses it.
     (cluster.pod, cluster.log) = (None, None);
     cluster.now += 100_000;
+    let status = cluster.task.status.as_mut().unwrap();
+    (status.used_by, status.used_by_count) = (vec!["n1".to_owned()], Some(1));
     let plan = cluster.plan();
     assert!(plan.status.is_none() && plan.steps.is_empty() && plan.again.is_none());
 }
@@ -531,6 +537,7 @@ fn another_source_ends_the_old_job_first() {
     assert_eq!(cluster.step(), ["run accel-u-3-0"]);
     assert_eq!(cluster.phase().0, Phase::Creating);
     assert_eq!(cluster.status().target_digest, None);
+    assert!(cluster.status().chain_ids.is_empty());
     assert_eq!(cluster.condition("Ready").observed_generation, Some(3));
 }
 

@@ -4,6 +4,7 @@ use super::{Context, RunError, in_words};
 use crate::job;
 use crate::labels::{self, Looked, Seen};
 use crate::resource::{ImageAcceleration, SERVICE_NAME};
+use crate::users::Users;
 use futures_util::StreamExt as _;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Node;
@@ -93,6 +94,8 @@ impl Context {
         let mut known = self.known_nodes(LIST).await?;
         // Listed, not watched: nodes must not look silent because a watch is.
         let leases = self.own::<Lease>().list(&of_nodes).await?;
+        let names = known.iter().filter_map(|node| node.name.as_deref());
+        *self.users() = Some(Arc::new(Users::of(&leases.items, names)));
         let words = seen.look(&leases.items, Instant::now());
         let spec = service.as_ref().map(|service| &service.spec);
         let mut labels = labels::labels(&known, &words, spec);

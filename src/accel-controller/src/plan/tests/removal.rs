@@ -124,7 +124,7 @@ fn what_nodes_use_waits_for_them_and_they_are_named() {
     cluster.removal_says(0, Removal::default());
     assert!(cluster.step().is_empty());
     assert_eq!(cluster.condition(IN_USE).status, "False");
-    assert!(cluster.status().used_by.is_empty());
+    assert!(cluster.status().waits_for_nodes.is_empty());
 }
 
 #[test]
