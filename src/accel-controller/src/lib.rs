@@ -19,6 +19,7 @@ pub mod lead;
 pub mod login;
 pub mod metrics;
 pub mod node;
+pub mod obstacles;
 pub mod plan;
 pub mod purge;
 pub mod reference;

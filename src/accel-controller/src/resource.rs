@@ -55,6 +55,11 @@ const KEY: &str = r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9
         json_path = ".status.conditions[?(@.type==\"UfsReady\")].status"
     ),
     printcolumn(
+        name = "Controller",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"ControllerReady\")].status"
+    ),
+    printcolumn(
         name = "Images",
         type_ = "integer",
         json_path = ".status.images",
@@ -245,7 +250,9 @@ pub struct ImageAccelerationStatus {
     /// `UfsReady`: a Job has mounted UFS, written to it and read it back, and nobody who needs it
     /// has said since then that it is away; `RegistryAccess`: registries take the logins; `Ready`:
     /// nothing is known that keeps tasks from being converted. They are tried in any case.
-    /// `NodesLabelled`: the cluster takes the label. While it is deleted with `purge`, `Purged`:
+    /// `NodesLabelled`: the cluster takes the label; `ControllerReady`: a controller leads, and
+    /// nothing keeps it from looking (one that is dead cannot say so: its Lease is not renewed,
+    /// and `kubectl accel get --service` heeds that). While it is deleted with `purge`, `Purged`:
     /// what is left.
     pub conditions: Vec<Condition>,
     /// How far it is with trying UFS, and asking registries whether they take the logins.

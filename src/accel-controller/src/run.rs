@@ -6,12 +6,13 @@ mod purging;
 mod users;
 
 use self::nodes::Known;
-use crate::check::{Checked, Trouble};
+use crate::check::{Checked, Said, Trouble};
 use crate::conditions;
 use crate::job::{self, CHECK, MANAGED, Settings, TASK_UID};
 use crate::labels::Looked;
 use crate::login::{self, Log};
 use crate::metrics::Metrics;
+use crate::obstacles::{Obstacles, Part};
 use crate::plan::{self, Observed, Plan, Step};
 use crate::purge;
 use crate::report;
@@ -33,7 +34,7 @@ use kube::runtime::watcher;
 use kube::{Client, Resource, ResourceExt};
 use serde_json::{Value, json};
 use std::sync::{Arc, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{Mutex, Notify};
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
@@ -52,6 +53,8 @@ const TOGETHER: Duration = Duration::from_millis(300);
 /// How long a look at a task or the service may take, with what is done then: an answer that
 /// never comes must not keep those waiting that wait for each other.
 const LOOK: Duration = Duration::from_secs(60);
+/// How long it may take to tell that something has gone wrong.
+const TELL: Duration = Duration::from_secs(10);
 /// How often the service's status is made again.
 const SERVICE_PAUSE: Duration = Duration::from_secs(15);
 
@@ -82,6 +85,10 @@ struct Context {
     /// cluster is asked.
     known: std::sync::Mutex<Option<Known>>,
     metrics: Arc<Metrics>,
+    /// What this process is called among several.
+    identity: String,
+    /// What keeps it from its work.
+    obstacles: std::sync::Mutex<Obstacles>,
     /// Which nodes use what, as was known last.
     users: std::sync::Mutex<Option<Arc<Users>>>,
     /// What came of the last look at the nodes.
@@ -100,13 +107,15 @@ struct Context {
 pub async fn run(client: Client, settings: Settings, identity: String, metrics: Arc<Metrics>) {
     let reporter = Reporter {
         controller: NAME.to_owned(),
-        instance: Some(identity),
+        instance: Some(identity.clone()),
     };
     let context = Arc::new(Context {
         recorder: Recorder::new(client.clone(), reporter),
         settings,
         known: std::sync::Mutex::default(),
         metrics,
+        identity,
+        obstacles: std::sync::Mutex::default(),
         users: std::sync::Mutex::default(),
         looked: std::sync::Mutex::default(),
         trouble: std::sync::Mutex::default(),
@@ -148,10 +157,19 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
             },
         )
         .run(
-            |task, context| async move { timeout(LOOK, context.task(&task)).await? },
+            |task, context| async move {
+                let looked = timeout(LOOK, context.task(&task)).await?;
+                if looked.is_ok() {
+                    context.obstacles().passed(Part::Tasks);
+                }
+                looked
+            },
             |task, error, context| {
                 context.metrics.error();
-                warn!(task = %task.name_any(), "looked at in vain: {error}");
+                let (namespace, name) = (task.namespace().unwrap_or_default(), task.name_any());
+                warn!(task = name, "looked at in vain: {error}");
+                let what = format!("the task {namespace}/{name} cannot be looked at: {error}");
+                context.meet(Part::Tasks, what);
                 Action::requeue(RETRY)
             },
             Arc::clone(&context),
@@ -166,7 +184,15 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
     )
     .reconcile_all_on(counted)
     .run(
-        |service, context| async move { timeout(LOOK, context.service(&service)).await? },
+        |service, context| async move {
+            let looked = timeout(LOOK, context.service(&service)).await;
+            let looked = looked.unwrap_or_else(|late| Err(late.into()));
+            match &looked {
+                Ok(_) => context.obstacles().passed(Part::Service),
+                Err(error) => context.tell_obstacle(&service, error).await,
+            }
+            looked
+        },
         |_, error, context| {
             context.metrics.error();
             warn!("the service's status cannot be made: {error}");
@@ -177,17 +203,9 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
     tokio::join!(
         context.label_nodes(),
         context.tell_users(used),
-        tasks.for_each(|looked| tell_of(looked.err())),
-        services.for_each(|looked| tell_of(looked.err()))
+        tasks.for_each(|looked| context.tell_of(looked.err())),
+        services.for_each(|looked| context.tell_of(looked.err()))
     );
-}
-
-/// What keeps the loop from noticing anything: it goes on trying. What went wrong with one
-/// object has been told.
-async fn tell_of(error: Option<LoopError>) {
-    if let Some(LoopError::QueueError(error)) = error {
-        warn!("the cluster cannot be watched: {error}");
-    }
 }
 
 /// Whether a task that is being deleted is known to wait for nodes.
@@ -219,6 +237,25 @@ impl Context {
         K: Resource<Scope = kube::core::NamespaceResourceScope, DynamicType = ()>,
     {
         Api::namespaced(self.client.clone(), &self.settings.namespace)
+    }
+
+    fn obstacles(&self) -> MutexGuard<'_, Obstacles> {
+        let obstacles = self.obstacles.lock();
+        obstacles.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn meet(&self, part: Part, what: String) {
+        self.obstacles().met(part, what, Instant::now());
+    }
+
+    /// What keeps the loop from noticing anything: it goes on trying. What went wrong with one
+    /// object has been told.
+    async fn tell_of(&self, error: Option<LoopError>) {
+        if let Some(LoopError::QueueError(error)) = error {
+            let what = format!("the cluster cannot be watched: {error}");
+            warn!("{what}");
+            self.meet(Part::Watch, what);
+        }
     }
 
     async fn task(&self, task: &AcceleratedImage) -> Result<Action, RunError> {
@@ -482,6 +519,35 @@ impl Context {
         Ok(Action::requeue(again))
     }
 
+    /// What is to be said of this controller.
+    fn controller(&self) -> Said {
+        let obstacles = self.obstacles();
+        service::controller(&self.identity, obstacles.lasting(Instant::now()))
+    }
+
+    /// The service's status could not be made. That at least is written into it, if it can be.
+    async fn tell_obstacle(&self, service: &ImageAcceleration, error: &RunError) {
+        let what = format!("the status of the ImageAcceleration cannot be made: {error}");
+        self.meet(Part::Service, what);
+        let controller = self.controller();
+        let told = async {
+            let services = self.all::<ImageAcceleration>();
+            let known = services.get_opt(&service.name_any()).await?;
+            if let Some(known) = known.filter(|known| known.uid() == service.uid())
+                && let Some(status) = service::hindered(&known, &controller, Timestamp::now())
+            {
+                self.write_service(&known, &status).await?;
+            }
+            Ok::<_, RunError>(())
+        };
+        if let Err(error) = timeout(TELL, told)
+            .await
+            .unwrap_or_else(|late| Err(late.into()))
+        {
+            warn!("nor can that be told: {error}");
+        }
+    }
+
     fn trouble(&self) -> MutexGuard<'_, Option<Trouble>> {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -505,8 +571,9 @@ impl Context {
         let tasks = self.tasks().await?;
         let looked = self.looked().clone();
         let now = Timestamp::now();
+        let controller = self.controller();
         let (claim, looked) = (claim.as_ref(), looked.as_ref());
-        let status = service::status(service, checked, claim, &tasks, looked, now);
+        let status = service::status(service, &controller, checked, claim, &tasks, looked, now);
         self.write_service(service, &status).await
     }
 

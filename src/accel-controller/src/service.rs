@@ -4,6 +4,7 @@ use crate::check::{Checked, Said, UFS_READY};
 use crate::conditions;
 use crate::labels::{LABELLING, Looked};
 use crate::login::ACCESS;
+use crate::obstacles::CONTROLLER_READY;
 use crate::report;
 use crate::resource::{
     AcceleratedImage, ImageAcceleration, ImageAccelerationStatus, Phase, UfsSpec, UfsVolume,
@@ -14,11 +15,54 @@ use k8s_openapi::jiff::Timestamp;
 /// The reason of [`UFS_READY`] while the claim waits for a volume.
 pub const NOT_BOUND: &str = "NotBound";
 
-/// The service's status. `checked` is what a look at its check has come to; `claim` is the one
+/// What is said of the controller that leads and is called `identity`; `obstacle` is what keeps
+/// it from its work, as a reason and in words.
+pub fn controller(identity: &str, obstacle: Option<(&'static str, &str)>) -> Said {
+    match obstacle {
+        Some((reason, what)) => Said::new("False", reason, format!("{identity}: {what}")),
+        None => Said::new("True", "Leads", format!("{identity} leads")),
+    }
+}
+
+/// Puts a condition into the status.
+pub fn say(
+    status: &mut ImageAccelerationStatus,
+    service: &ImageAcceleration,
+    type_: &str,
+    said: &Said,
+    now: Timestamp,
+) {
+    let says = [type_, said.status, &said.reason, &said.message];
+    let generation = service.metadata.generation;
+    conditions::set(&mut status.conditions, says, generation, now);
+}
+
+/// The status of a service of which nothing else can be said than that something keeps the
+/// controller from its work; none if that is not so. All the rest is as it was said last.
+pub fn hindered(
+    service: &ImageAcceleration,
+    controller: &Said,
+    now: Timestamp,
+) -> Option<ImageAccelerationStatus> {
+    if controller.status != "False" {
+        return None;
+    }
+    let mut status = service.status.clone().unwrap_or_default();
+    say(&mut status, service, CONTROLLER_READY, controller, now);
+    // One that is deleted is not Ready for another reason.
+    if service.metadata.deletion_timestamp.is_none() {
+        let ready = Said::new("False", CONTROLLER_READY, controller.message.clone());
+        say(&mut status, service, "Ready", &ready, now);
+    }
+    Some(status)
+}
+
+/// The service's status. `controller` is what [`controller`] gives; `checked` is what a look at its check has come to; `claim` is the one
 /// that it names, if there is one; `nodes` is what came of the last look at the nodes, if there
 /// was one.
 pub fn status<'a>(
     service: &ImageAcceleration,
+    controller: &Said,
     checked: &Checked,
     claim: Option<&PersistentVolumeClaim>,
     tasks: impl IntoIterator<Item = &'a AcceleratedImage>,
@@ -28,13 +72,16 @@ pub fn status<'a>(
     let mut status = service.status.clone().unwrap_or_default();
     // What an older version called UfsReady; nobody would change it any more.
     status.conditions.retain(|said| said.type_ != "UfsBound");
-    let generation = service.metadata.generation;
     status.check = Some(checked.check.clone());
     // A Job may try what the claim cannot have yet.
     let unbound = unbound(&service.spec.ufs, claim);
     let unbound = unbound.map(|(reason, message)| Said::new("False", reason, message));
     let (ufs, access) = (unbound.unwrap_or(checked.ufs.clone()), &checked.access);
-    let worst = [(UFS_READY, &ufs), (ACCESS, access)];
+    let worst = [
+        (CONTROLLER_READY, controller),
+        (UFS_READY, &ufs),
+        (ACCESS, access),
+    ];
     let first = |is: &str| worst.into_iter().find(|(_, said)| said.status == is);
     let ready = match first("False").or_else(|| first("Unknown")) {
         Some((type_, said)) => Said::new(said.status, type_, said.message.clone()),
@@ -51,10 +98,9 @@ pub fn status<'a>(
         }
     });
     let labelling = labelling.as_ref().map(|said| (LABELLING, said));
-    let all = [(UFS_READY, &ufs), (ACCESS, access), ("Ready", &ready)];
-    for (type_, said) in all.into_iter().chain(labelling) {
-        let says = [type_, said.status, &said.reason, &said.message];
-        conditions::set(&mut status.conditions, says, generation, now);
+    let all = worst.into_iter().chain([("Ready", &ready)]);
+    for (type_, said) in all.chain(labelling) {
+        say(&mut status, service, type_, said, now);
     }
     (status.images, status.stored_bytes) = (0, 0);
     for task in tasks {
@@ -109,6 +155,9 @@ mod tests {
     use crate::labels::Ufs;
     use crate::resource::{AcceleratedImageStatus, CheckStatus};
     use serde_json::json;
+    use std::sync::LazyLock;
+
+    static LEADS: LazyLock<Said> = LazyLock::new(|| controller("one", None));
 
     fn claim(phase: &str) -> PersistentVolumeClaim {
         serde_json::from_value(json!({"metadata": {"name": "ufs"}, "status": {"phase": phase}}))
@@ -161,7 +210,7 @@ mod tests {
             again: None,
         };
         let good = checked("True", "True");
-        let first = status(&service, &good, None, &tasks, Some(&looked), at(1));
+        let first = status(&service, &LEADS, &good, None, &tasks, Some(&looked), at(1));
         let labelling = |status: &ImageAccelerationStatus| {
             let found = conditions::find(&status.conditions, LABELLING).unwrap();
             (found.status.clone(), found.message.clone())
@@ -187,6 +236,7 @@ mod tests {
             let checked = checked(ufs, access);
             let status = status(
                 &service,
+                &LEADS,
                 &checked,
                 Some(&claim("Bound")),
                 &tasks,
@@ -204,6 +254,7 @@ mod tests {
         // What the claim cannot have yet a Job may have tried: of UFS one thing is said.
         let pending = status(
             &service,
+            &LEADS,
             &good,
             Some(&claim("Pending")),
             &tasks,
@@ -222,6 +273,7 @@ mod tests {
         };
         let bound = status(
             &service,
+            &LEADS,
             &good,
             Some(&claim("Bound")),
             &tasks,
@@ -258,5 +310,51 @@ mod tests {
         assert_eq!(reason(&claims, None), Some("NoClaim"));
         assert_eq!(reason(&claims, Some(&claim("Pending"))), Some(NOT_BOUND));
         assert_eq!(reason(&claims, Some(&claim("Bound"))), None);
+    }
+
+    #[test]
+    fn what_keeps_the_controller_from_its_work_is_said_first_and_although_nothing_else_can_be() {
+        let mut service: ImageAcceleration = serde_json::from_value(json!({
+            "apiVersion": "image-accel.io/v1alpha1", "kind": "ImageAcceleration",
+            "metadata": {"name": "cluster", "generation": 2},
+            "spec": {"ufs": {"hostPath": "/ufs"}},
+        }))
+        .unwrap();
+        let at = |seconds| Timestamp::from_second(seconds).unwrap();
+        let is = |status: &ImageAccelerationStatus, type_: &str| {
+            let found = conditions::find(&status.conditions, type_).unwrap();
+            [&found.status, &found.reason, &found.message].map(Clone::clone)
+        };
+        let hinders = controller("two", Some(("CannotWatch", "it is forbidden")));
+        let unusable = Said::new("False", "NotUsable", "what a Job says");
+        let checked = Checked {
+            ufs: unusable.clone(),
+            access: unusable,
+            check: CheckStatus::default(),
+            steps: Vec::new(),
+            again: None,
+        };
+        let leads = status(&service, &LEADS, &checked, None, [], None, at(1));
+        assert_eq!(is(&leads, CONTROLLER_READY), ["True", "Leads", "one leads"]);
+        assert_eq!(is(&leads, "Ready"), ["False", UFS_READY, "what a Job says"]);
+        let what = "two: it is forbidden";
+        let cannot = status(&service, &hinders, &checked, None, [], None, at(1));
+        assert_eq!(
+            is(&cannot, CONTROLLER_READY),
+            ["False", "CannotWatch", what]
+        );
+        assert_eq!(is(&cannot, "Ready"), ["False", CONTROLLER_READY, what]);
+
+        assert_eq!(hindered(&service, &LEADS, at(2)), None);
+        service.status = Some(leads);
+        let told = hindered(&service, &hinders, at(2)).unwrap();
+        assert_eq!(is(&told, CONTROLLER_READY), ["False", "CannotWatch", what]);
+        assert_eq!(is(&told, "Ready"), ["False", CONTROLLER_READY, what]);
+        assert_eq!(is(&told, UFS_READY)[1], "NotUsable", "as it was said last");
+        let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(at(2));
+        service.metadata.deletion_timestamp = Some(now);
+        let told = hindered(&service, &hinders, at(2)).unwrap();
+        assert_eq!(is(&told, CONTROLLER_READY)[0], "False");
+        assert_eq!(is(&told, "Ready")[1], UFS_READY);
     }
 }

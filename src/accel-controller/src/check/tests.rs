@@ -57,7 +57,16 @@ impl Service {
         });
         let claim = json!({"metadata": {"name": "ufs"}, "status": {"phase": "Bound"}});
         let claim = serde_json::from_value(claim).unwrap();
-        let status = service::status(&self.service, &checked, Some(&claim), [], None, now);
+        let controller = service::controller("one", None);
+        let status = service::status(
+            &self.service,
+            &controller,
+            &checked,
+            Some(&claim),
+            [],
+            None,
+            now,
+        );
         self.service.status = Some(status);
         let does = checked.steps.into_iter().map(|step| match step {
             Step::Run(job) => {

@@ -3,6 +3,7 @@
 use super::{Context, RunError, in_words};
 use crate::job;
 use crate::labels::{self, Looked, Seen};
+use crate::obstacles::Part;
 use crate::resource::{ImageAcceleration, SERVICE_NAME};
 use crate::users::Users;
 use futures_util::StreamExt as _;
@@ -76,9 +77,14 @@ impl Context {
             let look = timeout(LOOK, self.look_at_nodes(&mut seen));
             // What does not answer is like what refuses.
             let looked = look.await.unwrap_or_else(|late| Err(late.into()));
-            if let Err(error) = looked {
-                self.metrics.error();
-                warn!("the nodes cannot be looked at: {error}");
+            match looked {
+                Ok(()) => self.obstacles().passed(Part::Nodes),
+                Err(error) => {
+                    self.metrics.error();
+                    let what = format!("the nodes cannot be looked at: {error}");
+                    warn!("{what}");
+                    self.meet(Part::Nodes, what);
+                }
             }
             tokio::time::sleep(PAUSE).await;
         }

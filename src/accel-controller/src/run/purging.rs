@@ -1,9 +1,11 @@
 //! Takes the steps of [`crate::purge`].
 
 use super::{Context, RunError};
+use crate::obstacles::CONTROLLER_READY;
 use crate::plan;
 use crate::purge::{self, Step};
 use crate::resource::{AcceleratedImage, ImageAcceleration};
+use crate::service;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions};
@@ -30,7 +32,15 @@ impl Context {
         let steps = purge::plan(service, &tasks);
         if !steps.contains(&Step::RemoveFinalizer) {
             let mut status = service.status.clone().unwrap_or_default();
-            purge::tell(&mut status, service, &tasks, Timestamp::now());
+            let now = Timestamp::now();
+            purge::tell(&mut status, service, &tasks, now);
+            service::say(
+                &mut status,
+                service,
+                CONTROLLER_READY,
+                &self.controller(),
+                now,
+            );
             self.write_service(service, &status).await?;
         }
         for step in &steps {
