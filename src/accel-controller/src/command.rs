@@ -3,6 +3,8 @@
 use crate::check::{TRY_AGAIN, UFS_READY, fingerprint};
 use crate::conditions;
 use crate::labels::{Health, LABELLING, Word, is_kept_out, is_labelled, is_meant, lease_name};
+use crate::lead::Leader;
+use crate::obstacles::CONTROLLER_READY;
 use crate::purge::some;
 use crate::reference::Names;
 use crate::resource::{AcceleratedImage, ImageAcceleration, Phase, RegistrySpec, SERVICE_NAME};
@@ -12,6 +14,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::{Resource, ResourceExt};
 use serde::Serialize;
 use serde_json::{Value, json};
+use std::fmt::Display;
 
 /// The longest name that is made up for a task: it is also part of labels.
 const MAX_NAME: usize = 63;
@@ -188,6 +191,91 @@ pub fn table(tasks: &[AcceleratedImage], namespaces: bool, wide: bool, now: Time
         lines.push(line);
     }
     in_columns(&lines)
+}
+
+/// How acceleration is, and who works for it.
+#[derive(Debug, Clone, Serialize)]
+pub struct ServiceState {
+    /// The controller.
+    pub controller: ControllerState,
+    /// The service as the cluster has it: what a controller has said last.
+    pub service: Option<ImageAcceleration>,
+}
+
+/// Whether a controller works.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct ControllerState {
+    /// None if that is not known.
+    pub running: Option<bool>,
+    /// The one that leads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub leader: Option<String>,
+    /// Since when there is none, if there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub since: Option<Timestamp>,
+    /// The same in words.
+    pub message: String,
+}
+
+impl ControllerState {
+    /// As its Lease tells, or why it does not.
+    pub fn of(leader: Result<&Leader, &impl Display>) -> Self {
+        let (running, name, since) = match &leader {
+            Ok(Leader::One(name)) => (Some(true), Some(name.clone()), None),
+            Ok(Leader::None(since)) => (Some(false), None, *since),
+            Ok(Leader::Unsure) | Err(_) => (None, None, None),
+        };
+        Self {
+            running,
+            leader: name,
+            since,
+            message: match leader {
+                Ok(leader) => leader.to_string(),
+                Err(error) => format!("controller: not known: {error}"),
+            },
+        }
+    }
+}
+
+/// How acceleration is, as lines of a table, and a line of who works for it. Without a controller
+/// it is not ready, whatever one has said before.
+pub fn service_table(state: &ServiceState) -> String {
+    let controller = &state.controller;
+    let Some(service) = &state.service else {
+        let off = "acceleration is off: there is no ImageAcceleration called";
+        return format!("{off} {SERVICE_NAME}\n{}", controller.message);
+    };
+    let status = service.status.clone().unwrap_or_default();
+    let is = |type_| match conditions::find(&status.conditions, type_) {
+        _ if controller.running == Some(false) && type_ != UFS_READY => "False".to_owned(),
+        Some(said) => said.status.clone(),
+        None => "Unknown".to_owned(),
+    };
+    let ready = conditions::find(&status.conditions, "Ready");
+    let message = match (controller.running, ready) {
+        (Some(false), _) | (_, None) => "no controller has said anything lately".to_owned(),
+        (_, Some(ready)) => ready.message.clone(),
+    };
+    let head = [
+        "READY",
+        "UFS",
+        "CONTROLLER",
+        "NODES",
+        "IMAGES",
+        "STORED",
+        "MESSAGE",
+    ];
+    let line = [
+        is("Ready"),
+        is(UFS_READY),
+        is(CONTROLLER_READY),
+        status.nodes_text,
+        status.images.to_string(),
+        status.stored,
+        message,
+    ];
+    let table = in_columns(&[head.map(str::to_owned).to_vec(), line.to_vec()]);
+    format!("{table}\n{}", controller.message)
 }
 
 /// Nodes as lines of a table.
@@ -451,6 +539,65 @@ mod tests {
         assert_eq!(cells(false, "USED BY", 7), ["120", "0", ""]);
         let names = "n000, n001, n002, n003, n004 and 115 more";
         assert_eq!(cells(true, "NODES", names.len()), [names, "", ""]);
+    }
+
+    #[test]
+    fn a_service_is_shown_with_who_works_for_it() {
+        let mut service: ImageAcceleration = serde_json::from_value(json!({
+            "apiVersion": "image-accel.io/v1alpha1", "kind": "ImageAcceleration",
+            "metadata": {"name": "cluster"}, "spec": {"ufs": {"claimName": "u"}},
+            "status": {"images": 3, "stored": "1.0 MiB", "nodesText": "1/2"},
+        }))
+        .unwrap();
+        let status = service.status.as_mut().unwrap();
+        for (type_, message) in [
+            ("Ready", "all is well"),
+            (UFS_READY, ""),
+            (CONTROLLER_READY, ""),
+        ] {
+            let says = [type_, "True", "Why", message];
+            conditions::set(&mut status.conditions, says, None, Timestamp::UNIX_EPOCH);
+        }
+        let state = |leader: Result<&Leader, &String>, service: Option<&ImageAcceleration>| {
+            let controller = ControllerState::of(leader);
+            let service = service.cloned();
+            ServiceState {
+                controller,
+                service,
+            }
+        };
+        let shown = |leader, service| -> Vec<String> {
+            let table = service_table(&state(leader, service));
+            table.lines().map(str::to_owned).collect()
+        };
+        let one = Leader::One("one-1".to_owned());
+        let head = "READY   UFS    CONTROLLER   NODES   IMAGES   STORED    MESSAGE";
+        let well = "True    True   True         1/2     3        1.0 MiB   all is well";
+        let expected = [head, well, "controller: one-1 leads"];
+        assert_eq!(shown(Ok(&one), Some(&service)), expected);
+        // It was well when somebody could say so; where UFS is has not changed by that.
+        let none = Leader::None(Some(Timestamp::UNIX_EPOCH));
+        let dead = "False   True   False        1/2     3        1.0 MiB   no controller has said anything lately";
+        let since = "controller: not running since 1970-01-01T00:00:00Z";
+        assert_eq!(shown(Ok(&none), Some(&service)), [head, dead, since]);
+        // Whoever may not see the Lease sees the rest.
+        let forbidden = "leases is forbidden".to_owned();
+        let unknown = "controller: not known: leases is forbidden";
+        let expected = [head, well, unknown];
+        assert_eq!(shown(Err(&forbidden), Some(&service)), expected);
+        let off = "acceleration is off: there is no ImageAcceleration called cluster";
+        assert_eq!(shown(Ok(&one), None), [off, "controller: one-1 leads"]);
+
+        let json = |leader| serde_json::to_value(state(leader, Some(&service))).unwrap();
+        let dead = json(Ok(&none));
+        let expected = json!({"running": false, "since": "1970-01-01T00:00:00Z", "message": since});
+        assert_eq!(dead["controller"], expected);
+        // As it is in the cluster.
+        assert_eq!(dead["service"]["status"]["images"], 3);
+        let expected =
+            json!({"running": true, "leader": "one-1", "message": "controller: one-1 leads"});
+        assert_eq!(json(Ok(&one))["controller"], expected);
+        assert_eq!(json(Err(&forbidden))["controller"]["running"], Value::Null);
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! One controller at a time: whoever holds the Lease.
 
+mod ear;
+
+pub use self::ear::{Ear, Leader};
 use anyhow::{Context as _, bail};
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
@@ -32,27 +35,44 @@ pub struct Candidate {
 /// What others said of the Lease when, by the clock of this process: clocks of machines
 /// differ.
 #[derive(Debug, Default)]
-struct Seen(Option<(Option<String>, Option<MicroTime>, Instant)>);
+struct Seen(Option<Sight>);
+
+#[derive(Debug, Clone)]
+struct Sight {
+    holder: Option<String>,
+    renewed: Option<MicroTime>,
+    /// Since when it has been that.
+    since: Instant,
+    /// Whether it was something else when it was first seen.
+    renewed_since: bool,
+}
 
 impl Seen {
+    fn look(&mut self, spec: &LeaseSpec, now: Instant) -> Sight {
+        let holder = spec.holder_identity.clone().filter(|name| !name.is_empty());
+        match &self.0 {
+            Some(sight) if sight.holder == holder && sight.renewed == spec.renew_time => {
+                sight.clone()
+            }
+            before => {
+                let sight = Sight {
+                    holder,
+                    renewed: spec.renew_time.clone(),
+                    since: now,
+                    renewed_since: before.is_some(),
+                };
+                self.0.insert(sight).clone()
+            }
+        }
+    }
+
     /// Whether the holder has been silent for too long.
     fn is_over(&mut self, spec: &LeaseSpec, now: Instant) -> bool {
-        let holder = spec.holder_identity.clone().filter(|name| !name.is_empty());
-        if holder.is_none() {
-            return true;
-        }
+        let sight = self.look(spec, now);
         let term = spec.lease_duration_seconds.map_or(DURATION, |seconds| {
             Duration::from_secs(seconds.max(1).unsigned_abs().into())
         });
-        match &self.0 {
-            Some((who, when, since)) if *who == holder && *when == spec.renew_time => {
-                now.duration_since(*since) > term
-            }
-            _ => {
-                self.0 = Some((holder, spec.renew_time.clone(), now));
-                false
-            }
-        }
+        sight.holder.is_none() || now.duration_since(sight.since) > term
     }
 }
 

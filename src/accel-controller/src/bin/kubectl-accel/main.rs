@@ -1,23 +1,26 @@
 //! `kubectl accel`: tasks without writing YAML.
 
-use accel_controller::command::{self, Waiting};
+mod patience;
+mod tasks;
+
+use self::patience::Patience;
+use self::tasks::Tasks;
+use accel_controller::command::{self, ControllerState, ServiceState, Waiting};
 use accel_controller::conditions;
 use accel_controller::job::selector;
 use accel_controller::labels::COMPONENT;
+use accel_controller::lead::{Ear, Leader};
 use accel_controller::plan::is_kept;
 use accel_controller::purge::PURGED;
-use accel_controller::resource::{
-    AcceleratedImage, AcceleratedImageSpec, ImageAcceleration, SERVICE_NAME,
-};
+use accel_controller::resource::{AcceleratedImageSpec, ImageAcceleration, SERVICE_NAME};
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::{Client, Config, ResourceExt as _};
+use kube::{Client, Config};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::io::Write as _;
@@ -40,6 +43,14 @@ struct Cli {
     /// The context in the kubeconfig
     #[arg(long, global = true, value_name = "NAME")]
     context: Option<String>,
+    /// The controller's namespace
+    #[arg(
+        long,
+        global = true,
+        value_name = "NAME",
+        default_value = "image-accel"
+    )]
+    controller: String,
     /// The kubeconfig [default: KUBECONFIG, or ~/.kube/config]
     #[arg(long, global = true, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
@@ -113,14 +124,11 @@ enum Command {
     },
     /// Show which nodes can start accelerated images, and why others cannot.
     Nodes {
-        /// The controller's namespace
-        #[arg(long, value_name = "NAME", default_value = "image-accel")]
-        controller: String,
         /// How
         #[arg(short, long, value_enum)]
         output: Option<Output>,
     },
-    /// Show tasks.
+    /// Show tasks, or how acceleration as a whole is.
     Get {
         /// The task's name, its source or its target [default: all]
         #[arg(value_name = "NAME|IMAGE")]
@@ -128,6 +136,9 @@ enum Command {
         /// In all namespaces
         #[arg(short = 'A', long)]
         all_namespaces: bool,
+        /// Show how acceleration is instead, and whether a controller works
+        #[arg(long, conflicts_with_all = ["name", "all_namespaces"])]
+        service: bool,
         /// How
         #[arg(short, long, value_enum)]
         output: Option<Output>,
@@ -213,6 +224,8 @@ async fn run(cli: Cli) -> Result<()> {
         .unwrap_or_else(|| config.default_namespace.clone());
     let client = Client::try_from(config)?;
     let tasks = Tasks(Api::namespaced(client.clone(), &namespace));
+    let leases = Api::<Lease>::namespaced(client.clone(), &cli.controller);
+    let ear = Ear::new(leases.clone());
     match cli.command {
         Command::Enable {
             ufs,
@@ -229,9 +242,9 @@ async fn run(cli: Cli) -> Result<()> {
             let mut jobs = Map::new();
             jobs.extend(limit.map(|limit| ("limit".to_owned(), json!(limit))));
             let spec = json!({"ufs": ufs.spec(), "registry": registry, "jobs": jobs});
-            enable(&Api::all(client), &spec, wait).await
+            enable(&Api::all(client), &spec, wait, ear).await
         }
-        Command::Disable { purge, wait } => disable(&Api::all(client), purge, wait).await,
+        Command::Disable { purge, wait } => disable(&Api::all(client), purge, wait, ear).await,
         Command::Create {
             source,
             target,
@@ -247,12 +260,15 @@ async fn run(cli: Cli) -> Result<()> {
                 platforms: platform,
                 secret_name: secret,
             };
-            tasks.create(&name, spec, wait).await
+            let patience = wait.wait.then(|| wait.patience(ear));
+            tasks.create(&name, spec, patience).await
         }
-        Command::Delete { name, wait } => tasks.delete(&name, wait).await,
-        Command::Nodes { controller, output } => {
+        Command::Delete { name, wait } => {
+            let patience = wait.wait.then(|| wait.patience(ear));
+            tasks.delete(&name, patience).await
+        }
+        Command::Nodes { output } => {
             let of_nodes = ListParams::default().labels(&selector(COMPONENT));
-            let leases = Api::<Lease>::namespaced(client.clone(), &controller);
             let leases = leases.list(&of_nodes).await.map_err(said)?;
             let all = Api::<Node>::all(client.clone());
             let all = all.list_metadata(&ListParams::default()).await;
@@ -262,38 +278,39 @@ async fn run(cli: Cli) -> Result<()> {
             let state = |node| command::node_state(node, &leases.items, service.as_ref());
             let states: Vec<_> = all.iter().map(state).collect();
             match output {
-                None | Some(Output::Wide) => say(&command::nodes_table(&states)),
-                Some(Output::Json) => say(&serde_json::to_string_pretty(&states)?),
-                Some(Output::Yaml) => say(&serde_saphyr::to_string(&states)?),
+                None | Some(Output::Wide) => say(&command::nodes_table(&states))?,
+                Some(output) => say_all(&states, output)?,
             }
+            tell_if_none_leads(ear).await;
+            Ok(())
         }
+        Command::Get {
+            service: true,
+            output,
+            ..
+        } => get_service(&Api::all(client), ear, output).await,
         Command::Get {
             name,
             all_namespaces,
             output,
+            service: false,
         } => {
             let tasks = match all_namespaces {
                 true => Tasks(Api::all(client)),
                 false => tasks,
             };
-            tasks.get(name.as_deref(), all_namespaces, output).await
+            tasks.get(name.as_deref(), all_namespaces, output).await?;
+            tell_if_none_leads(ear).await;
+            Ok(())
         }
     }
 }
 
 impl Wait {
-    fn deadline(self) -> Option<Instant> {
-        Instant::now().checked_add(Duration::from_secs(self.timeout))
+    fn patience(self, ear: Ear) -> Patience {
+        let deadline = Instant::now().checked_add(Duration::from_secs(self.timeout));
+        Patience::new(deadline, ear)
     }
-}
-
-/// Waits a little, or fails with `what` when it is too late.
-async fn pause(deadline: Option<Instant>, what: &str) -> Result<()> {
-    if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-        bail!("{what}; it has not been waited for any longer, and goes on");
-    }
-    tokio::time::sleep(LOOK).await;
-    Ok(())
 }
 
 /// What the API server says, without the rest.
@@ -309,7 +326,50 @@ fn say(line: &str) -> Result<()> {
     Ok(())
 }
 
-async fn enable(services: &Api<ImageAcceleration>, spec: &Value, wait: Wait) -> Result<()> {
+/// For programs.
+fn say_all(what: &impl Serialize, output: Output) -> Result<()> {
+    match output {
+        Output::Yaml => say(&serde_saphyr::to_string(what)?),
+        _ => say(&serde_json::to_string_pretty(what)?),
+    }
+}
+
+/// What tasks and nodes' labels say may be long over then. Whoever may not see the Lease is told nothing.
+async fn tell_if_none_leads(mut ear: Ear) {
+    if let Ok(leader @ Leader::None(_)) = ear.ask().await {
+        eprintln!("{leader}");
+    }
+}
+
+async fn get_service(
+    services: &Api<ImageAcceleration>,
+    mut ear: Ear,
+    output: Option<Output>,
+) -> Result<()> {
+    let mut service = services.get_opt(SERVICE_NAME).await.map_err(said)?;
+    if let Some(service) = &mut service {
+        service.metadata.managed_fields = None;
+    }
+    let leader = ear
+        .ask()
+        .await
+        .map_err(|error| format!("{:#}", said(error)));
+    let state = ServiceState {
+        controller: ControllerState::of(leader.as_ref()),
+        service,
+    };
+    match output {
+        None | Some(Output::Wide) => say(&command::service_table(&state)),
+        Some(output) => say_all(&state, output),
+    }
+}
+
+async fn enable(
+    services: &Api<ImageAcceleration>,
+    spec: &Value,
+    wait: Wait,
+    ear: Ear,
+) -> Result<()> {
     let there = services.get_opt(SERVICE_NAME).await.map_err(said)?;
     let service =
         command::enabled(there.as_ref(), spec, Timestamp::now()).map_err(anyhow::Error::msg)?;
@@ -334,13 +394,17 @@ async fn enable(services: &Api<ImageAcceleration>, spec: &Value, wait: Wait) -> 
     if !wait.wait {
         return Ok(());
     }
-    let deadline = wait.deadline();
+    let mut patience = wait.patience(ear);
     loop {
         let service = services.get(SERVICE_NAME).await.map_err(said)?;
         match command::enabling(&service) {
+            // Or it was, when a controller was there that could say so.
+            (Waiting::Done, _) if patience.is_unattended().await => {
+                patience.pause("no controller is at work").await?;
+            }
             (Waiting::Done, what) => return say(&format!("ready: {what}")),
             (Waiting::Failed(what), _) => bail!("{what}"),
-            (Waiting::GoesOn, what) => pause(deadline, &what).await?,
+            (Waiting::GoesOn, what) => patience.pause(&what).await?,
         }
     }
 }
@@ -353,16 +417,11 @@ async fn set_purge(services: &Api<ImageAcceleration>, purge: bool) -> Result<()>
 }
 
 /// Deletes the service, which stays until all is gone that was made.
-async fn delete_with_all(
-    services: &Api<ImageAcceleration>,
-    deadline: Option<Instant>,
-) -> Result<()> {
+async fn delete_with_all(services: &Api<ImageAcceleration>, patience: &mut Patience) -> Result<()> {
     // The controller keeps it from now on; deleted before that, it would be gone at once.
     while !is_kept(&services.get(SERVICE_NAME).await.map_err(said)?) {
-        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            bail!("the controller does not answer");
-        }
-        tokio::time::sleep(LOOK).await;
+        let what = "the controller does not answer";
+        patience.pause_or_end(what).await?;
     }
     let now = DeleteParams::default();
     services
@@ -372,13 +431,18 @@ async fn delete_with_all(
         .map_err(said)
 }
 
-async fn disable(services: &Api<ImageAcceleration>, purge: bool, wait: Wait) -> Result<()> {
-    let deadline = wait.deadline();
+async fn disable(
+    services: &Api<ImageAcceleration>,
+    purge: bool,
+    wait: Wait,
+    ear: Ear,
+) -> Result<()> {
+    let mut patience = wait.patience(ear);
     // As it is said now, whatever was said before.
     set_purge(services, purge).await?;
     if purge {
         let deleted = tokio::select! {
-            deleted = delete_with_all(services, deadline) => deleted,
+            deleted = delete_with_all(services, &mut patience) => deleted,
             _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
         };
         if let Err(error) = deleted {
@@ -400,163 +464,10 @@ async fn disable(services: &Api<ImageAcceleration>, purge: bool, wait: Wait) -> 
         let status = service.status.unwrap_or_default();
         let purged = conditions::find(&status.conditions, PURGED);
         let left = purged.map_or_else(String::new, |condition| format!(": {}", condition.message));
-        pause(deadline, &format!("acceleration is not off yet{left}")).await?;
+        let what = format!("acceleration is not off yet{left}");
+        patience.pause(&what).await?;
     }
     say(&format!("imageacceleration {SERVICE_NAME} deleted"))
-}
-
-struct Tasks(Api<AcceleratedImage>);
-
-impl Tasks {
-    async fn create(&self, name: &str, spec: AcceleratedImageSpec, wait: Wait) -> Result<()> {
-        let task = AcceleratedImage::new(name, spec);
-        match self.0.create(&PostParams::default(), &task).await {
-            Ok(_) => say(&format!("acceleratedimage {name} created"))?,
-            Err(kube::Error::Api(status)) if status.code == 409 => {
-                let there = self.0.get(name).await.map_err(said)?;
-                if there.spec != task.spec {
-                    bail!(
-                        "there is a task {name} already, for {}: choose another name with --name",
-                        there.spec.source
-                    );
-                }
-                say(&format!("acceleratedimage {name} unchanged"))?;
-            }
-            Err(error) => return Err(said(error)),
-        }
-        if wait.wait {
-            self.wait(name, wait).await?;
-        }
-        Ok(())
-    }
-
-    async fn wait(&self, name: &str, wait: Wait) -> Result<()> {
-        let deadline = wait.deadline();
-        // On standard error, and only if that is a terminal.
-        let bar = ProgressBar::no_length();
-        let style = ProgressStyle::with_template("{spinner} {bar:30} {msg}")?;
-        bar.set_style(style);
-        bar.enable_steady_tick(LOOK);
-        loop {
-            let task = self.0.get(name).await.map_err(said)?;
-            match command::waiting(&task) {
-                Waiting::Done => {
-                    bar.finish_and_clear();
-                    let target = task.status.map(|status| status.target).unwrap_or_default();
-                    return say(&format!("acceleratedimage {name} is ready: {target}"));
-                }
-                Waiting::Failed(why) => {
-                    bar.finish_and_clear();
-                    bail!("{name}: {why}");
-                }
-                Waiting::GoesOn => {}
-            }
-            let status = task.current().cloned().unwrap_or_default();
-            let text = match status.progress {
-                Some(progress) => {
-                    bar.set_length(progress.bytes);
-                    bar.set_position(progress.bytes_done);
-                    progress.text
-                }
-                None => status.message.clone(),
-            };
-            bar.set_message(text);
-            let what = format!("{name} is not ready: {}", status.message);
-            pause(deadline, &what).await?;
-        }
-    }
-
-    async fn delete(&self, name: &str, wait: Wait) -> Result<()> {
-        let all = self.0.list(&ListParams::default()).await.map_err(said)?;
-        let found = command::named(&all.items, name);
-        if found.is_empty() {
-            bail!("there is no task {name}, and none for an image of that name");
-        }
-        let deadline = wait.deadline();
-        for task in found {
-            let name = task.name_any();
-            self.0
-                .delete(&name, &DeleteParams::default())
-                .await
-                .map_err(said)?;
-            if wait.wait {
-                self.wait_gone(&name, task.uid().as_deref(), deadline)
-                    .await?;
-            }
-            say(&format!("acceleratedimage {name} deleted"))?;
-        }
-        Ok(())
-    }
-
-    /// Until the task of that name is gone, or another one.
-    async fn wait_gone(
-        &self,
-        name: &str,
-        uid: Option<&str>,
-        deadline: Option<Instant>,
-    ) -> Result<()> {
-        loop {
-            match self.0.get_opt(name).await.map_err(said)? {
-                Some(there) if there.uid().as_deref() == uid => {
-                    let status = there.status.unwrap_or_default();
-                    let what = format!("{name} is not gone yet: {}", status.message);
-                    pause(deadline, &what).await?;
-                }
-                _ => return Ok(()),
-            }
-        }
-    }
-
-    async fn get(
-        &self,
-        name: Option<&str>,
-        namespaces: bool,
-        output: Option<Output>,
-    ) -> Result<()> {
-        let mut all = self
-            .0
-            .list(&ListParams::default())
-            .await
-            .map_err(said)?
-            .items;
-        if let Some(name) = name {
-            let found = command::named(&all, name).into_iter().cloned().collect();
-            all = found;
-            if all.is_empty() {
-                bail!("there is no task {name}, and none for an image of that name");
-            }
-        }
-        for task in &mut all {
-            task.metadata.managed_fields = None;
-        }
-        match output {
-            None | Some(Output::Wide) => {
-                let wide = output.is_some();
-                say(&command::table(&all, namespaces, wide, Timestamp::now()))
-            }
-            Some(Output::Json) => say(&serde_json::to_string_pretty(&List::new(all))?),
-            Some(Output::Yaml) => say(&serde_saphyr::to_string(&List::new(all))?),
-        }
-    }
-}
-
-/// As kubectl prints several objects.
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct List {
-    api_version: &'static str,
-    kind: &'static str,
-    items: Vec<AcceleratedImage>,
-}
-
-impl List {
-    const fn new(items: Vec<AcceleratedImage>) -> Self {
-        Self {
-            api_version: "v1",
-            kind: "List",
-            items,
-        }
-    }
 }
 
 #[cfg(test)]
