@@ -55,6 +55,12 @@ task() {
 }
 of_task() { k get acceleratedimage "$1" -o "jsonpath={.status.$2}"; }
 condition() { of_task "$1" "conditions[?(@.type==\"$2\")].$3"; }
+# used_by TASK COUNT [NODE…]: as its status says.
+used_by() {
+    local task=$1 count=$2
+    shift 2
+    [ "$(of_task "$task" usedByCount) $(of_task "$task" 'usedBy[*]')" = "$count $*" ]
+}
 phase_is() { [ "$(of_task "$1" phase)" = "$2" ]; }
 becomes() { wait_until phase_is "$1" "$2" || { k get acceleratedimage "$1" -o yaml; return 1; }; }
 # nothing CMD…: it succeeds, and says nothing.
@@ -331,6 +337,10 @@ converts() {
     same "$(of_task tiny layers)" 2
     same "$(of_task tiny originalBytes)" \
         "$(skopeo inspect --tls-verify=false --raw "docker://$registry/team/tiny:1" | jq '[.layers[].size] | add')"
+    # By what is on top nodes tell which image they use: none does.
+    same "$(of_task tiny 'chainIds[*]')" \
+        "$("$bin/mkfs-accel" inspect "docker://$registry/team/tiny:1" --ufs "$work/ufs" --json | jq -r '.layers[-1].chain_id')"
+    wait_until used_by tiny 0
     # Every byte that it left there is the original's.
     "$bin/mkfs-accel" verify "docker://$registry/team/tiny:1" --ufs "$work/ufs"
     # What the Job had to say is in the status; nothing is left of it.
@@ -342,7 +352,7 @@ converts() {
 
 says_what_happened() {
     same "$(events_of tiny | sort | xargs)" 'Creating Ready'
-    k get acceleratedimages | grep -E '^tiny +Ready .*team/tiny:1 .*team/tiny:1-acc .*MiB'
+    k get acceleratedimages | grep -E '^tiny +Ready .*team/tiny:1 .*team/tiny:1-acc .*MiB +0 +[0-9]'
 }
 
 shares_layers() {
@@ -499,13 +509,34 @@ survives_kills() {
 
 # The leader's machine is asked to end it; the other one goes on at once.
 passes_on_the_lead() {
-    local before
+    local before said=$work/said-of-the-lead
     wait_until leads
     before=$(leader)
     k -n image-accel delete pod "${before%-*}" --wait=false
     wait_until another_leads
     task after "$registry/many/of:1" "target: $registry/many/of:after"
     becomes after Ready
+    k -n image-accel rollout status deployment/accel-controller --timeout 300s
+    leader_is_said() { service_is ControllerReady True Leads && of_service ControllerReady message | grep -F "$(leader) leads"; }
+    wait_until leader_is_said
+    accel get --service | grep -Fx "controller: $(leader) leads"
+    # When none is there nobody but the Lease can say so.
+    k -n image-accel scale deployment/accel-controller --replicas 0
+    no_controllers() { nothing k -n image-accel get pods -l app.kubernetes.io/name=accel-controller -o name; }
+    wait_until no_controllers
+    accel get --service >"$said"
+    grep -E '^False +[A-Z][a-z]+ +False ' "$said"
+    grep '^controller: not running since 20' "$said"
+    same "$(accel get --service -o json | jq -c '[.controller.running, (.controller.since | length > 0), .service.metadata.name]')" \
+        '[false,true,"cluster"]'
+    accel get after 2>"$said" | grep -E '^after +Ready '
+    grep '^controller: not running since 20' "$said"
+    # That it was well once is not taken for what is.
+    fails accel enable --claim ufs --wait --timeout 15 2>"$said"
+    grep -F '(controller: not running since 20' "$said"
+    k -n image-accel scale deployment/accel-controller --replicas 2
+    accel enable --claim ufs --wait
+    wait_until leader_is_said
     k -n image-accel rollout status deployment/accel-controller --timeout 300s
 }
 
@@ -646,21 +677,27 @@ labels_nodes_that_can_serve() {
     fails can list secrets -n image-accel
     # A canary is no layer of an image: only those of the container that has ended are used.
     wait_until says_used 2
+    wait_until used_by tiny 1 n1
     # A node that comes later; it has no kubelet, which is not what counts here.
     another_node
     wait_until nodes_are 1/2
     start_node_agent n2
     wait_until labelled n2
     wait_until nodes_are 2/2
+    # Its agent is the same, and says the same.
+    wait_until used_by tiny 2 n1 n2
     # One of the same name that comes in its place has what it says, too.
     k delete node n2
     wait_until nodes_are 1/1
+    wait_until used_by tiny 1 n1
     another_node
     wait_until labelled n2
-    # When nobody says anything any more it is gone.
+    wait_until used_by tiny 2 n1 n2
+    # When nobody says anything any more it is gone. Containers are not.
     kill -STOP "$node_agent_pid"
     wait_until not_labelled n2
     labelled
+    used_by tiny 2 n1 n2
     kill -CONT "$node_agent_pid"
     stop_process "$node_agent_pid"
     k delete node n2
@@ -874,14 +911,26 @@ tells_prometheus() {
     service 'jobs: {limit: 2, retries: 0, memoryMib: 256, cpuMillis: 300}'
 }
 
+# run_user: a container on elsewhere/more:fast.
+run_user() {
+    k run user --image "$registry/elsewhere/more:fast" --image-pull-policy Always --restart Never --command -- \
+        /bin/sh -c 'while :; do sleep 1; done'
+    k wait --for condition=ready pod/user --timeout 300s
+}
+
 # Two images with two layers in common, and a container runs on the one that has one more.
 waits_for_who_uses_it() {
     more_layers=$(layers_of "$registry/team/more:1") tiny_layers=$(layers_of "$registry/team/tiny:1")
     same "$(comm -13 <(echo "$more_layers") <(echo "$tiny_layers"))" ''
-    k run user --image "$registry/elsewhere/more:fast" --image-pull-policy Always --restart Never --command -- \
-        /bin/sh -c 'while :; do sleep 1; done'
-    k wait --for condition=ready pod/user --timeout 300s
+    wait_until used_by more 0
+    run_user
+    wait_until used_by more 1 n1
+    accel get more -o wide | grep -E ' 3 +n1 +nodes can start it'
+    k delete pod user --grace-period 0 --timeout 120s
+    wait_until used_by more 0
+    run_user
     wait_until says_used 3
+    wait_until used_by more 1 n1
     k delete acceleratedimage more --wait=false
     is_in_use() { [ "$(condition more InUse status)" = True ]; }
     wait_until is_in_use
@@ -892,6 +941,7 @@ waits_for_who_uses_it() {
     # Looked at again, it still waits.
     sleep 15
     phase_is more Deleting
+    used_by more 1 n1
     same "$(layers_of "$registry/team/more:1")" "$more_layers"
 }
 
@@ -948,10 +998,9 @@ asks_for_nodes_that_are_silent() {
     local said cluster
     task more "$registry/team/more:1" "target: $registry/elsewhere/more:fast"
     becomes more Ready
-    k run user --image "$registry/elsewhere/more:fast" --image-pull-policy Always --restart Never --command -- \
-        /bin/sh -c 'while :; do sleep 1; done'
-    k wait --for condition=ready pod/user --timeout 300s
+    run_user
     wait_until says_used 3
+    wait_until used_by more 1 n1
     stop_process "$agent_pid"
     k delete pod user --grace-period 0 --timeout 120s
     said=$(echo "$work/ufs/nodes/"*.n1.*.json)
@@ -966,6 +1015,8 @@ asks_for_nodes_that_are_silent() {
     only_n1() { condition more InUse message | grep -w n1 && ! condition more InUse message | grep -w n9; }
     wait_until only_n1
     phase_is more Deleting
+    # Nobody has said anything else since.
+    used_by more 1 n1
     layers_of "$registry/team/more:1" >/dev/null
     start_agent
     wait_until is_gone more
@@ -992,6 +1043,7 @@ turns_off() {
     k run old --image "$registry/many/of:last" --image-pull-policy Always --restart Never --command -- \
         /bin/busybox sleep 1000000
     k wait --for condition=ready pod/old --timeout 300s
+    wait_until used_by last 1 n1
     k delete imageacceleration cluster --timeout 60s
     wait_until not_labelled
     task later "$registry/team/tiny:1"
@@ -1001,7 +1053,9 @@ turns_off() {
     phase_is last Ready
     k exec old -- /bin/busybox cat /of-it | grep -x 2
     same "$(k get pod old -o 'jsonpath={.status.phase} {.status.containerStatuses[0].restartCount}')" 'Running 0'
+    used_by last 1 n1
     k delete pod old --grace-period 0 --timeout 120s
+    wait_until used_by last 0
     k run original --image "$registry/many/of:2" --image-pull-policy Always --restart Never --command -- /bin/busybox cat /of-it
     wait_until pod_ended original
     same "$(k logs original)" 2
