@@ -6,7 +6,7 @@
 //!
 //! * [`ublk`]: the driver's commands, its rings and its descriptors;
 //! * [`FileRing`]: opening, reading and writing files through io_uring, into
-//!   [`SharedMemory`];
+//!   [`SharedMemory`], of which [`HugePages`] can be made;
 //! * [`inherited`], [`close_inherited`]: the descriptors a process was started with;
 //! * [`map_mount_ids`], [`unshare_mounts`], [`loop_devices`]: mounts.
 
@@ -19,5 +19,5 @@ pub mod ublk;
 
 pub use descriptors::{close_inherited, inherited};
 pub use file_ring::{Done, FileRing, Outcome};
-pub use memory::{Part, SharedMemory};
+pub use memory::{HUGE_PAGE, HugePages, Part, SharedMemory};
 pub use mounts::{map_mount_ids, unshare_mounts};

@@ -3,14 +3,20 @@
 use std::fmt;
 use std::io;
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rustix::fs::MemfdFlags;
+use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
+/// Bytes of a huge page, where an ordinary one has 4 KiB.
+pub const HUGE_PAGE: usize = 2 << 20;
+
 /// A mapping of memory that other processes map, too. Nothing of it is lent as Rust sees
-/// it; for that there are its [`Part`]s.
+/// it; for that there are its [`Part`]s. It begins at a multiple of [`HUGE_PAGE`], so that
+/// the kernel can map it by such pages.
 pub struct SharedMemory {
     base: NonNull<u8>,
     len: usize,
@@ -31,18 +37,40 @@ impl SharedMemory {
     /// # Errors
     /// Those of mmap(2).
     pub fn map(fd: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
-        // SAFETY: a fresh mapping at an address of the kernel's choice; it
+        let room = len.checked_add(HUGE_PAGE).ok_or(Errno::NOMEM)?;
+        // SAFETY: a fresh mapping at an address of the kernel's choice, of no memory; it
         // replaces nothing.
-        let base = unsafe {
-            rustix::mm::mmap(
+        let start = unsafe {
+            rustix::mm::mmap_anonymous(
                 std::ptr::null_mut(),
+                room,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }?;
+        let before = start.addr().next_multiple_of(HUGE_PAGE) - start.addr();
+        let base = start.wrapping_byte_add(before);
+        // SAFETY: it replaces a part of the mapping just made, which nobody else knows. If
+        // this fails, that stays: whether the kernel has taken a part of it away is not known.
+        unsafe {
+            rustix::mm::mmap(
+                base,
                 len,
                 ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
+                MapFlags::SHARED | MapFlags::FIXED,
                 fd,
                 0,
             )
         }?;
+        let whole = len.next_multiple_of(rustix::param::page_size());
+        for (start, len) in [
+            (start, before),
+            (base.wrapping_byte_add(whole), room - before - whole),
+        ] {
+            // SAFETY: what is left of the first mapping, on either side of the second. Where
+            // it fails, which a length of zero does, there is a hole in the addresses.
+            let _ = unsafe { rustix::mm::munmap(start, len) };
+        }
         Ok(Self {
             base: NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at zero"))?,
             len,
@@ -51,8 +79,8 @@ impl SharedMemory {
     }
 
     /// Gives it out in parts of these sizes, one after the other from its beginning, as
-    /// far as it goes.
-    pub fn into_parts(self, sizes: impl IntoIterator<Item = usize>) -> Vec<Part> {
+    /// far as it goes, with what makes huge pages of it.
+    pub fn into_parts(self, sizes: impl IntoIterator<Item = usize>) -> (Vec<Part>, HugePages) {
         let (memory, mut start) = (Arc::new(self), 0);
         let part = |len| {
             let offset = start;
@@ -64,7 +92,8 @@ impl SharedMemory {
                 len,
             })
         };
-        sizes.into_iter().map_while(part).collect()
+        let parts = sizes.into_iter().map_while(part).collect();
+        (parts, HugePages(memory))
     }
 
     /// Copies `bytes` to `offset`; false if they do not fit there. To be called only where
@@ -152,5 +181,60 @@ impl Part {
 impl fmt::Debug for Part {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Part({} bytes at {})", self.len, self.offset)
+    }
+}
+
+/// Has the kernel put shared memory together from huge pages, *piece* by piece: what lies
+/// from one multiple of [`HUGE_PAGE`] to the next. Who reads or writes it meanwhile is not
+/// concerned.
+#[derive(Debug, Clone)]
+pub struct HugePages(Arc<SharedMemory>);
+
+impl HugePages {
+    /// How many whole pieces there are.
+    pub fn pieces(&self) -> usize {
+        self.0.len / HUGE_PAGE
+    }
+
+    /// Makes one huge page of a piece, or sees that it is one. Bytes that had no memory get
+    /// some. It takes as long as copying the piece, and longer where the kernel has to make
+    /// room first.
+    ///
+    /// # Errors
+    /// Those of madvise(2) for `MADV_COLLAPSE` (Linux 6.1): `EINVAL` where the kernel makes
+    /// none of such memory; `EAGAIN` or `EBUSY` while somebody holds a page of it, such as a
+    /// read into it; `ENOMEM` where no huge page is free. `InvalidInput` if there is no such
+    /// piece, `Unsupported` where an ordinary page has not 4 KiB.
+    pub fn collapse(&self, piece: usize) -> io::Result<()> {
+        if rustix::param::page_size() != 4096 {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let start = piece.checked_mul(HUGE_PAGE);
+        let place = start.and_then(|start| Some(start..self.0.end(start, HUGE_PAGE)?));
+        let address = place.and_then(|place| self.0.address(place));
+        let address = address.ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: the range lies in the mapping. Where its bytes lie changes, and none of
+        // them: the kernel has those wait who look meanwhile.
+        let result =
+            unsafe { libc::madvise(address.as_ptr().cast(), HUGE_PAGE, libc::MADV_COLLAPSE) };
+        match result {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Tries with memory of its own, of the size of a huge page, whether this kernel makes one.
+    ///
+    /// # Errors
+    /// As [`HugePages::collapse`]; the memory cannot be had.
+    pub fn probe() -> io::Result<()> {
+        let file = rustix::fs::memfd_create("huge-page", MemfdFlags::CLOEXEC)?;
+        rustix::fs::ftruncate(&file, HUGE_PAGE as u64)?;
+        let memory = SharedMemory::map(file.as_fd(), HUGE_PAGE)?;
+        let (mut parts, pages) = memory.into_parts([HUGE_PAGE]);
+        for part in &mut parts {
+            part.bytes_mut().fill(1);
+        }
+        pages.collapse(0)
     }
 }
