@@ -173,7 +173,7 @@ torture_tests_in_guest() {
 
 # The tests whose result depends on the kernel, by the crate's directory; of some of them
 # only those with a name that begins as said: what the guest is not needed for takes long.
-kernel_tests=(erofs:kernel source:worker transport:fuse transport:ublk ublk-server:daemon ublk-server:resources=ublk::)
+kernel_tests=(erofs:kernel sys:huge_pages source:worker transport:fuse transport:ublk ublk-server:daemon ublk-server:resources=ublk::)
 
 # kernel_tests_in_guest KERNEL: those, as build_checked built them. The checkout has the
 # same path in the guest: programs find what they were built with.

@@ -11,9 +11,14 @@
 //! A [`Slot`] is the right to one of them. It cannot be cloned; dropping it
 //! gives the memory back to its [`Pool`]. The memfd is sealed against growing
 //! and shrinking, so a worker cannot pull it from under the daemon.
+//!
+//! A slot has memory from the first time that it is read into. What is full of that can be
+//! made huge pages ([`Arena::use_huge_pages`]; `huge.rs` says when).
 
-use accel_sys::{Part, SharedMemory};
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use crate::huge;
+use accel_sys::{HugePages, Part, SharedMemory};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
+use rustix::io::Errno;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -38,12 +43,22 @@ pub struct Arena {
     chunks: Arc<Pool>,
     pages: Arc<Pool>,
     fd: Arc<OwnedFd>,
+    huge: Arc<huge::Shared>,
+    memory: HugePages,
+}
+
+/// The memory of a slot.
+struct Memory {
+    part: Part,
+    /// Bytes from its beginning that have been read into.
+    backed: usize,
 }
 
 /// Slots of one size.
 pub struct Pool {
     /// The memfd.
     fd: Arc<OwnedFd>,
+    huge: Arc<huge::Shared>,
     /// Bytes per slot.
     unit: usize,
     /// How many slots ordinary takers leave for reads that must be repeated
@@ -51,7 +66,7 @@ pub struct Pool {
     reserve: usize,
     /// The memory of the free slots; the one returned last is used first, so that
     /// memory which was never needed is never touched.
-    free: Mutex<Vec<Part>>,
+    free: Mutex<Vec<Memory>>,
     capacity: usize,
     /// Called when a slot comes back that no request ended with.
     returned: OnceLock<Box<dyn Fn() + Send + Sync>>,
@@ -89,17 +104,19 @@ impl Arena {
         let memory = SharedMemory::map(fd.as_fd(), bytes).map_err(failed("map"))?;
         let sizes = std::iter::repeat_n(CHUNK_SLOT, all_chunks)
             .chain(std::iter::repeat_n(PAGE_SLOT, all_pages));
-        let mut of_chunks = memory.into_parts(sizes);
+        let (mut of_chunks, memory) = memory.into_parts(sizes);
         let of_pages = of_chunks.split_off(all_chunks);
-        let fd = Arc::new(fd);
-        let pool = |mut parts: Vec<Part>, unit, reserve| {
-            parts.reverse();
+        let (fd, huge) = (Arc::new(fd), Arc::new(huge::Shared::new(memory.pieces())));
+        let pool = |parts: Vec<Part>, unit, reserve| {
+            let parts = parts.into_iter().rev();
+            let free: Vec<_> = parts.map(|part| Memory { part, backed: 0 }).collect();
             Arc::new(Pool {
                 fd: Arc::clone(&fd),
+                huge: Arc::clone(&huge),
                 unit,
                 reserve,
-                capacity: parts.len() - reserve,
-                free: Mutex::new(parts),
+                capacity: free.len() - reserve,
+                free: Mutex::new(free),
                 returned: OnceLock::new(),
                 short: OnceLock::new(),
             })
@@ -108,7 +125,26 @@ impl Arena {
             chunks: pool(of_chunks, CHUNK_SLOT, chunk_reserve),
             pages: pool(of_pages, PAGE_SLOT, page_reserve),
             fd,
+            huge,
+            memory,
         })
+    }
+
+    /// Has a thread make huge pages of what is full, as long as the arena is there. To be
+    /// called once. That the kernel makes none is no error.
+    ///
+    /// # Errors
+    /// No thread can be had.
+    pub fn use_huge_pages(&self) -> io::Result<()> {
+        let (huge, memory) = (Arc::clone(&self.huge), self.memory.clone());
+        let run = move || huge::run(&huge, &memory);
+        let thread = std::thread::Builder::new().name("huge-pages".to_owned());
+        thread.spawn(run).map(drop)
+    }
+
+    /// Bytes that lie in huge pages.
+    pub fn huge_bytes(&self) -> u64 {
+        self.huge.huge_bytes()
     }
 
     /// Slots of 128 KiB, for chunks.
@@ -124,6 +160,12 @@ impl Arena {
     /// The memfd, for a worker to map.
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        self.huge.close();
     }
 }
 
@@ -152,10 +194,10 @@ impl Pool {
         if free.len() <= rest {
             return None;
         }
-        let part = free.pop()?;
+        let memory = free.pop()?;
         Some(Slot {
             pool: Arc::clone(self),
-            part: Some(part),
+            memory: Some(memory),
         })
     }
 
@@ -198,7 +240,7 @@ impl Pool {
 pub struct Slot {
     pool: Arc<Pool>,
     /// There until this is dropped.
-    part: Option<Part>,
+    memory: Option<Memory>,
 }
 
 impl Slot {
@@ -212,39 +254,68 @@ impl Slot {
         &self.pool
     }
 
-    fn part(&self) -> &Part {
-        self.part.as_ref().expect("it is given back in drop alone")
+    fn memory(&self) -> &Memory {
+        let memory = self.memory.as_ref();
+        memory.expect("it is given back in drop alone")
+    }
+
+    fn memory_mut(&mut self) -> &mut Memory {
+        let memory = self.memory.as_mut();
+        memory.expect("it is given back in drop alone")
     }
 
     /// Where the slot starts in the arena, bytes.
     pub(crate) fn position(&self) -> usize {
-        self.part().offset()
+        self.memory().part.offset()
     }
 
     /// The slot's bytes, as the last read left them.
     ///
     /// Workers write them only while a read owns the slot, and then nobody can call this.
     pub fn bytes(&self) -> &[u8] {
-        self.part().bytes()
+        self.memory().part.bytes()
     }
 
     /// The same, to write.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        let part = self.part.as_mut();
-        part.expect("it is given back in drop alone").bytes_mut()
+        self.memory_mut().part.bytes_mut()
     }
 
-    /// Gives the slot new pages. What the kernel may still be writing on behalf
-    /// of a process that is gone (direct reads survive their process) lands in
-    /// the old ones, which nobody sees any more.
-    pub(crate) fn renew(&mut self) -> io::Result<()> {
+    /// Notes that a worker has read so many bytes into it: they have memory from now on.
+    pub(crate) fn filled(&mut self, len: usize) {
+        let len = len.next_multiple_of(PAGE_SLOT).min(self.size());
+        let memory = self.memory_mut();
+        let more = len.saturating_sub(memory.backed);
+        if more > 0 {
+            memory.backed = len;
+            self.pool.huge.gained(self.position(), more);
+        }
+    }
+
+    /// Takes the slot's pages away, so that it gets new ones. What the kernel may still be
+    /// writing on behalf of a process that is gone (direct reads survive their process) lands
+    /// in the old ones, which nobody sees any more.
+    ///
+    /// False if it keeps them: they are part of a huge page that somebody holds, be it such a
+    /// read or one into another slot. Then it may still be written, and this is to be tried
+    /// again. After true it is written no more: a process that is gone takes hold of nothing.
+    pub(crate) fn renew(&mut self) -> io::Result<bool> {
+        let (start, len) = (self.position() as u64, self.size() as u64);
         rustix::fs::fallocate(
             &*self.pool.fd,
             FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
-            self.position() as u64,
-            self.size() as u64,
+            start,
+            len,
         )?;
-        Ok(())
+        match rustix::fs::seek(&*self.pool.fd, SeekFrom::Data(start)) {
+            Ok(data) if data < start + len => return Ok(false),
+            // Nothing follows.
+            Ok(_) | Err(Errno::NXIO) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let backed = std::mem::take(&mut self.memory_mut().backed);
+        self.pool.huge.lost(self.position(), backed);
+        Ok(true)
     }
 }
 
@@ -255,13 +326,13 @@ impl Drop for Slot {
             .free
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        free.extend(self.part.take());
+        free.extend(self.memory.take());
     }
 }
 
 impl fmt::Debug for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Slot({:?})", self.part())
+        write!(f, "Slot({:?})", self.memory().part)
     }
 }
 
@@ -315,7 +386,7 @@ mod tests {
         let arena = Arena::new(1, 1).unwrap();
         let mut slot = arena.chunks().take().unwrap();
         slot.bytes_mut().fill(7);
-        slot.renew().unwrap();
+        assert!(slot.renew().unwrap());
         assert!(slot.bytes().iter().all(|&byte| byte == 0));
     }
 

@@ -4,7 +4,8 @@
 //! worker has it and does not answer in time, whoever asked is told (`late`), and
 //! the attempt stays: the worker may still write its slot, and a late answer may
 //! still be good. It ends when the worker answers, or is given up. Slots held by a
-//! worker that died come back, with fresh pages, when the process is really gone.
+//! worker that died come back, with fresh pages, when the process is really gone and the
+//! kernel has let go of the old ones.
 //!
 //! Attempts of a worker that died are sent to the next one, unless they are late.
 //! Errors are passed on as they come: whether to try again is not decided here.
@@ -90,6 +91,8 @@ pub struct Counters {
     pub workers: AtomicU64,
     /// Workers that were killed and have not ended yet.
     pub dying: AtomicUsize,
+    /// Slots of workers that have ended, which the kernel may still write for them.
+    pub held: AtomicUsize,
 }
 
 /// A source that is read by a worker process.
@@ -234,7 +237,7 @@ pub(crate) struct Shared {
     pub changed: Condvar,
     pub counters: Counters,
     /// Attempts that the worker may have at once.
-    in_flight: usize,
+    pub in_flight: usize,
 }
 
 impl Shared {
@@ -280,7 +283,7 @@ pub(crate) struct State {
     pub refused: Option<String>,
     /// The socket was full: send again when it has room.
     pub blocked: bool,
-    /// Slots that workers hold which are dying.
+    /// Slots that workers hold which are dying, or that may be written after their end.
     pub buried: usize,
     /// When a worker was last heard of, or started.
     pub heard: Option<Instant>,
@@ -352,11 +355,12 @@ impl State {
     pub(crate) fn answered(&mut self, reply: &WireReply, shared: &Shared) -> Option<Event> {
         let operations = u64::from(reply.operations);
         shared.counters.operations.fetch_add(operations, Relaxed);
-        let Sent { pending, late } = self.sent.remove(&reply.id)?;
+        let Sent { mut pending, late } = self.sent.remove(&reply.id)?;
         let origin = Arc::clone(&shared.name);
         match &reply.result {
             Ok(len) => {
                 let len = (*len).min(pending.slot.size());
+                pending.slot.filled(len);
                 shared.counters.reads.fetch_add(1, Relaxed);
                 shared.counters.bytes.fetch_add(len as u64, Relaxed);
                 let filled = Filled {

@@ -20,7 +20,8 @@
 //!
 //! **Invariant**: a [`Slot`] that the daemon holds is written by nobody. A read
 //! in flight owns its slot; one whose attempt ran out of time keeps it until the
-//! worker has answered or is gone, and then leaves the old pages behind.
+//! worker has answered or is gone, and then leaves the old pages behind, as soon as the
+//! kernel lets them go.
 //!
 //! What a source delivers is *not* trusted here: digests are checked by whoever
 //! asked, who gives back what was wrong ([`Rejected`]) to have another source asked. [`Faulty`] decorates any source with faults, for tests.
@@ -31,6 +32,7 @@ mod disk;
 mod faulty;
 mod handle;
 mod health;
+mod huge;
 mod latency;
 pub mod privileges;
 mod request;

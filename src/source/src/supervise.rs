@@ -3,7 +3,8 @@
 //! It starts workers (a child's death signal follows the *thread* that forked
 //! it, so this one lives as long as the source), hears their answers, lets time
 //! pass, replaces a worker that stopped answering, and buries the dead: slots
-//! that a worker may have been writing stay out of use until it is reaped.
+//! that a worker may have been writing stay out of use until it is reaped, and the
+//! kernel writes nothing for it any more.
 
 use crate::handle::{Event, Shared};
 use crate::wire::{HELLO, MAX_REPLY, WireReply};
@@ -24,8 +25,10 @@ const GRAVES: usize = 4;
 /// Pause before a worker is started again; doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-/// How often dying workers are looked at whose end cannot be waited for.
+/// How often dying workers are looked at whose end cannot be waited for; and slots that
+/// may still be written after it, with a pause that doubles up to [`LONGEST_LOOK`].
 const BURIAL: Duration = Duration::from_millis(10);
+const LONGEST_LOOK: Duration = Duration::from_secs(1);
 
 /// A worker process.
 pub(crate) struct Worker {
@@ -86,6 +89,69 @@ impl Grave {
     }
 }
 
+/// The dead, and what they leave.
+#[derive(Default)]
+struct Graveyard {
+    graves: Vec<Grave>,
+    /// Slots of workers that have ended, which the kernel may still write for them.
+    held: Vec<Slot>,
+    /// When to look at those again, and how long to wait then.
+    look: Option<(Instant, Duration)>,
+}
+
+impl Graveyard {
+    /// Whether there is room for another worker's end. So many slots of the dead are kept
+    /// at most as workers may have in use: storage that never ends a read that was begun must
+    /// not take all memory.
+    fn has_room(&self, shared: &Shared) -> bool {
+        self.graves.len() < GRAVES && self.held.len() < shared.in_flight
+    }
+
+    /// Reaps workers that have ended, and puts slots back into use that nobody can write
+    /// any more.
+    fn tend(&mut self, shared: &Shared, now: Instant) {
+        let mut at = 0;
+        while at < self.graves.len() {
+            if matches!(self.graves[at].child.try_wait(), Ok(None)) {
+                at += 1;
+                continue;
+            }
+            self.held.extend(self.graves.swap_remove(at).slots);
+            self.look = Some((now, BURIAL));
+            shared.counters.dying.store(self.graves.len(), Relaxed);
+        }
+        let Some((_, pause)) = self.look.filter(|(at, _)| *at <= now) else {
+            return;
+        };
+        for mut slot in std::mem::take(&mut self.held) {
+            let renewed = slot.renew();
+            if matches!(renewed, Ok(false)) {
+                self.held.push(slot);
+                continue;
+            }
+            shared.lock().buried -= 1;
+            match renewed {
+                Ok(_) => Pool::take_back(slot),
+                Err(error) => {
+                    // Without new pages a late write could land in a slot that is
+                    // in use: it is given up for good.
+                    tracing::error!(source = %shared.name, %error, "a piece of the cache is lost");
+                    std::mem::forget(slot);
+                }
+            }
+        }
+        let longer = (pause * 2).min(LONGEST_LOOK);
+        if pause < LONGEST_LOOK && longer == LONGEST_LOOK && !self.held.is_empty() {
+            tracing::warn!(
+                source = %shared.name, slots = self.held.len(),
+                "parts of the cache may still be written for a worker that has ended, and wait"
+            );
+        }
+        self.look = (!self.held.is_empty()).then(|| (now + pause, longer));
+        shared.counters.held.store(self.held.len(), Relaxed);
+    }
+}
+
 /// When to start the next worker.
 struct Restart {
     at: Instant,
@@ -93,20 +159,25 @@ struct Restart {
 }
 
 pub(crate) fn run(shared: &Shared) {
-    let mut graves: Vec<Grave> = Vec::new();
+    let mut yard = Graveyard::default();
     let mut restart = Restart {
         at: Instant::now(),
         pause: FIRST_PAUSE,
     };
     loop {
         let now = Instant::now();
-        bury(shared, &mut graves);
+        yard.tend(shared, now);
         if shared.lock().closed {
             break;
         }
-        start_if_due(shared, &graves, &mut restart, now);
-        if shared.lock().is_stuck(now, graves.is_empty()) {
-            give_up(shared, &mut graves, &mut restart, "it stopped answering");
+        start_if_due(shared, &yard, &mut restart, now);
+        if shared.lock().is_stuck(now, yard.graves.is_empty()) {
+            give_up(
+                shared,
+                &mut yard.graves,
+                &mut restart,
+                "it stopped answering",
+            );
             continue;
         }
         let events = {
@@ -116,11 +187,11 @@ pub(crate) fn run(shared: &Shared) {
             events
         };
         finish(events);
-        match wait(shared, &graves, &restart) {
+        match wait(shared, &yard, &restart) {
             Ok(false) => {}
             Ok(true) => {
                 if let Err(reason) = hear(shared, &mut restart) {
-                    give_up(shared, &mut graves, &mut restart, &reason);
+                    give_up(shared, &mut yard.graves, &mut restart, &reason);
                 }
             }
             Err(error) => {
@@ -134,6 +205,9 @@ pub(crate) fn run(shared: &Shared) {
         (state.end_all(shared), state.worker.take())
     };
     finish(events);
+    // As those that a worker has: they may still be written.
+    let graves = yard.graves.into_iter().flat_map(|grave| grave.slots);
+    graves.chain(yard.held).for_each(std::mem::forget);
     if let Some(mut worker) = worker {
         // A worker stuck in the kernel ends when it can; nobody waits for it.
         let _ = worker.child.kill();
@@ -152,8 +226,8 @@ fn finish(events: Vec<Event>) {
     }
 }
 
-fn start_if_due(shared: &Shared, graves: &[Grave], restart: &mut Restart, now: Instant) {
-    if shared.lock().worker.is_some() || now < restart.at || graves.len() >= GRAVES {
+fn start_if_due(shared: &Shared, yard: &Graveyard, restart: &mut Restart, now: Instant) {
+    if shared.lock().worker.is_some() || now < restart.at || !yard.has_room(shared) {
         return;
     }
     let worker = Worker::spawn(shared);
@@ -202,32 +276,8 @@ fn give_up(shared: &Shared, graves: &mut Vec<Grave>, restart: &mut Restart, reas
     restart.delay(Instant::now());
 }
 
-/// Reaps workers that have ended and puts their slots back into use.
-fn bury(shared: &Shared, graves: &mut Vec<Grave>) {
-    let mut at = 0;
-    while at < graves.len() {
-        if matches!(graves[at].child.try_wait(), Ok(None)) {
-            at += 1;
-            continue;
-        }
-        let slots = graves.swap_remove(at).slots;
-        shared.lock().buried -= slots.len();
-        for mut slot in slots {
-            if let Err(error) = slot.renew() {
-                // Without new pages a late write could land in a slot that is
-                // in use: it is given up for good.
-                tracing::error!(source = %shared.name, %error, "a piece of the cache is lost");
-                std::mem::forget(slot);
-                continue;
-            }
-            Pool::take_back(slot);
-        }
-        shared.counters.dying.store(graves.len(), Relaxed);
-    }
-}
-
 /// Sleeps until something happens; true if the worker said something.
-fn wait(shared: &Shared, graves: &[Grave], restart: &Restart) -> io::Result<bool> {
+fn wait(shared: &Shared, yard: &Graveyard, restart: &Restart) -> io::Result<bool> {
     let (deadline, socket, blocked) = {
         let state = shared.lock();
         let socket = state
@@ -236,11 +286,14 @@ fn wait(shared: &Shared, graves: &[Grave], restart: &Restart) -> io::Result<bool
             .map(|worker| Arc::clone(&worker.socket));
         let mut deadline = state.next_tick();
         let mut until = |at: Instant| deadline = Some(deadline.map_or(at, |d| d.min(at)));
-        if graves.iter().any(|grave| grave.ended.is_none()) {
+        if yard.graves.iter().any(|grave| grave.ended.is_none()) {
             until(Instant::now() + BURIAL);
         }
+        if let Some((at, _)) = yard.look {
+            until(at);
+        }
         // Otherwise the next burial comes first.
-        if state.worker.is_none() && graves.len() < GRAVES {
+        if state.worker.is_none() && yard.has_room(shared) {
             until(restart.at.max(Instant::now() + BURIAL));
         }
         if !state.is_idle() {
@@ -260,7 +313,7 @@ fn wait(shared: &Shared, graves: &[Grave], restart: &Restart) -> io::Result<bool
         };
         polled.push(PollFd::new(socket, PollFlags::IN | room));
     }
-    let ended = graves.iter().filter_map(|grave| grave.ended.as_ref());
+    let ended = yard.graves.iter().filter_map(|grave| grave.ended.as_ref());
     polled.extend(ended.map(|ended| PollFd::new(ended, PollFlags::IN)));
     match rustix::event::poll(&mut polled, timeout.as_ref()) {
         Ok(_) | Err(Errno::INTR) => {}

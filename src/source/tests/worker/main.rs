@@ -1,5 +1,6 @@
 //! The worker process as the daemon uses it: this test binary is its own worker.
 
+mod huge;
 mod several;
 
 use accel_source::{
@@ -28,7 +29,7 @@ fn main() -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         };
     }
-    let tests: [(&str, fn()); 22] = [
+    let tests: [(&str, fn()); 26] = [
         ("reads_every_range", reads_every_range),
         ("neighbours_are_read_together", neighbours),
         ("small_files_and_listings", small_files_and_listings),
@@ -59,6 +60,19 @@ fn main() -> ExitCode {
         (
             "the_last_resort_is_asked_last_and_awaited",
             several::last_resort,
+        ),
+        ("full_pieces_become_huge_pages", huge::full_pieces),
+        (
+            "reads_are_right_while_pieces_are_moved",
+            huge::moved_meanwhile,
+        ),
+        (
+            "a_slot_of_a_held_huge_page_waits_for_who_holds_it",
+            huge::held_pages,
+        ),
+        (
+            "no_worker_follows_while_as_many_slots_wait_as_it_could_use",
+            huge::no_room,
         ),
     ];
     let trials = tests.map(|(name, test)| {
