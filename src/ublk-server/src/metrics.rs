@@ -275,6 +275,12 @@ fn cache(text: &mut Exposition, daemon: &Daemon) {
         &[],
         engine.waiting_for_memory(),
     );
+    text.gauge(
+        "image_accel_cache_huge_bytes",
+        "Memory of the cache that the kernel was asked to put together from huge pages, and has.",
+        &[],
+        engine.arena().huge_bytes(),
+    );
 }
 
 fn sources(text: &mut Exposition, daemon: &Daemon) {

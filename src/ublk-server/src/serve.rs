@@ -53,6 +53,8 @@ pub struct Options {
     pub request_timeout: Duration,
     /// Bytes of memory for chunks and index pages.
     pub cache_size: u64,
+    /// Whether the kernel is asked for huge pages for that.
+    pub huge_pages: bool,
     /// A tier on local disk.
     pub disk_cache: DiskCacheOptions,
     /// The last source.
@@ -336,6 +338,9 @@ fn start(
 ) -> Result<Arc<Daemon>> {
     let (chunks, pages) = slots(options.cache_size);
     let arena = Arc::new(Arena::new(chunks, pages)?);
+    if options.huge_pages {
+        arena.use_huge_pages().context("cannot start a thread")?;
+    }
     let mut workers = vec![worker("UFS", ufs, &host, &arena)?];
     for replica in &options.replicas {
         let replica = std::path::absolute(replica)?;

@@ -3,6 +3,7 @@
 
 mod common;
 
+use accel_sys::HugePages;
 use common::node::{Node, await_that, base, big, check_big, check_one, drop_caches, kill};
 use common::{Stalled, publish_image};
 use rustix::process::Signal;
@@ -243,6 +244,14 @@ fn every_metric_is_documented_and_moves() {
         "image_accel_cache_used_bytes{kind=\"page\"}",
     ] {
         assert!(last.get(name) > first.get(name), "{name} does not move");
+    }
+    let huge = || metrics(&node).get("image_accel_cache_huge_bytes");
+    match HugePages::probe() {
+        Ok(()) => await_that(|| huge() > 0.0),
+        Err(error) => {
+            println!("the kernel makes no huge pages of shared memory: {error}");
+            assert_eq!(huge(), 0.0);
+        }
     }
     // What devices did is what all did, as long as none has ended since.
     assert!(last.sum("image_accel_device_requests_total") < last.sum("image_accel_requests_total"));

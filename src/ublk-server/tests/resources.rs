@@ -7,6 +7,7 @@
 mod common;
 
 use accel_client::paths::Paths;
+use accel_sys::HugePages;
 use accel_transport::ublk::probe;
 use common::node::{Node, await_that, base, big, check_big, drop_caches, kill};
 use common::{Entry, noise, publish_image, publish_tree};
@@ -43,6 +44,7 @@ macro_rules! over {
 
 over!(fuse:
     memory_with_100_devices_is_bounded_and_a_cache_of_16_mib_serves_them,
+    huge_pages_take_no_more_memory_also_when_workers_die,
     an_idle_daemon_uses_no_cpu,
     nothing_is_left_of_1000_attaches,
     a_slow_chunk_does_not_hold_up_what_is_in_memory,
@@ -53,6 +55,7 @@ over!(fuse:
 // `removing_a_device_with_a_held_read_is_bounded_and_can_be_repeated` of the transport.
 over!(ublk:
     memory_with_100_devices_is_bounded_and_a_cache_of_16_mib_serves_them,
+    huge_pages_take_no_more_memory_also_when_workers_die,
     an_idle_daemon_uses_no_cpu,
     requests_that_follow_closely_are_looked_for,
     a_slow_chunk_does_not_hold_up_what_is_in_memory,
@@ -211,6 +214,58 @@ fn memory_with_100_devices_is_bounded_and_a_cache_of_16_mib_serves_them(transpor
     node.stop();
 }
 
+/// Nor are there any where they are not wanted.
+fn huge_pages_take_no_more_memory_also_when_workers_die(transport: &str) {
+    let possible = HugePages::probe();
+    for wanted in [true, false] {
+        let mut made = None;
+        let options = ["--transport", transport, "--no-huge-pages"].map(OsStr::new);
+        let options = &options[..if wanted { 2 } else { 3 }];
+        let node = Node::start_with(options, |ufs| made = Some(big(ufs)));
+        let (image, contents) = made.unwrap();
+        let root = node.directory("root");
+        node.ask(&["mount", &image, &root]);
+        for round in 0..6 {
+            if round % 2 == 1 {
+                let worker = node.status()["sources"][0]["worker"].clone();
+                kill(&worker, Signal::STOP);
+                drop_caches();
+                std::thread::scope(|scope| {
+                    scope.spawn(|| check_big(&root, &contents));
+                    let none = "\nimage_accel_requests_in_flight 0\n";
+                    await_that(|| !node.ask(&["metrics"]).contains(none));
+                    kill(&worker, Signal::KILL);
+                });
+            }
+            check_big(&root, &contents);
+            match &possible {
+                Ok(()) if wanted => await_that(|| {
+                    let (told, mapped) = node.huge();
+                    told > 0 && told == mapped
+                }),
+                _ => assert_eq!(node.huge(), (0, 0)),
+            }
+            let (memory, (told, _)) = (node.memory(), node.huge());
+            println!("{} MiB, {} MiB huge", memory / MIB, told / MIB);
+            assert!(memory <= 16 * MIB + BESIDE, "{memory} bytes");
+        }
+        if let Err(error) = &possible {
+            println!("the kernel makes no huge pages of shared memory: {error}");
+        }
+        node.ask(&["unmount", &root]);
+        node.stop();
+    }
+}
+
+/// Waits until nothing more becomes huge pages, which takes the daemon some time.
+fn await_huge_pages(node: &Node) {
+    let mut last = None;
+    while last != Some(node.huge()) {
+        last = Some(node.huge());
+        std::thread::sleep(Duration::from_secs(3));
+    }
+}
+
 fn an_idle_daemon_uses_no_cpu(transport: &str) {
     let mut made = None;
     let node = start(transport, |ufs| made = Some(big(ufs)));
@@ -222,6 +277,7 @@ fn an_idle_daemon_uses_no_cpu(transport: &str) {
     while !ready() {
         std::thread::sleep(Duration::from_millis(20));
     }
+    await_huge_pages(&node);
     let processes = node.processes();
     // Over FUSE there is one that keeps connections.
     assert_eq!(processes.len(), if transport == "fuse" { 3 } else { 2 });

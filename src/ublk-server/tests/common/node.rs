@@ -122,14 +122,18 @@ impl Node {
     }
 
     fn memory_of(&self, kind: &str) -> u64 {
-        let pss = |pid: u32| -> u64 {
-            let path = format!("/proc/{pid}/smaps_rollup");
-            let rollup = fs::read_to_string(path).unwrap();
-            let line = rollup.lines().find(|line| line.starts_with(kind));
-            let words = line.unwrap().split_whitespace().nth(1);
-            words.unwrap().parse::<u64>().unwrap() << 10
-        };
-        self.processes().into_iter().map(pss).sum()
+        let of = |pid| mapped(pid, kind);
+        self.processes().into_iter().map(of).sum()
+    }
+
+    /// What of the cache lies in huge pages, bytes: as the daemon says, and as the kernel
+    /// has it mapped for the daemon.
+    pub fn huge(&self) -> (u64, u64) {
+        let name = "image_accel_cache_huge_bytes ";
+        let metrics = self.ask(&["metrics"]);
+        let told = metrics.lines().find_map(|line| line.strip_prefix(name));
+        let mapped = mapped(self.child.id(), "ShmemPmdMapped:");
+        (told.unwrap().parse().unwrap(), mapped)
     }
 
     /// Mounts beneath this node's directory.
@@ -183,6 +187,14 @@ impl Node {
         assert!(!log.contains("panicked"), "{log}");
         assert!(!self.path("socket.d").exists() && !self.path("socket").exists());
     }
+}
+
+/// A line of what a process has mapped, bytes.
+fn mapped(pid: u32, kind: &str) -> u64 {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let line = rollup.lines().find(|line| line.starts_with(kind));
+    let words = line.unwrap().split_whitespace().nth(1);
+    words.unwrap().parse::<u64>().unwrap() << 10
 }
 
 impl Drop for Node {
