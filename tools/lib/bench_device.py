@@ -190,6 +190,9 @@ class Target:
     def stop(self):
         raise NotImplementedError
 
+    def await_huge_pages(self):
+        """Waits until the server has put into huge pages what it will."""
+
     def pids(self):
         return children_of(self.process.pid) if self.process else []
 
@@ -307,6 +310,12 @@ class Ours(Target):
         self.path = self.client("attach", self.options.layer).split()[-1]
         settle()
 
+    def await_huge_pages(self):
+        before, now = None, ""
+        while now != before:
+            time.sleep(3)
+            before, now = now, re.findall("^image_accel_cache_huge_bytes .*", self.client("metrics"), re.M)
+
     def stop(self):
         self.client("detach", self.options.layer)
         self.end_process()
@@ -332,7 +341,7 @@ def targets_of(options, scratch):
             target = CopyOnly(options, scratch, word, settings)
         elif name in ("ublk", "fuse") and more:
             # The first word names another program.
-            program = settings.pop(0) if settings and "=" not in settings[0] else ""
+            program = settings.pop(0) if settings and re.match("[a-z][^=]*$", settings[0]) else ""
             target = Ours(options, scratch, name, program or "ublk-server", word)
             target.arguments = [setting for setting in settings if setting.startswith("--")]
             settings = [setting for setting in settings if setting not in target.arguments]
@@ -353,6 +362,7 @@ def warm(target):
     read = f"dd if={target.path} bs=1M iflag=direct status=none | cmp - {target.options.erofs}"
     run("bash", "-o", "pipefail", "-c", read)
     run("dd", f"if={target.path}", "of=/dev/null", "bs=1M", "iflag=direct")
+    target.await_huge_pages()
 
 
 class Bench:
