@@ -75,6 +75,16 @@ impl From<kube::Error> for RunError {
     }
 }
 
+impl RunError {
+    /// For people.
+    fn in_words(&self) -> String {
+        match self {
+            Self::Refused(error) => in_words(error),
+            Self::Silent(_) => self.to_string(),
+        }
+    }
+}
+
 type LoopError = controller::Error<RunError, watcher::Error>;
 
 struct Context {
@@ -168,7 +178,8 @@ pub async fn run(client: Client, settings: Settings, identity: String, metrics: 
                 context.metrics.error();
                 let (namespace, name) = (task.namespace().unwrap_or_default(), task.name_any());
                 warn!(task = name, "looked at in vain: {error}");
-                let what = format!("the task {namespace}/{name} cannot be looked at: {error}");
+                let why = error.in_words();
+                let what = format!("the task {namespace}/{name} cannot be looked at: {why}");
                 context.meet(Part::Tasks, what);
                 Action::requeue(RETRY)
             },
@@ -252,9 +263,10 @@ impl Context {
     /// object has been told.
     async fn tell_of(&self, error: Option<LoopError>) {
         if let Some(LoopError::QueueError(error)) = error {
-            let what = format!("the cluster cannot be watched: {error}");
-            warn!("{what}");
-            self.meet(Part::Watch, what);
+            warn!("the cluster cannot be watched: {error}");
+            if let Some(why) = why_unwatched(&error) {
+                self.meet(Part::Watch, format!("the cluster cannot be watched: {why}"));
+            }
         }
     }
 
@@ -527,7 +539,8 @@ impl Context {
 
     /// The service's status could not be made. That at least is written into it, if it can be.
     async fn tell_obstacle(&self, service: &ImageAcceleration, error: &RunError) {
-        let what = format!("the status of the ImageAcceleration cannot be made: {error}");
+        let why = error.in_words();
+        let what = format!("the status of the ImageAcceleration cannot be made: {why}");
         self.meet(Part::Service, what);
         let controller = self.controller();
         let told = async {
@@ -621,5 +634,46 @@ fn in_words(error: &kube::Error) -> String {
     match error {
         kube::Error::Api(status) => status.message.clone(),
         error => error.to_string(),
+    }
+}
+
+/// The same of a watch; none if that is a part of watching.
+fn why_unwatched(error: &watcher::Error) -> Option<String> {
+    /// It was idle for so long that the cluster has forgotten where it was, and begins anew.
+    const GONE: u16 = 410;
+    match error {
+        watcher::Error::InitialListFailed(error)
+        | watcher::Error::WatchStartFailed(error)
+        | watcher::Error::WatchFailed(error) => Some(in_words(error)),
+        watcher::Error::WatchError(status) if status.code == GONE => None,
+        watcher::Error::WatchError(status) => Some(status.message.clone()),
+        watcher::Error::NoResourceVersion => Some(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kube::core::Status;
+
+    #[test]
+    fn why_nothing_is_watched_is_told_in_words_unless_it_goes_on_by_itself() {
+        let status = |code| {
+            let said = Status::failure("it says why", "Reason");
+            Box::new(said.with_code(code))
+        };
+        let forbidden = || kube::Error::Api(status(403));
+        let why = Some("it says why".to_owned());
+        for error in [
+            watcher::Error::InitialListFailed(forbidden()),
+            watcher::Error::WatchStartFailed(forbidden()),
+            watcher::Error::WatchFailed(forbidden()),
+            watcher::Error::WatchError(status(500)),
+        ] {
+            assert_eq!(why_unwatched(&error), why);
+        }
+        let gone = watcher::Error::WatchError(status(410));
+        assert_eq!(why_unwatched(&gone), None);
+        assert_eq!(RunError::from(forbidden()).in_words(), "it says why");
     }
 }

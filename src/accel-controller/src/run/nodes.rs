@@ -81,9 +81,9 @@ impl Context {
                 Ok(()) => self.obstacles().passed(Part::Nodes),
                 Err(error) => {
                     self.metrics.error();
-                    let what = format!("the nodes cannot be looked at: {error}");
-                    warn!("{what}");
-                    self.meet(Part::Nodes, what);
+                    warn!("the nodes cannot be looked at: {error}");
+                    let why = error.in_words();
+                    self.meet(Part::Nodes, format!("the nodes cannot be looked at: {why}"));
                 }
             }
             tokio::time::sleep(PAUSE).await;
