@@ -37,7 +37,10 @@ apt_install() {
             printf '#!/bin/sh\nexit 101\n' >"$policy"
             chmod 755 "$policy"
         fi
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends \
+        export DEBIAN_FRONTEND=noninteractive
+        # What an interruption has left half done: apt refuses everything until then.
+        [ -z "$(ls /var/lib/dpkg/updates)" ] || dpkg --configure -a </dev/null >&2
+        apt-get install -y -q --no-install-recommends \
             -o DPkg::Lock::Timeout=600 "${missing[@]}" </dev/null >&2
     ) || die "apt-get could not install: ${missing[*]}"
 }
