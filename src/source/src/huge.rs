@@ -9,6 +9,8 @@
 //!   more than that then. What is missing is behind the last chunks of layers;
 //! * a moment later, because nothing may hold its pages then, by a thread that does nothing
 //!   else and holds no lock meanwhile;
+//! * as slowly as leaves the processors to others: a container that starts fills many pieces,
+//!   and may need each byte once;
 //! * up to [`ATTEMPTS`] times. A piece that stays in ordinary pages is served all the same.
 //!
 //! A huge piece stays one, whatever is read into it later, until a slot of it is *renewed*
@@ -34,6 +36,9 @@ const PAUSE: Duration = Duration::from_secs(1);
 const ATTEMPTS: u32 = 5;
 /// When the kernel had no huge page to give, none is asked for during this time.
 const SHORTAGE: Duration = Duration::from_secs(10);
+/// How many times as long as the last attempt took the thread then rests: it uses a fifth of
+/// a processor at most.
+const REST: u32 = 4;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -77,7 +82,7 @@ pub(crate) struct Pieces {
     pieces: Vec<Piece>,
     /// Those to be tried, by their time.
     due: BTreeSet<(Instant, usize)>,
-    /// No huge page was free: none is asked for before then.
+    /// None is asked for before then.
     rests: Option<Instant>,
     huge: usize,
 }
@@ -171,8 +176,14 @@ impl Pieces {
         Next::Try(number)
     }
 
-    /// What came of trying a piece. Whether it was given up because of that.
-    pub(crate) fn tried(&mut self, number: usize, result: &io::Result<()>, now: Instant) -> bool {
+    /// What came of trying a piece, from `began` on. Whether it was given up because of that.
+    pub(crate) fn tried(
+        &mut self,
+        number: usize,
+        result: &io::Result<()>,
+        began: Instant,
+        now: Instant,
+    ) -> bool {
         let piece = &mut self.pieces[number];
         let Stage::Tried {
             attempts,
@@ -181,9 +192,12 @@ impl Pieces {
         else {
             return false;
         };
-        if result.as_ref().err().and_then(Errno::from_io_error) == Some(Errno::NOMEM) {
-            self.rests = Some(now + SHORTAGE);
-        }
+        let errno = result.as_ref().err().and_then(Errno::from_io_error);
+        let rest = match errno {
+            Some(Errno::NOMEM) => SHORTAGE,
+            _ => now.saturating_duration_since(began) * REST,
+        };
+        self.rests = Some(now + rest);
         if disturbed {
             piece.stage = Stage::Ordinary;
             self.consider(number, now);
@@ -296,8 +310,11 @@ pub(crate) fn run(shared: &Shared, memory: &HugePages) {
         _ => {}
     }
     while let Some(piece) = shared.await_piece() {
+        let began = Instant::now();
         let result = memory.collapse(piece);
-        let given_up = shared.lock().pieces.tried(piece, &result, Instant::now());
+        let mut state = shared.lock();
+        let given_up = state.pieces.tried(piece, &result, began, Instant::now());
+        drop(state);
         if let Err(error) = result
             && given_up
         {
@@ -340,7 +357,7 @@ mod tests {
     fn try_one(pieces: &mut Pieces, result: &io::Result<()>, now: Instant) -> bool {
         assert!(fill(pieces, 0, now));
         assert_eq!(pieces.next(now + PAUSE), Next::Try(0));
-        pieces.tried(0, result, now + PAUSE)
+        pieces.tried(0, result, now + PAUSE, now + PAUSE)
     }
 
     #[test]
@@ -357,7 +374,7 @@ mod tests {
         assert_eq!(pieces.next(now), Next::At(now + PAUSE));
         assert_eq!(pieces.next(now + PAUSE), Next::Try(0));
         assert_eq!(pieces.huge_bytes(), 0);
-        assert!(!pieces.tried(0, &Ok(()), now + PAUSE));
+        assert!(!pieces.tried(0, &Ok(()), now + PAUSE, now + PAUSE));
         assert_eq!(pieces.huge_bytes(), HUGE_PAGE as u64);
         // The rest of that chunk changes nothing.
         assert!(!pieces.gained(15 * CHUNK_SLOT, CHUNK_SLOT - PAGE, now));
@@ -376,7 +393,7 @@ mod tests {
                     panic!("{errno}: attempt {attempt} comes at once, or never");
                 };
                 assert_eq!(pieces.next(at), Next::Try(0));
-                let given_up = pieces.tried(0, &failed(errno), at);
+                let given_up = pieces.tried(0, &failed(errno), at, at);
                 assert_eq!(given_up, attempt == ATTEMPTS, "{errno}: {attempt}");
                 now = at;
             }
@@ -405,6 +422,20 @@ mod tests {
     }
 
     #[test]
+    fn after_each_piece_the_thread_rests_four_times_as_long_as_it_took() {
+        let (mut pieces, now) = (Pieces::new(2), Instant::now());
+        assert!(fill(&mut pieces, 0, now));
+        assert!(fill(&mut pieces, 1, now));
+        let took = Duration::from_millis(5);
+        let began = now + PAUSE;
+        assert_eq!(pieces.next(began), Next::Try(0));
+        assert!(!pieces.tried(0, &Ok(()), began, began + took));
+        let next = began + took * 5;
+        assert_eq!(pieces.next(began + took), Next::At(next));
+        assert_eq!(pieces.next(next), Next::Try(1));
+    }
+
+    #[test]
     fn a_renewed_slot_leaves_ordinary_pages_until_it_has_memory() {
         let (mut pieces, now) = (Pieces::new(2), Instant::now());
         assert!(!try_one(&mut pieces, &Ok(()), now));
@@ -418,7 +449,7 @@ mod tests {
         // A page of an index leaves a piece full, but not huge.
         assert!(pieces.gained(0, CHUNK_SLOT, now));
         assert_eq!(pieces.next(now + PAUSE), Next::Try(0));
-        assert!(!pieces.tried(0, &Ok(()), now));
+        assert!(!pieces.tried(0, &Ok(()), now, now));
         assert!(pieces.lost(0, PAGE, now));
         assert_eq!(pieces.huge_bytes(), 0);
         assert_eq!(pieces.next(now + PAUSE), Next::Try(0));
@@ -432,11 +463,11 @@ mod tests {
         assert_eq!(pieces.next(now + PAUSE), Next::Try(0));
         assert!(!pieces.lost(0, CHUNK_SLOT, now));
         assert!(!pieces.gained(0, CHUNK_SLOT, now));
-        assert!(!pieces.tried(0, &Ok(()), now));
+        assert!(!pieces.tried(0, &Ok(()), now, now));
         assert_eq!(pieces.huge_bytes(), 0);
         assert_eq!(pieces.next(now + PAUSE), Next::Try(0));
         assert!(!pieces.lost(0, CHUNK_SLOT, now));
-        assert!(!pieces.tried(0, &Ok(()), now));
+        assert!(!pieces.tried(0, &Ok(()), now, now));
         assert_eq!(pieces.next(now + PAUSE * 100), Next::Nothing);
         assert_eq!(pieces.huge_bytes(), 0);
     }
