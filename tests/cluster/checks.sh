@@ -615,9 +615,13 @@ logs_in() {
     wait_until service_access_is Unauthorized
     of_service RegistryAccess message | grep "correct user and password for $private in the Secret login"
     task private "$private/one:1" "target: $private/one:third"
+    # The Job and its log, too. What the task says may still be of its last version.
+    job_says_it() {
+        k -n image-accel logs "$(k get acceleratedimage private -o 'jsonpath={.metadata.uid}' | sed 's/.*/job\/accel-&-3-0/')" |
+            grep Unauthorized
+    }
+    wait_until job_says_it
     wait_until access_is private Unauthorized
-    # The Job and its log, too.
-    k -n image-accel logs "$(k get acceleratedimage private -o 'jsonpath={.metadata.uid}' | sed 's/.*/job\/accel-&-3-0/')" | grep Unauthorized
     is_nowhere "$wrong"
     login_secret login "$private" "$password" -n image-accel
     logs_in_with login
