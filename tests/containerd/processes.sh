@@ -2,13 +2,14 @@
 # The processes that the checks of containerd need, and how to ask them. Needs
 # common.sh and peers.sh.
 #
-# In: work, run, bin, transport, images
+# In: work, run, bin, transport, images; server_options, an array of more arguments for
+#     `ublk-server serve`, if there are such
 
 stop_containers() { end_shims "$work"; }
 
 start_server() { # [UFS]
     "${server_program:-$bin/ublk-server}" serve --ufs "${1:-$images/ufs}" --socket "$run/ublk.sock" --cache-size 256M \
-        --transport "$transport" >>"$work/ublk-server.log" 2>&1 &
+        --transport "$transport" "${server_options[@]}" >>"$work/ublk-server.log" 2>&1 &
     server_pid=$!
     at_exit stop_process "$server_pid"
     wait_until "$bin/ublk-server" status --socket "$run/ublk.sock"

@@ -1,5 +1,6 @@
 //! Exporting what was looked up, for whoever needs it.
 
+use super::ahead::each_of;
 use super::look_up::{self, Rooted};
 use super::ready::Readiness;
 use super::{Found, Holding, PREPARED, Registry, Served, operator};
@@ -14,7 +15,8 @@ use accel_transport::ublk::Removal;
 use accel_ufs::index::{ImageSize, Root};
 use accel_ufs::names::LayerName;
 use anyhow::{Context, Result, bail};
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 impl Registry {
@@ -33,7 +35,7 @@ impl Registry {
         };
         let digest = found.image.digest;
         let holder = holder.unwrap_or_else(|| operator(&digest));
-        let layers = self.attach_found(found, image, &holder, false)?;
+        let layers = self.attach_found(&found, image, &holder, false)?;
         Ok(Attached { digest, layers })
     }
 
@@ -131,14 +133,14 @@ impl Registry {
             began,
             looked_up: 0,
         };
-        let layers = self.attach_found(found, &name.to_string(), holder, signed)?;
+        let layers = self.attach_found(&found, &name.to_string(), holder, signed)?;
         layers.into_iter().next().context("no layer")
     }
 
     /// Exports what was found.
     fn attach_found(
         &self,
-        mut found: Found,
+        found: &Found,
         image: &str,
         holder: &str,
         signed: bool,
@@ -157,7 +159,7 @@ impl Registry {
         }
         let mut added = Vec::new();
         let layers = self
-            .attach_layers(&mut found, &mut added)
+            .attach_layers(found, &mut added)
             .and_then(|layers| {
                 let mut ready = Readiness::new(found.began, found.looked_up);
                 let state = self.state();
@@ -195,30 +197,54 @@ impl Registry {
         }
     }
 
+    /// The layers, lowest first, each with a device. `added`: those that had none, also
+    /// after an error.
     fn attach_layers(
         &self,
-        found: &mut Found,
+        found: &Found,
         added: &mut Vec<Root>,
     ) -> Result<Vec<AttachedLayer>> {
+        // An image may have a layer twice.
+        let mut missing = HashMap::new();
+        for layer in &found.image.layers {
+            if !self.state().exports.contains_key(&layer.root) {
+                missing.insert(layer.root, layer.clone());
+            }
+        }
+        let (opened, origins) = (&found.opened, &found.image.origins);
+        let done = Mutex::new((added, Ok(())));
+        // The driver starts several devices at the same time, each of which it takes its
+        // time for.
+        each_of(missing.into_values(), |layer| {
+            let done = || done.lock().unwrap_or_else(PoisonError::into_inner);
+            if done().1.is_err() {
+                return;
+            }
+            let export = match opened.get(&layer.root) {
+                Some(export) => Ok(Arc::clone(export)),
+                // Its last holder has let it go since it was looked up.
+                None => self.open_layer(&layer),
+            };
+            let origin = origins.get(&layer.root).cloned();
+            let served = export.and_then(|export| self.export(export, origin));
+            let mut done = done();
+            match served {
+                Ok(served) => {
+                    done.0.push(layer.root);
+                    self.note_origin(&served);
+                    self.state().exports.insert(layer.root, served);
+                }
+                Err(error) if done.1.is_ok() => done.1 = Err(error),
+                Err(_) => {}
+            }
+        });
+        done.into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+            .1?;
         let mut layers = Vec::with_capacity(found.image.layers.len());
         for layer in &found.image.layers {
-            let known = self.state().exports.get(&layer.root).cloned();
-            let served = match known {
-                Some(served) => served,
-                None => {
-                    let export = match found.opened.remove(&layer.root) {
-                        Some(export) => export,
-                        // Its last holder has let it go since it was looked up.
-                        None => self.open_layer(layer)?,
-                    };
-                    let origin = found.image.origins.get(&layer.root).cloned();
-                    let served = self.export(export, origin)?;
-                    added.push(layer.root);
-                    self.note_origin(&served);
-                    self.state().exports.insert(layer.root, served.clone());
-                    served
-                }
-            };
+            let served = self.state().exports.get(&layer.root).cloned();
+            let served = served.context("a layer was let go while it was attached")?;
             layers.push(AttachedLayer {
                 name: served.export.name.to_string(),
                 root: layer.root,
