@@ -54,18 +54,18 @@ e2e_here() {
     "$work/bin/accel-e2e" --bin "$work/bin" --fixtures "$work/fixtures" --transport "$1" --scratch "$work" "${filter[@]}"
 }
 
-# What one leaves to the other then.
-declare -A done_elsewhere=([6.12]=snapshots::mixed_chains [7]=damage::damaged_)
+# What one leaves to the other then: as much for each.
+declare -A done_elsewhere=([6.12]='snapshots::mixed_chains limits::reads_go_on fio::sees_damage' [7]='damage::damaged_ sample::')
 
 # e2e_in_guest KERNEL TRANSPORT [FILTER…]: the same programs and fixtures. The filter
 # counts if the caller has none of its own.
 e2e_in_guest() {
-    local kernel=$1 transport=$2 modules
+    local kernel=$1 transport=$2 modules name
     shift 2
     if [ ${#filter[@]} != 0 ]; then
         set -- "${filter[@]}"
-    elif [ -n "${both:-}" ] && [ -n "${done_elsewhere[$kernel]:-}" ]; then
-        set -- --skip "${done_elsewhere[$kernel]}" "$@"
+    elif [ -n "${both:-}" ]; then
+        for name in ${done_elsewhere[$kernel]:-}; do set -- --skip "$name" "$@"; done
     fi
     case $transport in ublk) modules='ublk_drv' ;; fuse) modules='loop fuse' ;; esac
     "$repo/tools/guest/run" --kernel "$kernel" --timeout 1800 \
@@ -103,6 +103,9 @@ containerd_1_7_in_guest() {
     [ -z "${full:-}" ] || checks=()
     containerd_in_guest "$1" 1.7 "${checks[@]}"
 }
+
+# reboot_in_guest KERNEL: a node that loses its power, with what containerd_images has made.
+reboot_in_guest() { "$repo/tests/reboot-e2e" --bin "$work/bin" --images "$work/containerd" --kernel "$1"; }
 
 # torture_in_guest KERNEL TRANSPORT WHAT OPTION…: the programs in $work/bin. It may take
 # four times as long as it is told to, and after that everything that waits has to end.
