@@ -40,7 +40,9 @@ const LOCK: Duration = Duration::from_secs(60);
 #[derive(Debug, thiserror::Error)]
 pub enum LayerFailure {
     /// It was not converted to the daemon's UFS.
-    #[error("the layer is not on UFS")]
+    #[error(
+        "the layer is not on UFS; is that mounted where ublk-server looks for it (`ublk-server status`)?"
+    )]
     Absent,
     /// What was converted is something else.
     #[error("UFS has the layer with the root {0}, not with the one in the manifest")]

@@ -158,27 +158,25 @@ impl Registry {
             );
         }
         let mut added = Vec::new();
-        let layers = self
-            .attach_layers(found, &mut added)
-            .and_then(|layers| {
-                let mut ready = Readiness::new(found.began, found.looked_up);
-                let state = self.state();
-                for layer in &layers {
-                    if let Some(served) = state.exports.get(&layer.root) {
-                        ready.add(&served.export, added.contains(&layer.root));
-                    }
+        let layers = self.attach_layers(found, &mut added).and_then(|layers| {
+            let mut ready = Readiness::new(found.began, found.looked_up);
+            let state = self.state();
+            for layer in &layers {
+                if let Some(served) = state.exports.get(&layer.root) {
+                    ready.add(&served.export, added.contains(&layer.root));
                 }
-                drop(state);
-                let holding = Holding {
-                    image: image.to_owned(),
-                    manifest: digest,
-                    layers: layers.iter().map(|layer| layer.root).collect(),
-                    signed,
-                    ready: Some(Arc::new(ready)),
-                };
-                self.hold(holder, holding)?;
-                Ok(layers)
-            });
+            }
+            drop(state);
+            let holding = Holding {
+                image: image.to_owned(),
+                manifest: digest,
+                layers: layers.iter().map(|layer| layer.root).collect(),
+                signed,
+                ready: Some(Arc::new(ready)),
+            };
+            self.hold(holder, holding)?;
+            Ok(layers)
+        });
         match layers {
             Ok(layers) => {
                 tracing::info!(image, holder, layers = layers.len(), "attached");
@@ -199,11 +197,7 @@ impl Registry {
 
     /// The layers, lowest first, each with a device. `added`: those that had none, also
     /// after an error.
-    fn attach_layers(
-        &self,
-        found: &Found,
-        added: &mut Vec<Root>,
-    ) -> Result<Vec<AttachedLayer>> {
+    fn attach_layers(&self, found: &Found, added: &mut Vec<Root>) -> Result<Vec<AttachedLayer>> {
         // An image may have a layer twice.
         let mut missing = HashMap::new();
         for layer in &found.image.layers {
