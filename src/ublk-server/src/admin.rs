@@ -23,7 +23,7 @@ const CLIENT_PATIENCE: Duration = Duration::from_secs(30);
 /// Answers one client, on a thread of its own.
 pub fn serve(daemon: &Arc<Daemon>, stream: UnixStream) {
     let stream = Arc::new(stream);
-    let spawned = std::thread::Builder::new().name("admin".to_owned()).spawn({
+    let started = daemon.threads.run("admin", {
         let (daemon, stream) = (Arc::clone(daemon), Arc::clone(&stream));
         move || {
             if let Err(error) = answer(&daemon, &stream) {
@@ -31,7 +31,7 @@ pub fn serve(daemon: &Arc<Daemon>, stream: UnixStream) {
             }
         }
     });
-    if let Err(error) = spawned {
+    if let Err(error) = started {
         // Memory is short for now. What it asked for was not begun.
         tracing::warn!(%error, "no thread for a client, which is to ask again");
         let again = format!("the daemon cannot start a thread: {error}");

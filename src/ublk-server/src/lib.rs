@@ -13,6 +13,7 @@
 //! * [`handover`] puts another program in the daemon's place; [`orphans`] are devices
 //!   that no journal knows.
 //! * [`engine`] turns requests of the kernel into verified bytes.
+//! * [`threads`] are there for whoever needs one: where memory is short none is made.
 //! * [`metrics`] tells Prometheus what all of it does.
 //! * [`client`] asks and mounts.
 
@@ -34,6 +35,7 @@ pub mod remake;
 pub mod rescue;
 pub mod serve;
 pub mod size;
+pub mod threads;
 pub mod time;
 
 pub use accel_client::{lock, mountinfo, notify, paths, protocol, wire};

@@ -14,6 +14,7 @@ use crate::notify::Notifier;
 use crate::paths::Paths;
 use crate::registry::Registry;
 use crate::remake::{Remake, RemakeOptions};
+use crate::threads::{self, Threads};
 use accel_source::privileges::{CapabilitySet, WRITE, keep_only};
 use accel_source::{
     Arena, DiskCache, Patience, Source, Sources, StartError, WorkerCommand, WorkerSource,
@@ -79,7 +80,9 @@ pub struct Options {
 #[derive(Debug)]
 pub struct Daemon {
     /// Exports and holders.
-    pub registry: Registry,
+    pub registry: Arc<Registry>,
+    /// What requests of clients run on.
+    pub threads: Arc<Threads>,
     /// The read engine.
     pub engine: Arc<Engine>,
     /// What it reads from.
@@ -381,10 +384,14 @@ fn start(
         options.poll,
         options.recovery,
     )?;
-    let mut registry = Registry::new(Arc::clone(&engine), devices, journal, ufs.to_owned())?;
+    let threads = Threads::start(threads::COUNT).context("cannot start threads")?;
+    let threads = Arc::new(threads);
+    let (served, known) = (Arc::clone(&engine), Arc::clone(&threads));
+    let mut registry = Registry::new(served, devices, journal, ufs.to_owned(), known)?;
     registry.make_again_with(remake.clone());
     Ok(Arc::new(Daemon {
-        registry,
+        registry: Arc::new(registry),
+        threads,
         engine,
         sources,
         workers,

@@ -28,6 +28,7 @@ use ublk_server::journal::Journal;
 use ublk_server::paths::Paths;
 use ublk_server::protocol::{Holder, LayerAnswer};
 use ublk_server::registry::Registry;
+use ublk_server::threads::{self, Threads};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -147,7 +148,7 @@ struct Node {
     layers: Vec<Layer>,
     image: Digest,
     engine: Arc<Engine>,
-    registry: Registry,
+    registry: Arc<Registry>,
     reads: Reads,
 }
 
@@ -165,9 +166,10 @@ fn node() -> Node {
     let devices = Devices::start(Wanted::Fuse, &paths, Duration::ZERO, true).unwrap();
     let journal = Journal::open(&paths.run, ufs.path()).unwrap();
     let served = Arc::clone(&engine);
-    let registry = Registry::new(served, devices, journal, ufs.path().to_owned());
+    let threads = Arc::new(Threads::start(threads::COUNT).unwrap());
+    let registry = Registry::new(served, devices, journal, ufs.path().to_owned(), threads);
     Node {
-        registry: registry.unwrap(),
+        registry: Arc::new(registry.unwrap()),
         _run: run,
         layers,
         image,
@@ -329,7 +331,8 @@ fn metadata_follows_whichever_index_does_not_come() {
         ..Patience::DATA
     };
     let engine = Engine::start(sources, arena, patience).unwrap();
-    let warmer = Warmer::start(&engine).unwrap();
+    let threads = Arc::new(Threads::start(threads::COUNT).unwrap());
+    let warmer = Warmer::start(&engine, &threads).unwrap();
     let exports: Vec<_> = (0..)
         .zip(&layers)
         .map(|(seed, layer)| {

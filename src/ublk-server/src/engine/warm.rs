@@ -8,11 +8,12 @@
 //!
 //! One thread reads the metadata ranges of exports, up to 1 MiB at a time, and
 //! steps aside while the kernel waits for anything. Indexes are opened before that by a
-//! few threads, which are there only while there is something to open: an index that does
+//! few threads, which do that only while there is something to open: an index that does
 //! not come, and is waited for a while, holds up no other.
 
 use super::pending::{Pending, Piece};
 use super::{Engine, Export};
+use crate::threads::Threads;
 use accel_source::RequestId;
 use accel_ufs::index::ChunkNo;
 use std::collections::VecDeque;
@@ -37,6 +38,7 @@ pub struct Warmer(Arc<Queues>);
 #[derive(Debug)]
 struct Queues {
     engine: Weak<Engine>,
+    threads: Arc<Threads>,
     opening: Mutex<Opening>,
     /// Exports whose index is open, or cannot be opened.
     fetch: mpsc::Sender<Weak<Export>>,
@@ -77,10 +79,11 @@ impl Drop for Ticket {
 
 impl Warmer {
     /// Starts the thread that fetches.
-    pub fn start(engine: &Arc<Engine>) -> std::io::Result<Self> {
+    pub fn start(engine: &Arc<Engine>, threads: &Arc<Threads>) -> std::io::Result<Self> {
         let (fetch, exports) = mpsc::channel::<Weak<Export>>();
         let queues = Arc::new(Queues {
             engine: Arc::downgrade(engine),
+            threads: Arc::clone(threads),
             opening: Mutex::default(),
             fetch,
         });
@@ -128,11 +131,9 @@ impl Queues {
             return;
         }
         let queues = Arc::clone(self);
-        let started = thread::Builder::new()
-            .name("index".to_owned())
-            .spawn(move || queues.open_all());
+        let started = self.threads.run("index", move || queues.open_all());
         match started {
-            Ok(_) => opening.openers += 1,
+            Ok(()) => opening.openers += 1,
             // The others do its part.
             Err(_) if opening.openers > 0 => {}
             Err(error) => {

@@ -9,6 +9,7 @@
 use super::look_up::{catalog, open_layer};
 use crate::catalog::{CatalogError, Layer};
 use crate::engine::{Engine, Export};
+use crate::threads::Threads;
 use accel_oci::Digest;
 use accel_ufs::index::{ImageSize, Root};
 use accel_ufs::names::LayerName;
@@ -16,11 +17,8 @@ use accel_ufs::resolve::ImageName;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
-/// Layers that are opened at the same time.
-const AT_ONCE: usize = 16;
 /// How long what was opened counts.
 const FRESH: Duration = Duration::from_secs(30);
 /// How long an image is not looked at again: of layers that are not there, each asks.
@@ -33,6 +31,7 @@ const IMAGES: usize = 4;
 pub(super) struct Ahead {
     engine: Arc<Engine>,
     ufs: PathBuf,
+    threads: Arc<Threads>,
     shared: Arc<Shared>,
 }
 
@@ -67,10 +66,11 @@ impl Shared {
 }
 
 impl Ahead {
-    pub(super) fn new(engine: &Arc<Engine>, ufs: &Path) -> Self {
+    pub(super) fn new(engine: &Arc<Engine>, ufs: &Path, threads: &Arc<Threads>) -> Self {
         Self {
             engine: Arc::clone(engine),
             ufs: ufs.to_owned(),
+            threads: Arc::clone(threads),
             shared: Arc::default(),
         }
     }
@@ -92,18 +92,18 @@ impl Ahead {
             state.asked.clear();
         }
         let (engine, ufs) = (Arc::clone(&self.engine), self.ufs.clone());
-        let shared = Arc::clone(&self.shared);
+        let (threads, shared) = (Arc::clone(&self.threads), Arc::clone(&self.shared));
         let run = move || {
-            if let Err(error) = look_ahead(&engine, &ufs, &shared, image, from, &exported) {
+            let looked = look_ahead(&engine, &ufs, &threads, &shared, image, from, &exported);
+            if let Err(error) = looked {
                 tracing::debug!(%image, %error, "its layers are not looked up ahead");
             }
             let mut state = shared.state();
             state.running.remove(&image);
             state.images.insert(image, Instant::now());
         };
-        let started = thread::Builder::new().name("ahead".to_owned()).spawn(run);
-        match started {
-            Ok(_) => {
+        match self.threads.run("ahead", run) {
+            Ok(()) => {
                 state.running.insert(image);
             }
             Err(error) => tracing::warn!(%error, "cannot look layers up ahead"),
@@ -149,7 +149,8 @@ impl Ahead {
 fn look_ahead(
     engine: &Arc<Engine>,
     ufs: &Path,
-    shared: &Shared,
+    threads: &Threads,
+    shared: &Arc<Shared>,
     image: Digest,
     from: Root,
     exported: &HashSet<Root>,
@@ -166,7 +167,8 @@ fn look_ahead(
         .skip(1)
         .filter(|layer| seen.insert(layer.root))
         .collect();
-    each_of(wanted.into_iter(), |layer| {
+    let (engine, shared) = (Arc::clone(engine), Arc::clone(shared));
+    threads.each_of(wanted, move |layer| {
         {
             let mut state = shared.state();
             if state.layers.contains_key(&layer.root) || state.asked.contains(&layer.root) {
@@ -175,7 +177,7 @@ fn look_ahead(
             let under_way = (Instant::now(), Progress::UnderWay);
             state.layers.insert(layer.root, under_way);
         }
-        let opened = open_layer(engine, &layer);
+        let opened = open_layer(&engine, &layer);
         let mut state = shared.state();
         match opened {
             Ok(export) => {
@@ -191,35 +193,4 @@ fn look_ahead(
         shared.opened.notify_all();
     });
     Ok(())
-}
-
-/// Does `work` for each of `layers`, many at a time, the first of them first. Returns when
-/// all is done.
-pub(super) fn each_of(
-    layers: impl ExactSizeIterator<Item = Layer> + Send,
-    work: impl Fn(Layer) + Sync,
-) {
-    let threads = layers.len().min(AT_ONCE);
-    let layers = Mutex::new(layers);
-    let run = || {
-        loop {
-            let next = layers.lock().unwrap_or_else(PoisonError::into_inner).next();
-            match next {
-                Some(layer) => work(layer),
-                None => return,
-            }
-        }
-    };
-    thread::scope(|scope| {
-        for _ in 1..threads {
-            let started = thread::Builder::new()
-                .name("look-up".to_owned())
-                .spawn_scoped(scope, run);
-            // The others do its part.
-            if started.is_err() {
-                break;
-            }
-        }
-        run();
-    });
 }

@@ -1,6 +1,5 @@
 //! Exporting what was looked up, for whoever needs it.
 
-use super::ahead::each_of;
 use super::look_up::{self, Rooted};
 use super::ready::Readiness;
 use super::{Found, Holding, PREPARED, Registry, Served, operator};
@@ -21,7 +20,7 @@ use std::time::Instant;
 
 impl Registry {
     /// Exports the layers of `image` for `holder`.
-    pub fn attach(&self, image: &str, holder: Option<String>) -> Result<Attached> {
+    pub fn attach(self: &Arc<Self>, image: &str, holder: Option<String>) -> Result<Attached> {
         self.check_open()?;
         let prepared = {
             let mut prepared = self.prepared();
@@ -43,7 +42,7 @@ impl Registry {
     /// for that. `image`: the name of a record that has the layer; the layers on top of it
     /// there are looked up in the background, to be asked for next.
     pub fn attach_layer(
-        &self,
+        self: &Arc<Self>,
         diff_id: DiffId,
         chain_id: ChainId,
         (root, size): (Root, ImageSize),
@@ -81,7 +80,7 @@ impl Registry {
 
     /// Exports a node's canary, whose root is known, for `holder`.
     pub fn attach_canary(
-        &self,
+        self: &Arc<Self>,
         digest: Digest,
         (root, size): (Root, ImageSize),
         holder: &str,
@@ -108,7 +107,7 @@ impl Registry {
 
     /// Exports one layer, which is open, for `holder`.
     fn attach_opened(
-        &self,
+        self: &Arc<Self>,
         export: Arc<Export>,
         (digest, origin): (Digest, Option<Origin>),
         began: Instant,
@@ -139,7 +138,7 @@ impl Registry {
 
     /// Exports what was found.
     fn attach_found(
-        &self,
+        self: &Arc<Self>,
         found: &Found,
         image: &str,
         holder: &str,
@@ -197,7 +196,11 @@ impl Registry {
 
     /// The layers, lowest first, each with a device. `added`: those that had none, also
     /// after an error.
-    fn attach_layers(&self, found: &Found, added: &mut Vec<Root>) -> Result<Vec<AttachedLayer>> {
+    fn attach_layers(
+        self: &Arc<Self>,
+        found: &Found,
+        added: &mut Vec<Root>,
+    ) -> Result<Vec<AttachedLayer>> {
         // An image may have a layer twice.
         let mut missing = HashMap::new();
         for layer in &found.image.layers {
@@ -205,36 +208,40 @@ impl Registry {
                 missing.insert(layer.root, layer.clone());
             }
         }
-        let (opened, origins) = (&found.opened, &found.image.origins);
-        let done = Mutex::new((added, Ok(())));
+        let missing = missing.into_values().map(|layer| {
+            let opened = found.opened.get(&layer.root).cloned();
+            let origin = found.image.origins.get(&layer.root).cloned();
+            (layer, opened, origin)
+        });
+        let done = Arc::new(Mutex::new((Vec::new(), Ok(()))));
         // The driver starts several devices at the same time, each of which it takes its
         // time for.
-        each_of(missing.into_values(), |layer| {
-            let done = || done.lock().unwrap_or_else(PoisonError::into_inner);
-            if done().1.is_err() {
-                return;
-            }
-            let export = match opened.get(&layer.root) {
-                Some(export) => Ok(Arc::clone(export)),
-                // Its last holder has let it go since it was looked up.
-                None => self.open_layer(&layer),
-            };
-            let origin = origins.get(&layer.root).cloned();
-            let served = export.and_then(|export| self.export(export, origin));
-            let mut done = done();
-            match served {
-                Ok(served) => {
-                    done.0.push(layer.root);
-                    self.note_origin(&served);
-                    self.state().exports.insert(layer.root, served);
+        self.threads.each_of(missing.collect(), {
+            let (registry, done) = (Arc::clone(self), Arc::clone(&done));
+            move |(layer, opened, origin): (Layer, _, _)| {
+                let done = || done.lock().unwrap_or_else(PoisonError::into_inner);
+                if done().1.is_err() {
+                    return;
                 }
-                Err(error) if done.1.is_ok() => done.1 = Err(error),
-                Err(_) => {}
+                // Its last holder may have let it go since it was looked up.
+                let export = opened.map_or_else(|| registry.open_layer(&layer), Ok);
+                let served = export.and_then(|export| registry.export(export, origin));
+                let mut done = done();
+                match served {
+                    Ok(served) => {
+                        done.0.push(layer.root);
+                        registry.note_origin(&served);
+                        registry.state().exports.insert(layer.root, served);
+                    }
+                    Err(error) if done.1.is_ok() => done.1 = Err(error),
+                    Err(_) => {}
+                }
             }
         });
-        done.into_inner()
-            .unwrap_or_else(PoisonError::into_inner)
-            .1?;
+        let done = Arc::into_inner(done).context("a device is still being made")?;
+        let done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+        added.extend(done.0);
+        done.1?;
         let mut layers = Vec::with_capacity(found.image.layers.len());
         for layer in &found.image.layers {
             let served = self.state().exports.get(&layer.root).cloned();

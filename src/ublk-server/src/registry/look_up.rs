@@ -1,6 +1,5 @@
 //! What has to be known of UFS before anything is exported: no lock is held meanwhile.
 
-use super::ahead::each_of;
 use super::{Found, PREPARED, Prepared, Registry};
 use crate::catalog::{Catalog, Image, Layer};
 use crate::engine::{Engine, Export, OpenError};
@@ -10,7 +9,7 @@ use accel_source::Source;
 use accel_ufs::index::{ImageSize, Root};
 use accel_ufs::names::LayerName;
 use accel_ufs::resolve::ImageName;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::path::Path;
@@ -94,24 +93,29 @@ impl Registry {
                 }
             }
         }
-        let opened = Mutex::new(Ok(HashMap::new()));
-        each_of(wanted.into_values(), |layer| {
-            let lock = || opened.lock().unwrap_or_else(PoisonError::into_inner);
-            if lock().is_err() {
-                return;
-            }
-            let export = open_layer(&self.engine, &layer);
-            let mut all = lock();
-            match (&mut *all, export) {
-                (Ok(opened), Ok(export)) => {
-                    opened.insert(layer.root, export);
+        let opened = Arc::new(Mutex::new(Ok(HashMap::new())));
+        self.threads.each_of(wanted.into_values().collect(), {
+            let (engine, opened) = (Arc::clone(&self.engine), Arc::clone(&opened));
+            move |layer: Layer| {
+                let lock = || opened.lock().unwrap_or_else(PoisonError::into_inner);
+                if lock().is_err() {
+                    return;
                 }
-                (Ok(_), Err(error)) => *all = Err(error),
-                (Err(_), _) => {}
+                let export = open_layer(&engine, &layer);
+                let mut all = lock();
+                match (&mut *all, export) {
+                    (Ok(opened), Ok(export)) => {
+                        opened.insert(layer.root, export);
+                    }
+                    (Ok(_), Err(error)) => *all = Err(error),
+                    (Err(_), _) => {}
+                }
             }
         });
-        let opened = opened.into_inner().unwrap_or_else(PoisonError::into_inner);
-        Ok(opened?)
+        let opened = Arc::into_inner(opened).context("a look-up is still under way")?;
+        Ok(opened
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)?)
     }
 
     pub(super) fn open_layer(&self, layer: &Layer) -> Result<Arc<Export>> {

@@ -15,6 +15,7 @@ use crate::engine::{Engine, Export, ExportReader, Warmer};
 use crate::journal::{Entry, HolderEntry, Journal, State as JournalState};
 use crate::protocol::{Detached, DeviceView, Ended, ExportStatus, Holder, HolderStatus};
 use crate::remake::{Recipe, Remake};
+use crate::threads::Threads;
 use accel_oci::Digest;
 use accel_transport::ublk::Removal;
 use accel_ufs::index::Root;
@@ -45,6 +46,7 @@ pub struct Registry {
     devices: Devices,
     journal: Journal,
     warmer: Warmer,
+    threads: Arc<Threads>,
     ufs: PathBuf,
     /// What the devices of this run directory are marked with.
     mark: u64,
@@ -123,10 +125,12 @@ impl Registry {
         devices: Devices,
         journal: Journal,
         ufs: PathBuf,
+        threads: Arc<Threads>,
     ) -> Result<Self> {
-        let warmer = Warmer::start(&engine).context("cannot start a thread")?;
+        let warmer = Warmer::start(&engine, &threads).context("cannot start a thread")?;
         Ok(Self {
-            ahead: Ahead::new(&engine, &ufs),
+            ahead: Ahead::new(&engine, &ufs, &threads),
+            threads,
             engine,
             journal,
             warmer,

@@ -38,7 +38,8 @@ fn registry(paths: &Paths) -> Registry {
         device: Device::Fuse,
         entry: Some(Entry::new(&journal, name, ROOT, size)),
     };
-    let registry = Registry::new(engine, devices, journal, "/ufs".into()).unwrap();
+    let threads = Arc::new(Threads::start(0).unwrap());
+    let registry = Registry::new(engine, devices, journal, "/ufs".into(), threads).unwrap();
     registry.state().exports.insert(ROOT, served);
     registry
 }
@@ -117,7 +118,7 @@ fn what_was_unmounted_without_a_daemon_ends() {
 #[test]
 fn nothing_is_attached_once_the_daemon_ends() {
     let directory = tempfile::tempdir().unwrap();
-    let registry = registry(&paths(directory.path()));
+    let registry = Arc::new(registry(&paths(directory.path())));
     assert_eq!(registry.shut_down(), 0);
     let image = Digest::of(b"manifest").to_string();
     let error = registry.attach(&image, None).unwrap_err().to_string();
