@@ -73,6 +73,10 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
     }
     let ublk: &[(&str, Check)] = &[
         (
+            "mount::udev_leaves_devices_alone",
+            mounting::udev_leaves_devices_alone,
+        ),
+        (
             "lifecycle::unknown_devices_are_removed_when_unused",
             lifecycle::unknown_devices_are_removed_when_unused,
         ),

@@ -1,14 +1,19 @@
 //! An image is mounted at once: what UFS gives up until then is counted in bytes, where
-//! the sources are, so the kernel's own probes and udev's are in it.
+//! the sources are, so the kernel's own probes and udev's are in it. With our rules udev
+//! has none.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use rustix::fs::{major, minor};
 use serde_json::Value;
 
 use crate::daemon::Daemon;
-use crate::fixture::{Image, large, layers};
+use crate::fixture::{Image, image, large, layers};
 use crate::{Setting, drop_caches};
 
 /// What an image may take of UFS until it is mounted.
@@ -84,4 +89,89 @@ fn mount_and_count(setting: &Setting, image: &str) -> Result<()> {
     );
     mounted.unmount()?;
     daemon.stop()
+}
+
+/// Rules of this boot.
+const UDEV: &str = "/run/udev/rules.d";
+/// What newer versions of systemd do with such devices, at the place where they do it.
+const PROBES: &str = r#"SUBSYSTEM!="block", GOTO="end"
+ENV{UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG}=="1", GOTO="end"
+KERNEL=="ublkb*", IMPORT{builtin}="blkid"
+LABEL="end"
+ACTION!="remove", SUBSYSTEM=="block", KERNEL=="ublkb*", OPTIONS+="watch"
+"#;
+
+/// The rules in `deploy/udev/` keep udev from reading devices and from watching them.
+pub fn udev_leaves_devices_alone(setting: &Setting) -> Result<()> {
+    fs::create_dir_all(UDEV)?;
+    let probes = TestRules::write("60-accel-probes.rules", PROBES)?;
+    let (probed, watched) = seen_by_udev(setting)?;
+    ensure!(
+        probed && watched,
+        "the test's rules do nothing: {probed} {watched}"
+    );
+    let ours = include_str!("../../../deploy/udev/59-image-accel.rules");
+    let ours = TestRules::write("59-image-accel.rules", ours)?;
+    let (probed, watched) = seen_by_udev(setting)?;
+    ensure!(!probed, "udev has read a device");
+    ensure!(!watched, "udev watches a device");
+    ours.remove()?;
+    probes.remove()
+}
+
+/// Whether udev knows what is on an image's devices, and whether it watches them.
+fn seen_by_udev(setting: &Setting) -> Result<(bool, bool)> {
+    let image = image(setting, "tiny")?.source;
+    let daemon = Daemon::start(setting, &setting.ufs())?;
+    let (mut probed, mut watched) = (false, false);
+    for device in daemon.attach(&image)? {
+        run("udevadm", &["settle", "--timeout=120"])?;
+        let path = device.to_str().context("a path that is no text")?;
+        let known = run("udevadm", &["info", "--query=property", "--name", path])?;
+        probed |= known.contains("ID_FS_TYPE=erofs");
+        let number = fs::metadata(&device)?.rdev();
+        let number = format!("b{}:{}", major(number), minor(number));
+        watched |= Path::new("/run/udev/watch")
+            .join(number)
+            .symlink_metadata()
+            .is_ok();
+    }
+    daemon.detach(&image)?;
+    daemon.stop()?;
+    Ok((probed, watched))
+}
+
+fn run(program: &str, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(program).args(arguments).output();
+    let output = output.with_context(|| format!("cannot run {program}"))?;
+    ensure!(
+        output.status.success(),
+        "{program} {arguments:?}: {output:?}"
+    );
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Rules that udev has until this is dropped.
+struct TestRules(PathBuf);
+
+impl TestRules {
+    fn write(name: &str, rules: &str) -> Result<Self> {
+        let path = Path::new(UDEV).join(name);
+        fs::write(&path, rules)?;
+        let written = Self(path);
+        run("udevadm", &["control", "--reload"])?;
+        Ok(written)
+    }
+
+    fn remove(self) -> Result<()> {
+        fs::remove_file(&self.0)?;
+        run("udevadm", &["control", "--reload"]).map(drop)
+    }
+}
+
+impl Drop for TestRules {
+    fn drop(&mut self) {
+        // Gone already unless a check failed.
+        let _ = fs::remove_file(&self.0);
+    }
 }
