@@ -209,9 +209,11 @@ mod tests {
         threads
     }
 
-    fn wait_for(threads: &Threads, waiting: usize) {
+    /// Waits until so many have nothing to do.
+    fn wait_for(threads: &Threads, idle: usize) {
         let since = Instant::now();
-        while threads.0.state().waiting != waiting {
+        let is_idle = |state: &State| state.jobs.is_empty() && state.waiting == idle;
+        while !is_idle(&threads.0.state()) {
             assert!(since.elapsed() < Duration::from_secs(60));
             thread::yield_now();
         }

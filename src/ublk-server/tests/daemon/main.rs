@@ -16,6 +16,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use ublk_server::threads::COUNT;
 
 #[test]
 fn an_image_is_mounted_read_and_unmounted() {
@@ -326,33 +327,53 @@ fn threads(process: u32, name: &str) -> Vec<String> {
     tasks.filter(has_it).collect()
 }
 
+/// What is left for everything else where a thread wants two of them.
+const HALF_A_STACK: u64 = 1 << 20;
+
+/// Leaves a process so many bytes more than it has; `None`: all that there is.
+fn limit_memory(process: u32, left: Option<u64>) {
+    let size = field(&process.to_string(), "VmSize");
+    let size: u64 = size.trim_end_matches(" kB").trim().parse().unwrap();
+    let pid = Pid::from_raw(i32::try_from(process).unwrap());
+    let limit = Rlimit {
+        current: left.map(|left| (size << 10) + left),
+        maximum: getrlimit(Resource::As).maximum,
+    };
+    prlimit(pid, Resource::As, limit).unwrap();
+}
+
 /// Memory may be too short for the stack of a thread.
+#[test]
+fn clients_need_no_new_thread() {
+    let node = Node::start(|ufs| {
+        base(ufs);
+    });
+    let daemon = node.processes()[0];
+    limit_memory(daemon, Some(HALF_A_STACK));
+    for _ in 0..COUNT {
+        assert_eq!(node.status()["transport"], "fuse");
+    }
+    limit_memory(daemon, None);
+    assert!(!node.log().contains("ask again"), "{}", node.log());
+}
+
 #[test]
 fn clients_ask_again_while_no_thread_can_be_made() {
     let node = Node::start(|ufs| {
         base(ufs);
     });
     let daemon = node.processes()[0];
-    let number = |name: &str| -> u64 {
-        let text = field(&daemon.to_string(), name);
-        text.trim_end_matches(" kB").trim().parse().unwrap()
-    };
-    // Stacks of threads that have ended are kept and used again; these clients have them all.
-    let idle: Vec<_> = (0..64)
+    // These clients have all threads that there are, and as many new ones: stacks of threads
+    // that have ended are kept and used again.
+    let idle: Vec<_> = (0..2 * COUNT)
         .map(|_| UnixStream::connect(node.path("socket")).unwrap())
         .collect();
-    await_that(|| threads(daemon, "admin").len() >= 64);
-    let limit = |current| {
-        let pid = Pid::from_raw(i32::try_from(daemon).unwrap());
-        let maximum = getrlimit(Resource::As).maximum;
-        prlimit(pid, Resource::As, Rlimit { current, maximum }).unwrap();
-    };
-    // Half a stack is left, for everything else.
-    limit(Some((number("VmSize") << 10) + (1 << 20)));
+    await_that(|| threads(daemon, "admin").len() >= COUNT);
+    limit_memory(daemon, Some(HALF_A_STACK));
     std::thread::scope(|scope| {
         let asked = scope.spawn(|| node.status());
         await_that(|| node.log().contains("which is to ask again"));
-        limit(None);
+        limit_memory(daemon, None);
         assert_eq!(asked.join().unwrap()["transport"], "fuse");
     });
     drop(idle);
