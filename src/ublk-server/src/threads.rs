@@ -10,8 +10,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::{fmt, io, thread};
 
-/// How many a daemon has: for a few clients, each with an image whose layers are looked up
-/// [`AT_ONCE`].
+/// How many a daemon has: for some clients that wait for UFS, and two images whose layers are
+/// looked up.
 pub const COUNT: usize = 32;
 
 /// How many work together on one thing at most.
