@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::{fmt, io, thread};
+use std::{fmt, io, mem, thread};
 
 /// How many a daemon has: for some clients that wait for UFS, and two images whose layers are
 /// looked up.
@@ -106,11 +106,14 @@ impl Threads {
     }
 
     /// Does `work` for each of `items`, on threads that wait and on this one, many at a
-    /// time, the first of them first. Returns when all is done.
-    pub fn each_of<T, F>(&self, items: Vec<T>, work: F)
+    /// time, the first of them first; begins with no more once one has failed. Returns when
+    /// all is done: what succeeded, in any order, and the first error.
+    pub fn each_of<T, R, E, F>(&self, items: Vec<T>, work: F) -> (Vec<R>, Result<(), E>)
     where
         T: Send + 'static,
-        F: Fn(T) + Send + Sync + 'static,
+        R: Send + 'static,
+        E: Send + 'static,
+        F: Fn(T) -> Result<R, E> + Send + Sync + 'static,
     {
         let threads = items.len().min(AT_ONCE);
         let shared = Arc::new(Each {
@@ -118,8 +121,10 @@ impl Threads {
                 items: items.into(),
                 under_way: 0,
                 work: Some(Arc::new(work)),
+                done: Vec::new(),
+                failed: None,
             }),
-            done: Condvar::new(),
+            over: Condvar::new(),
         });
         for _ in 1..threads {
             let shared = Arc::clone(&shared);
@@ -129,10 +134,13 @@ impl Threads {
             }
         }
         shared.run();
+        let under_way = |state: &mut EachState<T, R, E, F>| state.under_way > 0;
+        let over = shared.over.wait_while(shared.state(), under_way);
+        let mut state = over.unwrap_or_else(PoisonError::into_inner);
         // Whoever comes late finds nothing to do, and nothing of what `work` has.
-        let under_way = |state: &mut EachState<T, F>| state.under_way > 0;
-        let done = shared.done.wait_while(shared.state(), under_way);
-        done.unwrap_or_else(PoisonError::into_inner).work = None;
+        state.work = None;
+        let failed = state.failed.take();
+        (mem::take(&mut state.done), failed.map_or(Ok(()), Err))
     }
 }
 
@@ -144,32 +152,40 @@ impl Drop for Threads {
 }
 
 /// What threads do together.
-struct Each<T, F> {
-    state: Mutex<EachState<T, F>>,
+struct Each<T, R, E, F> {
+    state: Mutex<EachState<T, R, E, F>>,
     /// Nothing is under way.
-    done: Condvar,
+    over: Condvar,
 }
 
-struct EachState<T, F> {
+struct EachState<T, R, E, F> {
     items: VecDeque<T>,
     under_way: usize,
     work: Option<Arc<F>>,
+    done: Vec<R>,
+    failed: Option<E>,
 }
 
 /// One of them is no longer under way when this is dropped, also after a panic.
-struct UnderWay<'a, T, F>(&'a Each<T, F>);
+struct UnderWay<'a, T, R, E, F>(&'a Each<T, R, E, F>);
 
-impl<T, F> Drop for UnderWay<'_, T, F> {
+impl<T, R, E, F> Drop for UnderWay<'_, T, R, E, F> {
     fn drop(&mut self) {
         let mut state = self.0.state();
         state.under_way -= 1;
         if state.under_way == 0 {
-            self.0.done.notify_all();
+            self.0.over.notify_all();
         }
     }
 }
 
-impl<T, F: Fn(T)> Each<T, F> {
+impl<T, R, E, F> Each<T, R, E, F> {
+    fn state(&self) -> MutexGuard<'_, EachState<T, R, E, F>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T, R, E, F: Fn(T) -> Result<R, E>> Each<T, R, E, F> {
     fn run(&self) {
         loop {
             let mut state = self.state();
@@ -179,18 +195,19 @@ impl<T, F: Fn(T)> Each<T, F> {
             };
             state.under_way += 1;
             drop(state);
-            let under_way = UnderWay(self);
-            work(item);
-            // First, so that nobody has it when all is done.
+            let _under_way = UnderWay(self);
+            let result = work(item);
+            // Nobody has it when all is done.
             drop(work);
-            drop(under_way);
+            let mut state = self.state();
+            match result {
+                Ok(result) => state.done.push(result),
+                Err(error) => {
+                    state.items.clear();
+                    state.failed.get_or_insert(error);
+                }
+            }
         }
-    }
-}
-
-impl<T, F> Each<T, F> {
-    fn state(&self) -> MutexGuard<'_, EachState<T, F>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -198,7 +215,6 @@ impl<T, F> Each<T, F> {
 mod tests {
     use super::*;
     use std::collections::HashSet;
-    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
     use std::sync::{Barrier, mpsc};
     use std::thread::ThreadId;
     use std::time::{Duration, Instant};
@@ -263,23 +279,22 @@ mod tests {
     #[test]
     fn many_work_together_and_all_is_done() {
         let threads = started(AT_ONCE - 1);
-        let (places, done) = (
-            Arc::new(Mutex::new(HashSet::new())),
-            Arc::new(AtomicUsize::new(0)),
-        );
-        let all = Arc::new(Barrier::new(AT_ONCE));
-        threads.each_of((0..AT_ONCE).collect(), {
-            let (places, done) = (Arc::clone(&places), Arc::clone(&done));
-            move |_| {
+        let all = Barrier::new(AT_ONCE);
+        let whole = Arc::new(());
+        let (mut done, result) = threads.each_of((0..AT_ONCE).collect(), {
+            let whole = Arc::clone(&whole);
+            move |item| {
                 // Passes only when all of them are here.
                 all.wait();
-                places.lock().unwrap().insert(thread::current().id());
-                done.fetch_add(1, Relaxed);
+                let _ = &whole;
+                Ok::<_, ()>((item, thread::current().id()))
             }
         });
-        assert_eq!(done.load(Relaxed), AT_ONCE);
-        let places = Arc::into_inner(places).expect("nobody has it any more");
-        let places = places.into_inner().unwrap();
+        assert_eq!(result, Ok(()));
+        assert_eq!(Arc::strong_count(&whole), 1, "somebody has it still");
+        done.sort_by_key(|(item, _)| *item);
+        assert!(done.iter().map(|(item, _)| *item).eq(0..AT_ONCE));
+        let places: HashSet<_> = done.into_iter().map(|(_, place)| place).collect();
         assert_eq!(places.len(), AT_ONCE);
         assert!(places.contains(&thread::current().id()));
     }
@@ -287,29 +302,31 @@ mod tests {
     #[test]
     fn one_alone_does_all_in_order() {
         let threads = Threads::start(0).unwrap();
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        threads.each_of(vec![3, 1, 2], {
-            let seen = Arc::clone(&seen);
-            move |item| seen.lock().unwrap().push(item)
-        });
-        assert_eq!(*seen.lock().unwrap(), [3, 1, 2]);
-        threads.each_of(Vec::<u8>::new(), |_| unreachable!());
+        let (done, result) = threads.each_of(vec![3, 1, 2], Ok::<_, ()>);
+        assert_eq!((done, result), (vec![3, 1, 2], Ok(())));
+        let nothing: Vec<u8> = Vec::new();
+        let (done, result) = threads.each_of(nothing, Err::<(), _>);
+        assert_eq!((done, result), (vec![], Ok(())));
+    }
+
+    #[test]
+    fn nothing_is_begun_after_an_error() {
+        let threads = Threads::start(0).unwrap();
+        let work = |item| if item == 2 { Err(item) } else { Ok(item) };
+        let (done, result) = threads.each_of(vec![1, 2, 3], work);
+        assert_eq!((done, result), (vec![1], Err(2)));
     }
 
     #[test]
     fn what_panics_is_not_waited_for() {
         let threads = started(1);
-        let done = Arc::new(AtomicUsize::new(0));
         let here = thread::current().id();
         let both = Barrier::new(2);
-        threads.each_of(vec![0, 1], {
-            let done = Arc::clone(&done);
-            move |_| {
-                both.wait();
-                assert_eq!(thread::current().id(), here, "on purpose");
-                done.fetch_add(1, Relaxed);
-            }
+        let (done, result) = threads.each_of(vec![0, 1], move |_| {
+            both.wait();
+            assert_eq!(thread::current().id(), here, "on purpose");
+            Ok::<_, ()>(here)
         });
-        assert_eq!(done.load(Relaxed), 1);
+        assert_eq!((done, result), (vec![here], Ok(())));
     }
 }

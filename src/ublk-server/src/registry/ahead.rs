@@ -15,6 +15,7 @@ use accel_ufs::index::{ImageSize, Root};
 use accel_ufs::names::LayerName;
 use accel_ufs::resolve::ImageName;
 use std::collections::{HashMap, HashSet};
+use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -168,11 +169,11 @@ fn look_ahead(
         .filter(|layer| seen.insert(layer.root))
         .collect();
     let (engine, shared) = (Arc::clone(engine), Arc::clone(shared));
-    threads.each_of(wanted, move |layer| {
+    let (_, Ok(())) = threads.each_of(wanted, move |layer: Layer| {
         {
             let mut state = shared.state();
             if state.layers.contains_key(&layer.root) || state.asked.contains(&layer.root) {
-                return;
+                return Ok::<_, Infallible>(());
             }
             let under_way = (Instant::now(), Progress::UnderWay);
             state.layers.insert(layer.root, under_way);
@@ -191,6 +192,7 @@ fn look_ahead(
         }
         drop(state);
         shared.opened.notify_all();
+        Ok(())
     });
     Ok(())
 }

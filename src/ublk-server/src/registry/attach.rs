@@ -15,7 +15,7 @@ use accel_ufs::index::{ImageSize, Root};
 use accel_ufs::names::LayerName;
 use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 impl Registry {
@@ -213,35 +213,22 @@ impl Registry {
             let origin = found.image.origins.get(&layer.root).cloned();
             (layer, opened, origin)
         });
-        let done = Arc::new(Mutex::new((Vec::new(), Ok(()))));
+        let registry = Arc::clone(self);
         // The driver starts several devices at the same time, each of which it takes its
         // time for.
-        self.threads.each_of(missing.collect(), {
-            let (registry, done) = (Arc::clone(self), Arc::clone(&done));
+        let (done, result) = self.threads.each_of(
+            missing.collect(),
             move |(layer, opened, origin): (Layer, _, _)| {
-                let done = || done.lock().unwrap_or_else(PoisonError::into_inner);
-                if done().1.is_err() {
-                    return;
-                }
                 // Its last holder may have let it go since it was looked up.
-                let export = opened.map_or_else(|| registry.open_layer(&layer), Ok);
-                let served = export.and_then(|export| registry.export(export, origin));
-                let mut done = done();
-                match served {
-                    Ok(served) => {
-                        done.0.push(layer.root);
-                        registry.note_origin(&served);
-                        registry.state().exports.insert(layer.root, served);
-                    }
-                    Err(error) if done.1.is_ok() => done.1 = Err(error),
-                    Err(_) => {}
-                }
-            }
-        });
-        let done = Arc::into_inner(done).context("a device is still being made")?;
-        let done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
-        added.extend(done.0);
-        done.1?;
+                let export = opened.map_or_else(|| registry.open_layer(&layer), Ok)?;
+                let served = registry.export(export, origin)?;
+                registry.note_origin(&served);
+                registry.state().exports.insert(layer.root, served);
+                anyhow::Ok(layer.root)
+            },
+        );
+        added.extend(done);
+        result?;
         let mut layers = Vec::with_capacity(found.image.layers.len());
         for layer in &found.image.layers {
             let served = self.state().exports.get(&layer.root).cloned();

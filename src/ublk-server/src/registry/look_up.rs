@@ -9,11 +9,11 @@ use accel_source::Source;
 use accel_ufs::index::{ImageSize, Root};
 use accel_ufs::names::LayerName;
 use accel_ufs::resolve::ImageName;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// What there is of a layer whose root is known.
@@ -93,29 +93,14 @@ impl Registry {
                 }
             }
         }
-        let opened = Arc::new(Mutex::new(Ok(HashMap::new())));
-        self.threads.each_of(wanted.into_values().collect(), {
-            let (engine, opened) = (Arc::clone(&self.engine), Arc::clone(&opened));
-            move |layer: Layer| {
-                let lock = || opened.lock().unwrap_or_else(PoisonError::into_inner);
-                if lock().is_err() {
-                    return;
-                }
-                let export = open_layer(&engine, &layer);
-                let mut all = lock();
-                match (&mut *all, export) {
-                    (Ok(opened), Ok(export)) => {
-                        opened.insert(layer.root, export);
-                    }
-                    (Ok(_), Err(error)) => *all = Err(error),
-                    (Err(_), _) => {}
-                }
-            }
-        });
-        let opened = Arc::into_inner(opened).context("a look-up is still under way")?;
-        Ok(opened
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner)?)
+        let engine = Arc::clone(&self.engine);
+        let (opened, result) = self
+            .threads
+            .each_of(wanted.into_values().collect(), move |layer: Layer| {
+                open_layer(&engine, &layer).map(|export| (layer.root, export))
+            });
+        result?;
+        Ok(opened.into_iter().collect())
     }
 
     pub(super) fn open_layer(&self, layer: &Layer) -> Result<Arc<Export>> {
