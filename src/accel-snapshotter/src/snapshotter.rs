@@ -92,8 +92,11 @@ pub struct Snapshotter {
     choices: Choices,
     hits: AtomicU64,
     fallbacks: Mutex<BTreeMap<&'static str, u64>>,
-    cleaning: Mutex<()>,
+    cleaning: Mutex<Complaints>,
 }
+
+/// Why layers could not be unmounted the last time, so that it is said once.
+type Complaints = HashMap<Root, String>;
 
 impl Snapshotter {
     /// Opens the snapshots beneath a root directory.
@@ -437,7 +440,7 @@ impl Snapshotter {
     /// Deletes and unmounts what no snapshot needs any more. What cannot be is tried
     /// again the next time.
     pub fn clean_up(&self) -> Result<()> {
-        let _one = self.cleaning.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut complaints = self.cleaning.lock().unwrap_or_else(PoisonError::into_inner);
         self.unmap_ids()?;
         let snapshots = self.places.snapshots();
         let garbage = self.store.garbage(|| names_in(&snapshots));
@@ -448,6 +451,7 @@ impl Snapshotter {
             }
         }
         for (layer, needed) in self.store.layers() {
+            let before = complaints.remove(&layer.root);
             if needed {
                 continue;
             }
@@ -460,7 +464,10 @@ impl Snapshotter {
                 Ok(false) => {}
                 Err(error) => {
                     let error = format!("{error:#}");
-                    tracing::warn!(layer = %layer.diff_id, error, "cannot unmount a layer; it is tried again");
+                    if before.as_ref() != Some(&error) {
+                        tracing::warn!(layer = %layer.diff_id, error, "cannot unmount a layer; it is tried again");
+                    }
+                    complaints.insert(layer.root, error);
                 }
             }
         }

@@ -8,6 +8,7 @@ use accel_snapshotter::doctor::{Finding, Level, Step};
 use accel_snapshotter::status::{LayerStatus, Status};
 use accel_ufs::index::Root;
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// What is done to a node.
 type Change = fn(&mut Node);
@@ -94,6 +95,7 @@ fn well() -> Node {
                 knows_us: true,
             }),
         },
+        udev: Some(true),
         nvidia: None,
     }
 }
@@ -126,6 +128,7 @@ fn perform(node: &mut Node, command: &str) {
         "chmod 600 /run/accel.sock" => {
             node.access = node.access.map(|(owner, _)| (owner, 0o600));
         }
+        "udevadm control --reload" => {}
         _ if command.starts_with("echo ") || command.starts_with("systemctl enable ") => {}
         other => panic!("what does {other:?} do?"),
     }
@@ -134,6 +137,32 @@ fn perform(node: &mut Node, command: &str) {
 #[test]
 fn a_node_that_is_well_is_well() {
     assert_eq!(inject(|_| {}), []);
+}
+
+#[test]
+fn udev_needs_no_rules_where_there_are_no_block_devices() {
+    let over_fuse: Change = |node| {
+        server_status(node).transport = "fuse".to_owned();
+        node.ublk = Support::Absent;
+    };
+    let nodes: [(Change, Option<bool>); 3] =
+        [(over_fuse, Some(false)), (over_fuse, None), (|_| {}, None)];
+    for (change, udev) in nodes {
+        let bad = inject(|node| {
+            change(node);
+            node.udev = udev;
+        });
+        assert!(
+            bad.iter().all(|finding| finding.check != "udev"),
+            "{bad:#?}"
+        );
+    }
+}
+
+#[test]
+fn the_rules_for_udev_come_with_the_project() {
+    let rules = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/udev");
+    assert!(rules.join(node::UDEV_RULES).is_file());
 }
 
 #[test]
@@ -207,7 +236,7 @@ fn faults_that_people_mend_are_mended_by_what_is_said() {
         node.ublk = Support::Present;
     };
     // The fault, the words that say what is to be done, and what that does.
-    let injected: [(&str, Level, Change, &str, Change); 14] = [
+    let injected: [(&str, Level, Change, &str, Change); 15] = [
         (
             "kernel",
             Level::Fault,
@@ -249,6 +278,13 @@ fn faults_that_people_mend_are_mended_by_what_is_said() {
             },
             "boot a kernel with either",
             boot,
+        ),
+        (
+            "udev",
+            Level::Warning,
+            |node| node.udev = Some(false),
+            "install deploy/udev/59-image-accel.rules",
+            |node| node.udev = Some(true),
         ),
         (
             "ublk-server",

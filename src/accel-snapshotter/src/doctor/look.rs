@@ -112,10 +112,18 @@ pub async fn look(options: &Options) -> Report {
         },
         access: access.map(|metadata| (metadata.uid(), metadata.mode() & 0o777)),
         containerd: running,
+        udev: Path::new("/run/udev/control").exists().then(has_udev_rules),
         nvidia: (scope == Scope::Nvidia).then(|| Path::new(NVIDIA).exists()),
     }));
     findings.extend(configuration);
     Report { findings }
+}
+
+/// Whether udev finds our rules, in any of its directories.
+fn has_udev_rules() -> bool {
+    let places = ["/etc", "/run", "/usr/local/lib", "/usr/lib", "/lib"].map(Path::new);
+    let rules = Path::new("udev/rules.d").join(node::UDEV_RULES);
+    places.iter().any(|place| place.join(&rules).exists())
 }
 
 /// Whether the kernel has a module, or has it built in.

@@ -8,6 +8,9 @@ use crate::status;
 use accel_client::protocol;
 use std::path::{Path, PathBuf};
 
+/// The rules that keep udev from reading the layers' block devices.
+pub const UDEV_RULES: &str = "59-image-accel.rules";
+
 /// How a kernel has something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Support {
@@ -62,6 +65,8 @@ pub struct Node {
     pub access: Option<(u32, u32)>,
     /// containerd.
     pub containerd: Asked<Running>,
+    /// udev, if it runs: whether it has [`UDEV_RULES`].
+    pub udev: Option<bool>,
     /// NVIDIA's runtime, if it is needed: whether it is there.
     pub nvidia: Option<bool>,
 }
@@ -75,6 +80,7 @@ pub fn examine(node: &Node) -> Vec<Finding> {
     let judged = [
         kernel(node),
         ublk(node),
+        udev(node),
         server(node),
         ufs(node),
         snapshotter(node),
@@ -165,6 +171,29 @@ fn ublk(node: &Node) -> Vec<Finding> {
                 )
             }
         }
+    };
+    vec![finding]
+}
+
+fn udev(node: &Node) -> Vec<Finding> {
+    const CHECK: &str = "udev";
+    let over_ublk = |status: &protocol::Status| status.transport == "ublk";
+    let finding = match node.udev {
+        Some(true) => Finding::ok(CHECK, "it leaves the layers' block devices alone"),
+        Some(false) if node.server.answer.as_ref().is_ok_and(over_ublk) => Finding::warning(
+            CHECK,
+            format!(
+                "{UDEV_RULES} is missing: newer versions of udev read every layer's block device, \
+                 and what they read comes from UFS"
+            ),
+            vec![
+                Step::Do(format!(
+                    "install deploy/udev/{UDEV_RULES} of this version in /etc/udev/rules.d"
+                )),
+                run("udevadm control --reload"),
+            ],
+        ),
+        Some(false) | None => return Vec::new(),
     };
     vec![finding]
 }
