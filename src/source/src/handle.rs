@@ -188,8 +188,7 @@ impl Source for WorkerSource {
                 None => SourceError::Closed { origin },
             }));
         }
-        // The supervisor sleeps without a timeout while nothing is under way.
-        let mut wake = state.is_idle();
+        let mut wake = !state.watched;
         state.waiting.push_back(Pending {
             id: request.id,
             file: request.file,
@@ -287,6 +286,9 @@ pub(crate) struct State {
     pub buried: usize,
     /// When a worker was last heard of, or started.
     pub heard: Option<Instant>,
+    /// The supervisor wakes soon by itself: it need not be woken for a request, which would
+    /// cost whoever reads one piece after the other as much as the answer does.
+    pub watched: bool,
     last_id: u64,
 }
 
@@ -356,6 +358,7 @@ impl State {
         let operations = u64::from(reply.operations);
         shared.counters.operations.fetch_add(operations, Relaxed);
         let Sent { mut pending, late } = self.sent.remove(&reply.id)?;
+        let alone = self.is_idle();
         let origin = Arc::clone(&shared.name);
         match &reply.result {
             Ok(len) => {
@@ -371,6 +374,7 @@ impl State {
                         fresh: matches!(pending.operation, Operation::Read { fresh: true, .. }),
                     },
                     took: pending.since.elapsed(),
+                    alone,
                     asked: pending.since,
                     slot: pending.slot,
                 };

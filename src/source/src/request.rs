@@ -254,6 +254,9 @@ pub struct Filled {
     /// How long the source took: from when its worker had the request until it answered.
     /// What the request waited for before, and what becomes of the bytes, is not in it.
     pub took: Duration,
+    /// Nothing else was asked of the source then: whoever gets this may work on it in the thread
+    /// that calls back, which has nothing else to hear, instead of waking another.
+    pub alone: bool,
     /// When they were first asked for.
     pub(crate) asked: Instant,
 }

@@ -29,6 +29,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// may still be written after it, with a pause that doubles up to [`LONGEST_LOOK`].
 const BURIAL: Duration = Duration::from_millis(10);
 const LONGEST_LOOK: Duration = Duration::from_secs(1);
+/// How long to go on looking after an answer, without being woken for the next request.
+const WATCH: Duration = Duration::from_millis(250);
 
 /// A worker process.
 pub(crate) struct Worker {
@@ -279,7 +281,7 @@ fn give_up(shared: &Shared, graves: &mut Vec<Grave>, restart: &mut Restart, reas
 /// Sleeps until something happens; true if the worker said something.
 fn wait(shared: &Shared, yard: &Graveyard, restart: &Restart) -> io::Result<bool> {
     let (deadline, socket, blocked) = {
-        let state = shared.lock();
+        let mut state = shared.lock();
         let socket = state
             .worker
             .as_ref()
@@ -296,10 +298,13 @@ fn wait(shared: &Shared, yard: &Graveyard, restart: &Restart) -> io::Result<bool
         if state.worker.is_none() && yard.has_room(shared) {
             until(restart.at.max(Instant::now() + BURIAL));
         }
-        if !state.is_idle() {
+        let lately = state.heard.is_some_and(|at| at.elapsed() < WATCH);
+        let watched = !state.is_idle() || lately;
+        if watched {
             // Requests that came while this thread slept have deadlines too.
-            until(Instant::now() + Duration::from_millis(250));
+            until(Instant::now() + WATCH);
         }
+        state.watched = watched;
         (deadline, socket, state.blocked)
     };
     let timeout = deadline.map(|at| at.saturating_duration_since(Instant::now()));

@@ -29,9 +29,10 @@ fn main() -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         };
     }
-    let tests: [(&str, fn()); 26] = [
+    let tests: [(&str, fn()); 27] = [
         ("reads_every_range", reads_every_range),
         ("neighbours_are_read_together", neighbours),
+        ("who_has_nothing_else_to_hear_says_so", alone),
         ("small_files_and_listings", small_files_and_listings),
         (
             "nothing_outside_the_directory",
@@ -211,6 +212,32 @@ fn neighbours() {
         let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
         file.set_len(size as u64).unwrap();
         together(&[8, 7, 4, 5, 6, 3], size);
+    }
+}
+
+fn alone() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(directory.path().join("file"), noise(3 * CHUNK)).unwrap();
+    let (arena, source) = start(directory.path(), 4);
+    source.wait_ready(Duration::from_secs(30)).unwrap();
+    let worker = source.worker_pid().unwrap();
+    // Those that wait at the worker's door are answered one after the other.
+    let alone = |reads: usize| {
+        kill(worker, rustix::process::Signal::STOP);
+        let ask = |chunk| at((chunk * CHUNK) as u64, CHUNK);
+        let asked = (0..reads).map(|chunk| {
+            let (file, patience) = ("file", Patience::DATA);
+            submit(&arena, &*source, file, ask(chunk), patience)
+        });
+        let asked: Vec<_> = asked.collect();
+        kill(worker, rustix::process::Signal::CONT);
+        let answers = asked.into_iter().map(|answer| answer.recv().unwrap());
+        answers
+            .filter(|answer| answer.as_ref().unwrap().alone)
+            .count()
+    };
+    for reads in [1, 2, 3, 1] {
+        assert_eq!(alone(reads), 1, "of {reads}");
     }
 }
 

@@ -12,13 +12,13 @@
 //!    └── finish, when the last piece is gone       ▼
 //!                                          Source::submit(slot)
 //!                                                  ▼ done
-//!                    verifier thread: hash in place ─ good ─► cache, fill all who wait
+//!      verifier thread, or the source's: hash in place ─ good ─► cache, fill all who wait
 //!                                                   └ bad ──► reject: the source asks elsewhere,
 //!                                                             or says that nobody has better
 //! ```
 //!
 //! **Invariant**: [`fill`](accel_transport::Place::fill) is called only with
-//! bytes of a cache entry, and an entry is made only by a verifier from bytes
+//! bytes of a cache entry, and an entry is made only by a verifier's job from bytes
 //! that match the image's root (or are zeros that do).
 //!
 //! Nothing here blocks the thread that brings a request. Pages of the index live
@@ -322,7 +322,8 @@ impl Engine {
             request,
             Box::new(move |outcome| {
                 let jobs = Arc::clone(&engine.jobs);
-                jobs.push(Job::new(move || {
+                let alone = outcome.as_ref().is_ok_and(|filled| filled.alone);
+                let job = Job::new(move || {
                     let export = Arc::clone(what.export());
                     let came = || engine.came(key, what, outcome, rejected);
                     if catch_unwind(AssertUnwindSafe(came)).is_err() {
@@ -330,7 +331,13 @@ impl Engine {
                         let waiters = C::cache(&engine).fail(&key);
                         engine.fail(waiters, &export, "the daemon failed at verifying it");
                     }
-                }));
+                });
+                // Who waits for one chunk after the other does not wait for a thread to wake, too.
+                if alone {
+                    job.run();
+                } else {
+                    jobs.push(job);
+                }
             }),
         );
     }

@@ -23,6 +23,13 @@ impl Job {
         Self(Box::new(run))
     }
 
+    pub(super) fn run(self) {
+        // A job that panics fails its own requests, not all others.
+        if catch_unwind(AssertUnwindSafe(self.0)).is_err() {
+            tracing::error!("a verifier panicked; it goes on");
+        }
+    }
+
     /// Memory came back: loads that had found none may start.
     pub(super) fn waiting(engine: Arc<Engine>) -> Self {
         Self(Box::new(move || {
@@ -97,12 +104,7 @@ pub(super) fn start(jobs: Arc<JobQueue>, engine: Weak<Engine>) -> std::io::Resul
             match jobs.pop(limit) {
                 Err(()) => return,
                 Ok(None) => {}
-                Ok(Some(job)) => {
-                    // A job that panics fails its own requests, not all others.
-                    if catch_unwind(AssertUnwindSafe(job.0)).is_err() {
-                        tracing::error!("a verifier panicked; it goes on");
-                    }
-                }
+                Ok(Some(job)) => job.run(),
             }
         }
     };
