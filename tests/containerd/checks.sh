@@ -671,7 +671,8 @@ PY
         # Each line is typed when the one before is done: daemons answer by then.
         sed -e 's/^\([a-z-]*\) serve\(.*\) &$/\1 serve\2 >>"$work\/readme\/daemons" 2>\&1 \& until \1 status >\/dev\/null 2>\&1; do sleep 0.2; done/' \
             "$work/readme/steps" >"$work/readme/typed"
-        work=$work sh -ex "$work/readme/typed"
+        # It is read in the checkout.
+        cd "$repo" && work=$work sh -ex "$work/readme/typed"
     ) >"$work/readme/output" || { cat "$work/readme/output"; return 1; }
     grep -qxF "$(cat "$images/output")" "$work/readme/output"
     grep -q '^hits *2$' "$work/readme/output"

@@ -23,10 +23,11 @@ impl Job {
         Self(Box::new(run))
     }
 
+    /// Does it in this thread.
     pub(super) fn run(self) {
         // A job that panics fails its own requests, not all others.
         if catch_unwind(AssertUnwindSafe(self.0)).is_err() {
-            tracing::error!("a verifier panicked; it goes on");
+            tracing::error!("verifying panicked; its thread goes on");
         }
     }
 
