@@ -118,7 +118,7 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
             lifecycle::lost_device_in_use_is_in_nobodys_way,
         ),
     ];
-    let others: [(&str, Check); 26] = [
+    let others: [(&str, Check); 27] = [
         (
             "mount::large_layer_with_at_most_1_mib",
             mounting::large_layer_takes_at_most_1_mib,
@@ -202,6 +202,10 @@ pub fn all(setting: &Setting) -> Result<Vec<Trial>> {
         (
             "native::containerd_mounts_the_devices",
             native::containerd_mounts_the_devices,
+        ),
+        (
+            "limits::full_disk_of_the_log_harms_nothing",
+            limits::full_disk_of_the_log_harms_nothing,
         ),
         ("usage::missing_ufs", usage::missing_ufs),
         ("usage::image_not_converted", usage::image_not_converted),

@@ -108,6 +108,8 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
+        // Or a line that cannot be written there is a panic.
+        .log_internal_errors(false)
         .init();
     let done = match Cli::parse().command {
         Command::Run {
@@ -138,7 +140,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("accel-controller: {error:#}");
+            let _ = writeln!(std::io::stderr(), "accel-controller: {error:#}");
             ExitCode::FAILURE
         }
     }

@@ -215,11 +215,13 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
+        // Or a line that cannot be written there is a panic.
+        .log_internal_errors(false)
         .init();
     match run(Cli::parse().command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("accel-snapshotter: {error:#}");
+            let _ = writeln!(std::io::stderr(), "accel-snapshotter: {error:#}");
             ExitCode::FAILURE
         }
     }

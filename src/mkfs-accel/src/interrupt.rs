@@ -3,6 +3,7 @@
 //! The signal's own thread does it, so that a converter that waits for a network
 //! ends at once too.
 
+use crate::output::complain;
 use crate::{exit, progress};
 use anyhow::Context;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -34,7 +35,7 @@ pub fn watch() -> anyhow::Result<()> {
                 clean_up();
             }
             progress::clear();
-            eprintln!("mkfs-accel: interrupted; unfinished files were removed");
+            complain!("interrupted; unfinished files were removed");
             std::process::exit(exit::INTERRUPTED.into());
         }
     };

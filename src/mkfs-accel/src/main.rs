@@ -14,6 +14,7 @@ mod storage;
 mod tree;
 
 use clap::Parser;
+use output::complain;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -23,6 +24,8 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(|| progress::Stderr)
+        // Or a line that cannot be written there is a panic.
+        .log_internal_errors(false)
         .init();
     let result = interrupt::watch().and_then(|()| command.run());
     // A signal ends the process on its own thread; what it tore on this one is
@@ -33,7 +36,7 @@ fn main() -> ExitCode {
         Ok(commands::Verdict::Damaged) => ExitCode::from(exit::DAMAGED),
         Err(error) if output::is_closed_pipe(&error) => ExitCode::from(exit::DONE),
         Err(error) => {
-            eprintln!("mkfs-accel: {error:#}");
+            complain!("{error:#}");
             ExitCode::from(exit::code(&error))
         }
     }

@@ -14,6 +14,16 @@ macro_rules! say {
 }
 pub(crate) use say;
 
+/// Writes a line to standard error, after this program's name; unlike `eprintln!`, a full disk
+/// there is no panic, and in nobody's way.
+macro_rules! complain {
+    ($($argument:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), "mkfs-accel: {}", format_args!($($argument)*));
+    }};
+}
+pub(crate) use complain;
+
 /// Whether the error is only that nobody reads our output any more.
 pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().map(io::Error::kind) == Some(io::ErrorKind::BrokenPipe)

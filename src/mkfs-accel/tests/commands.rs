@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Image, Ufs, bad, good, gzip, run, sample_tar};
+use common::{Image, Ufs, bad, good, gzip, mkfs_accel, run, sample_tar};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -222,6 +222,24 @@ fn exit_codes_tell_what_kind_of_thing_failed() {
     assert_eq!(layer("good.tar", "a.erofs"), 5);
     assert_eq!(layer("bad.tar", "b.erofs"), 3);
     assert_eq!(layer("none.tar", "b.erofs"), 4);
+}
+
+#[test]
+fn exit_codes_are_the_same_where_nothing_can_be_said() {
+    let image = Image::gzipped(&[sample_tar(1)]);
+    let ufs = Ufs::new();
+    let code = |source: &str| {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full");
+        let status = mkfs_accel()
+            .args(["convert", source, "--json", "--ufs"])
+            .arg(ufs.path())
+            .env("RUST_LOG", "trace")
+            .stderr(full.unwrap())
+            .status();
+        status.unwrap().code()
+    };
+    assert_eq!(code(&image.source()), Some(0));
+    assert_eq!(code("oci:/nonexistent"), Some(4));
 }
 
 #[test]

@@ -4,12 +4,14 @@ use accel_source::{disk_worker, worker};
 use accel_transport::Wanted;
 use anyhow::{Context as _, Result};
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 use ublk_server::disk_cache::DiskCacheOptions;
 use ublk_server::log::LogFormat;
+use ublk_server::output::print;
 use ublk_server::paths::{Paths, SOCKET};
 use ublk_server::remake::{self, RemakeOptions};
 use ublk_server::{client, keeper, log, rescue, serve, size, time};
@@ -266,23 +268,23 @@ fn run(command: Command) -> Result<()> {
             check,
         })?,
         Command::Upgrade { program, place } => {
-            print!("{}", client::upgrade(&place.into(), program.as_deref())?);
+            print(client::upgrade(&place.into(), program.as_deref())?)?;
         }
         Command::Shutdown {
             leave_daemon,
             place,
         } => client::shutdown(&place.into(), leave_daemon)?,
-        Command::Gc { place } => print!("{}", client::gc(&place.into())?),
-        Command::Rescue { after, place } => print!("{}", rescue::run(&place.into(), after)?),
+        Command::Gc { place } => print(client::gc(&place.into())?)?,
+        Command::Rescue { after, place } => print(rescue::run(&place.into(), after)?)?,
         Command::Attach { image, place } => {
             for device in client::attach(&place.into(), &image)? {
-                println!("{}", device.display());
+                print(format_args!("{}\n", device.display()))?;
             }
         }
         Command::Detach { image, place } => client::detach(&place.into(), &image)?,
-        Command::List { place } => print!("{}", client::list(&place.into())?),
-        Command::Status { json, place } => print!("{}", client::status(&place.into(), json)?),
-        Command::Metrics { place } => print!("{}", client::metrics(&place.into())?),
+        Command::List { place } => print(client::list(&place.into())?)?,
+        Command::Status { json, place } => print(client::status(&place.into(), json)?)?,
+        Command::Metrics { place } => print(client::metrics(&place.into())?)?,
         Command::Mount {
             image,
             directory,
@@ -317,7 +319,7 @@ fn main() -> ExitCode {
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("ublk-server: {error:#}");
+            let _ = writeln!(std::io::stderr(), "ublk-server: {error:#}");
             ExitCode::FAILURE
         }
     }

@@ -11,6 +11,7 @@ use crate::log;
 use crate::metrics;
 use crate::namespace;
 use crate::notify::Notifier;
+use crate::output::print;
 use crate::paths::Paths;
 use crate::registry::Registry;
 use crate::remake::{Remake, RemakeOptions};
@@ -113,8 +114,7 @@ pub fn run(options: &Options) -> Result<()> {
     let ufs = std::path::absolute(&options.ufs)?;
     if options.check {
         open_journal(paths, &ufs)?;
-        println!("{}", env!("CARGO_PKG_VERSION"));
-        return Ok(());
+        return print(concat!(env!("CARGO_PKG_VERSION"), "\n"));
     }
     let inherited = options.inherited.as_deref();
     let inherited = inherited.map(|text| Inherited::take(text, paths));

@@ -1,12 +1,13 @@
 //! Where there is too little memory, or too few descriptors or devices, what runs goes on.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Resource, Rlimit};
+use tempfile::TempDir;
 
 use super::lifecycle::compare;
 use crate::Setting;
@@ -77,6 +78,44 @@ pub fn limit_of_devices_is_no_limit_or_named(setting: &Setting) -> Result<()> {
     before.check_same_now(setting)
 }
 
+/// Where nothing of its log can be written, a daemon serves as always, and so does who takes its
+/// place.
+pub fn full_disk_of_the_log_harms_nothing(setting: &Setting) -> Result<()> {
+    let image = image(setting, "tiny")?;
+    let before = State::now(setting)?;
+    let (directory, program) = instead(
+        setting,
+        "if [ \"$1\" = serve ]; then exec >/dev/full 2>&1; fi",
+    )?;
+    let daemon = Daemon::start_program(setting, &program, &setting.ufs())?;
+    let wanted = image.tree()?;
+    let mounted = daemon.mount(&image.source)?;
+    compare(&wanted, mounted.path(), "a log that cannot be written")?;
+    daemon.kill_and_restart()?;
+    compare(&wanted, mounted.path(), "a successor of that one")?;
+    ensure!(mounted.run(&image.program)? == image.output()?);
+    mounted.unmount()?;
+    daemon.stop()?;
+    drop(directory);
+    before.check_same_now(setting)
+}
+
+/// A program that does `first`, words of a shell, and then is `ublk-server`; it lies in the
+/// directory.
+fn instead(setting: &Setting, first: &str) -> Result<(TempDir, PathBuf)> {
+    let directory = setting.scratch_dir()?;
+    let program = directory.path().join("instead");
+    let server = setting.ublk_server();
+    let text = format!(
+        "#!/bin/sh\nset -e\n{first}\nexec {} \"$@\"\n",
+        server.display()
+    );
+    std::fs::write(&program, text)?;
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&program, executable)?;
+    Ok((directory, program))
+}
+
 /// Daemon and workers share little memory with a program that takes all there is: that
 /// one is ended, again and again, and reads go on.
 pub fn reads_go_on_when_memory_is_short(setting: &Setting) -> Result<()> {
@@ -90,18 +129,13 @@ pub fn reads_go_on_when_memory_is_short(setting: &Setting) -> Result<()> {
     std::fs::write(root.join("cgroup.subtree_control"), "+memory")?;
     let group = root.join(format!("accel-memory-{}", std::process::id()));
     std::fs::create_dir(&group)?;
-    let script = setting.scratch_dir()?;
-    let program = script.path().join("limited");
     let enter = format!("echo $$ >{}/cgroup.procs", group.display());
     // Scored as by deploy/systemd/ublk-server.service.
-    let text = format!(
-        "#!/bin/sh\nset -e\nif [ \"$1\" = serve ]; then {enter}; echo -1000 >/proc/self/oom_score_adj; fi\n\
-         exec {} \"$@\"\n",
-        setting.ublk_server().display()
-    );
-    std::fs::write(&program, text)?;
-    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    std::fs::set_permissions(&program, executable)?;
+    let scored = "echo -1000 >/proc/self/oom_score_adj";
+    let (script, program) = instead(
+        setting,
+        &format!("if [ \"$1\" = serve ]; then {enter}; {scored}; fi"),
+    )?;
     let checked = (|| -> Result<()> {
         std::fs::write(group.join("memory.max"), "128M")?;
         let daemon = Daemon::start_program(setting, &program, &setting.ufs())?;

@@ -2,7 +2,7 @@
 //! are for them.
 
 use crate::interrupt;
-use crate::output::say;
+use crate::output::{complain, say};
 use crate::registry::{RegistryArguments, tell_refusal};
 use accel_image::{check_login, logins};
 use accel_ufs::UfsError;
@@ -75,7 +75,7 @@ fn check(arguments: &Arguments) -> anyhow::Result<BTreeSet<String>> {
             Ok(()) if arguments.json => {}
             Ok(()) => say!("{registry}: we are let in")?,
             Err(error) if first.is_none() => first = Some(error),
-            Err(error) => eprintln!("mkfs-accel: {error}"),
+            Err(error) => complain!("{error}"),
         }
     }
     first.map_or(Ok(registries), |error| Err(error.into()))

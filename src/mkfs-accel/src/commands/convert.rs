@@ -2,7 +2,7 @@
 //! that names them.
 
 use crate::layers::{self, Done, Fate, Tell};
-use crate::output::{Bytes, Seconds, say};
+use crate::output::{Bytes, Seconds, complain, say};
 use crate::published::Published;
 use crate::registry::{RegistryArguments, tell_refusal};
 use crate::{interrupt, jobs};
@@ -530,7 +530,7 @@ fn publish_start(ufs: &Ufs, record: &ImageRecord) -> anyhow::Result<()> {
             // It was there before, and is not this conversion's to judge; who mends it
             // converts again.
             Err(error) => {
-                eprintln!("mkfs-accel: mounting the image reads more of UFS than it need: {error}");
+                complain!("mounting the image reads more of UFS than it need: {error}");
                 return Ok(());
             }
         }

@@ -2,9 +2,11 @@
 //! failing, its program may be the reason.
 
 use clap::Parser;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
+use ublk_server::output::print;
 use ublk_server::paths::{Paths, SOCKET};
 use ublk_server::{rescue, time};
 
@@ -27,15 +29,15 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_ansi(false)
         .with_writer(std::io::stderr)
+        // Or a line that cannot be written there is a panic.
+        .log_internal_errors(false)
         .init();
     let cli = Cli::parse();
-    match rescue::run(&Paths::new(&cli.socket, cli.run_dir), cli.after) {
-        Ok(done) => {
-            print!("{done}");
-            ExitCode::SUCCESS
-        }
+    let done = rescue::run(&Paths::new(&cli.socket, cli.run_dir), cli.after);
+    match done.and_then(print) {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("ublk-rescue: {error:#}");
+            let _ = writeln!(std::io::stderr(), "ublk-rescue: {error:#}");
             ExitCode::FAILURE
         }
     }

@@ -203,7 +203,7 @@ async fn main() -> ExitCode {
     match run(Cli::parse()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("kubectl accel: {error:#}");
+            let _ = writeln!(std::io::stderr(), "kubectl accel: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -337,7 +337,7 @@ fn say_all(what: &impl Serialize, output: Output) -> Result<()> {
 /// What tasks and nodes' labels say may be long over then. Whoever may not see the Lease is told nothing.
 async fn tell_if_none_leads(mut ear: Ear) {
     if let Ok(leader @ Leader::None(_)) = ear.ask().await {
-        eprintln!("{leader}");
+        let _ = writeln!(std::io::stderr(), "{leader}");
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::LOOK;
 use accel_controller::lead::{Ear, Leader};
 use anyhow::{Result, bail};
+use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 /// How often to listen.
@@ -43,7 +44,7 @@ impl Patience {
                 Ok(leader) => {
                     let runs_not = matches!(leader, Leader::None(_));
                     if runs_not != self.told && leader != Leader::Unsure {
-                        eprintln!("{leader}");
+                        let _ = writeln!(std::io::stderr(), "{leader}");
                         self.told = runs_not;
                     }
                     self.heard = Some((leader, Instant::now()));
