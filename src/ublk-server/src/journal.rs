@@ -17,6 +17,14 @@ use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long an entry waits for memory, which the kernel takes from somebody else.
+const WAIT_FOR_MEMORY: Duration = Duration::from_secs(2);
+
+/// Between two attempts.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// Number of the format; entries of FUSE exports have the second, because a daemon
 /// that knows only the first would take them for block devices.
@@ -219,13 +227,17 @@ impl Journal {
 
     /// Writes an entry; when this returns it is on disk.
     pub fn write(&self, entry: &Entry) -> io::Result<()> {
-        let temporary = self.directory.join(format!(".{}.tmp", entry.root));
         let mut json = serde_json::to_vec_pretty(entry)?;
         json.push(b'\n');
+        when_there_is_memory(|| self.write_file(entry.root, &json))
+    }
+
+    fn write_file(&self, root: Root, json: &[u8]) -> io::Result<()> {
+        let temporary = self.directory.join(format!(".{root}.tmp"));
         let mut file = File::create(&temporary)?;
-        file.write_all(&json)?;
+        file.write_all(json)?;
         file.sync_all()?;
-        fs::rename(&temporary, self.path(entry.root))?;
+        fs::rename(&temporary, self.path(root))?;
         File::open(&self.directory)?.sync_all()
     }
 
@@ -334,9 +346,42 @@ impl Journal {
     }
 }
 
+/// Does it again for a while if it fails for want of memory: pages of files count, too, where
+/// a daemon's memory is limited.
+fn when_there_is_memory<T>(mut act: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let since = Instant::now();
+    loop {
+        match act() {
+            Err(error)
+                if error.kind() == io::ErrorKind::OutOfMemory
+                    && since.elapsed() < WAIT_FOR_MEMORY =>
+            {
+                thread::sleep(PAUSE);
+            }
+            result => return result,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_is_waited_for_and_nothing_else() {
+        let mut answers = vec![
+            Err(io::ErrorKind::StorageFull.into()),
+            Ok(7),
+            Err(io::ErrorKind::OutOfMemory.into()),
+            Err(io::ErrorKind::OutOfMemory.into()),
+        ];
+        let mut next = || answers.pop().unwrap();
+        assert_eq!(when_there_is_memory(&mut next).unwrap(), 7);
+        let error = when_there_is_memory(&mut next).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        let without = when_there_is_memory(|| Err::<(), _>(io::ErrorKind::OutOfMemory.into()));
+        assert_eq!(without.unwrap_err().kind(), io::ErrorKind::OutOfMemory);
+    }
 
     fn entry(journal: &Journal) -> Entry {
         let name = LayerName::Chain(ChainId(Digest::of(b"x")));
