@@ -9,8 +9,8 @@
 //!   more than that then. What is missing is behind the last chunks of layers;
 //! * a moment later, because nothing may hold its pages then, by a thread that does nothing
 //!   else and holds no lock meanwhile;
-//! * as slowly as leaves the processors to others: a container that starts fills many pieces,
-//!   and may need each byte once;
+//! * as slowly as leaves the processors to others, and slower still while memory comes: a
+//!   container that starts then waits for every read, and may need each byte once;
 //! * up to [`ATTEMPTS`] times. A piece that stays in ordinary pages is served all the same.
 //!
 //! A huge piece stays one, whatever is read into it later, until a slot of it is *renewed*
@@ -39,6 +39,10 @@ const SHORTAGE: Duration = Duration::from_secs(10);
 /// How many times as long as the last attempt took the thread then rests: it uses a fifth of
 /// a processor at most.
 const REST: u32 = 4;
+/// The same while memory comes, and for [`QUIET`] after it: a hundredth.
+const LONG_REST: u32 = 99;
+/// When no memory has come for so long, whoever read for the first time has what it needed.
+const QUIET: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -82,8 +86,12 @@ pub(crate) struct Pieces {
     pieces: Vec<Piece>,
     /// Those to be tried, by their time.
     due: BTreeSet<(Instant, usize)>,
-    /// None is asked for before then.
-    rests: Option<Instant>,
+    /// None is asked for before then: the kernel had no huge page to give.
+    short: Option<Instant>,
+    /// When the last attempt ended, and how long it took.
+    last: Option<(Instant, Duration)>,
+    /// When memory last came.
+    came: Option<Instant>,
     huge: usize,
 }
 
@@ -97,7 +105,9 @@ impl Pieces {
         Self {
             pieces: vec![piece; pieces],
             due: BTreeSet::new(),
-            rests: None,
+            short: None,
+            last: None,
+            came: None,
             huge: 0,
         }
     }
@@ -109,6 +119,7 @@ impl Pieces {
 
     /// So many bytes more of the piece around `offset` have memory. Whether it is full now.
     pub(crate) fn gained(&mut self, offset: usize, bytes: usize, now: Instant) -> bool {
+        self.came = Some(now);
         let number = offset / HUGE_PAGE;
         let Some(piece) = self.pieces.get_mut(number) else {
             // What lies behind the last whole piece.
@@ -154,12 +165,24 @@ impl Pieces {
         due
     }
 
+    /// Until when the thread rests, as far as is known now.
+    fn rests_until(&self, now: Instant) -> Option<Instant> {
+        let rest = self.last.map(|(ended, took)| {
+            let soon = ended + took * REST;
+            match self.came.map(|came| came + QUIET) {
+                Some(quiet) if now < quiet => (ended + took * LONG_REST).min(soon.max(quiet)),
+                _ => soon,
+            }
+        });
+        rest.max(self.short)
+    }
+
     /// What is to be done now.
     pub(crate) fn next(&mut self, now: Instant) -> Next {
         let Some(&(at, number)) = self.due.first() else {
             return Next::Nothing;
         };
-        let at = self.rests.map_or(at, |rests| rests.max(at));
+        let at = self.rests_until(now).map_or(at, |rests| rests.max(at));
         if now < at {
             return Next::At(at);
         }
@@ -193,11 +216,10 @@ impl Pieces {
             return false;
         };
         let errno = result.as_ref().err().and_then(Errno::from_io_error);
-        let rest = match errno {
-            Some(Errno::NOMEM) => SHORTAGE,
-            _ => now.saturating_duration_since(began) * REST,
-        };
-        self.rests = Some(now + rest);
+        self.last = Some((now, now.saturating_duration_since(began)));
+        if errno == Some(Errno::NOMEM) {
+            self.short = Some(now + SHORTAGE);
+        }
         if disturbed {
             piece.stage = Stage::Ordinary;
             self.consider(number, now);
@@ -433,6 +455,36 @@ mod tests {
         let next = began + took * 5;
         assert_eq!(pieces.next(began + took), Next::At(next));
         assert_eq!(pieces.next(next), Next::Try(1));
+    }
+
+    #[test]
+    fn while_memory_comes_the_thread_rests_much_longer() {
+        let (mut pieces, now) = (Pieces::new(4), Instant::now());
+        for number in 0..3 {
+            assert!(fill(&mut pieces, number, now));
+        }
+        let took = Duration::from_millis(5);
+        let began = now + PAUSE;
+        assert_eq!(pieces.next(began), Next::Try(0));
+        let ended = began + took;
+        assert!(!pieces.tried(0, &Ok(()), began, ended));
+        let gain = |pieces: &mut Pieces, at| pieces.gained(3 * HUGE_PAGE, PAGE, at);
+        assert!(!gain(&mut pieces, ended));
+        let long = ended + took * LONG_REST;
+        assert_eq!(pieces.next(ended), Next::At(long));
+        assert!(!gain(&mut pieces, ended + took * 50));
+        assert_eq!(pieces.next(long - took), Next::At(long));
+        assert_eq!(pieces.next(long), Next::Try(1));
+        // Quiet comes before the end of that rest, and then it is over.
+        let (began, took) = (long, Duration::from_millis(500));
+        assert!(!gain(&mut pieces, began));
+        let ended = began + took;
+        assert!(!pieces.tried(1, &Ok(()), began, ended));
+        assert_eq!(pieces.next(ended), Next::At(ended + took * REST));
+        assert!(!gain(&mut pieces, ended + took * 3));
+        let quiet = ended + took * 3 + QUIET;
+        assert_eq!(pieces.next(ended + took * 4), Next::At(quiet));
+        assert_eq!(pieces.next(quiet), Next::Try(2));
     }
 
     #[test]
