@@ -8,6 +8,7 @@ use rustix::pipe::SpliceFlags;
 use rustix::process::Signal;
 use std::fs::{self, File};
 use std::io::{self, PipeReader, PipeWriter, Read as _};
+use std::iter::repeat_n;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -39,7 +40,9 @@ fn await_that(what: impl Fn() -> bool) {
 /// that follows.
 fn file(first: u8, chunks: usize) -> TempDir {
     let directory = tempfile::tempdir().unwrap();
-    let bytes = (first..).take(chunks).flat_map(|byte| [byte; CHUNK]);
+    let bytes = (first..)
+        .take(chunks)
+        .flat_map(|byte| repeat_n(byte, CHUNK));
     fs::write(directory.path().join("file"), bytes.collect::<Vec<_>>()).unwrap();
     directory
 }
