@@ -143,10 +143,10 @@ class Syscalls:
         return counted
 
 
-def fio(path, bs, depth, pattern, *more):
-    """Runs one job; gives its figures."""
+def fio(path, bs, depth, pattern, *more, under=()):
+    """Runs one job, as `under` does where that is the beginning of a command; gives its figures."""
     output = run(
-        "fio", "--name=job", f"--filename={path}", "--readonly", "--direct=1", f"--bs={bs}", f"--iodepth={depth}",
+        *under, "fio", "--name=job", f"--filename={path}", "--readonly", "--direct=1", f"--bs={bs}", f"--iodepth={depth}",
         f"--rw={pattern}", "--ioengine=io_uring", "--output-format=json", "--randrepeat=0", "--norandommap",
         "--percentile_list=50:99:99.9", *more,
     )
@@ -427,6 +427,42 @@ class Bench:
                     self.note(target, number, "cold", row, **figures)
                     target.stop()
 
+    def profile(self, targets):
+        """What the processors do while a job runs, one request at a time: their time for each
+        operation by thread, and by the functions that take most; fio's own start is in it."""
+        data = f"{self.scratch}/perf.data"
+        record = (self.options.perf, "record", "--quiet", "--all-cpus", "--event=cpu-clock", "--freq=997", f"--output={data}", "--")
+        report = (self.options.perf, "report", f"--input={data}", "--stdio", "--sort=comm,sym", "--fields=overhead,comm,sym",
+                  "--field-separator=|")
+        jobs = [job for job in JOBS if job[0].endswith("depth 1")]
+        for target in (target for target in targets if target.is_device):
+            for state in ("cached", "cold"):
+                for row, bs, depth, pattern in jobs:
+                    target.begin()
+                    if state == "cached":
+                        warm(target)
+                        much = ("--time_based", f"--runtime={int(self.options.seconds * 1000)}ms")
+                    else:
+                        drop_caches()
+                        much = ("--number_ios=400" if pattern == "randread" else "--size=128M",)
+                    figures = fio(target.path, bs, depth, pattern, *much, under=record)
+                    target.stop()
+                    text = run(*report)
+                    # Nanoseconds that were sampled: an idle processor is not, most of the time.
+                    sampled = int(re.search(r"^# Event count \(approx\.\): ([0-9]+)", text, re.M)[1])
+                    whole = sampled / 1000 / max(1, figures["operations"])
+                    threads, functions = {}, []
+                    for line in text.splitlines():
+                        found = re.match(r"\s*([0-9.]+)%\s*\|\s*(\S.*?)\s*\|\s*(?:\[(.)\] )?(.*?)\s*$", line)
+                        if found and found[2] != "swapper":
+                            share, thread, where, function = float(found[1]) / 100 * whole, *found.groups()[1:]
+                            # Numbered ones are alike.
+                            thread = re.sub(r"[-/:]?[0-9][0-9a-zA-Z:/+_-]*$", "", thread)
+                            threads[thread] = threads.get(thread, 0) + share
+                            functions.append((share, thread, "kernel" if where == "k" else "program", function))
+                    self.note(target, 0, f"profile, {state}", row, mean=figures["mean"], threads=threads,
+                              functions=sorted(functions, reverse=True)[:16])
+
     def timed(self, *command):
         start = time.monotonic()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -510,6 +546,7 @@ def main():
     add("--image", action="append", default=[], metavar="UFS=DIGEST",
         help="an image for the mount times; may be repeated")
     add("--nbd", help="qemu-nbd")
+    add("--perf", help="perf")
     add("--cache-size", default="512M")
     add("--serve", action="append", default=[], help="a further argument of ublk-server serve")
     add("--targets", default="loop,copy-only,ublk,fuse,nbd")
@@ -534,6 +571,8 @@ def main():
             bench.device_cold(targets)
         if "mount" in parts:
             bench.mounts(targets)
+        if "profile" in parts:
+            bench.profile(targets)
         for name in os.listdir(scratch):
             if name.endswith(".log") and (text := open(f"{scratch}/{name}").read()):
                 say(f"{name}:\n{text[-4000:]}")

@@ -113,6 +113,19 @@ for result in results:
             lines.append((f"{row}, {part.split()[1]}", cells))
     if lines:
         table("Files through EROFS", targets, lines)
+    for part in ordered(row["part"] for row in rows if row["part"].startswith("profile")):
+        for row in rows_of(part):
+            found = {target: by[part, row, target][0] for target in targets if by[part, row, target]}
+            threads = ordered(thread for figure in found.values() for thread in figure["threads"])
+            threads.sort(key=lambda thread: -max(figure["threads"].get(thread, 0) for figure in found.values()))
+            lines = [("latency", [f"{figure['mean']:,.0f} µs" for figure in found.values()])]
+            for thread in threads[:10]:
+                lines.append((thread, [f"{figure['threads'].get(thread, 0):,.0f} µs" for figure in found.values()]))
+            table(f"{row}, {part.split()[1]}: processor time for each operation, by thread", found, lines)
+            for target, figure in found.items():
+                print(f"\n{target}, the functions that take most:\n")
+                for share, thread, where, function in figure["functions"]:
+                    print(f"* {share:,.0f} µs {thread}: {function} ({where})")
     lines = []
     mounted = ordered(row["target"] for row in rows if row["part"] == "mount")
     for row in rows_of("mount"):
