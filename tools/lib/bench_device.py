@@ -448,10 +448,9 @@ class Bench:
                     figures = fio(target.path, bs, depth, pattern, *much, under=record)
                     target.stop()
                     text = run(*report)
-                    # Nanoseconds that were sampled: an idle processor is not, most of the time.
-                    sampled = int(re.search(r"^# Event count \(approx\.\): ([0-9]+)", text, re.M)[1])
-                    whole = sampled / 1000 / max(1, figures["operations"])
-                    threads, functions = {}, []
+                    sampled = re.search(r"^# Event count \(approx\.\): ([0-9]+)", text, re.M)
+                    whole = int(sampled[1] if sampled else 0) / 1000 / max(1, figures["operations"])
+                    threads, functions = {}, {}
                     for line in text.splitlines():
                         found = re.match(r"\s*([0-9.]+)%\s*\|\s*(\S.*?)\s*\|\s*(?:\[(.)\] )?(.*?)\s*$", line)
                         if found and found[2] != "swapper":
@@ -459,9 +458,13 @@ class Bench:
                             # Numbered ones are alike.
                             thread = re.sub(r"[-/:]?[0-9][0-9a-zA-Z:/+_-]*$", "", thread)
                             threads[thread] = threads.get(thread, 0) + share
-                            functions.append((share, thread, "kernel" if where == "k" else "program", function))
+                            key = (thread, "kernel" if where == "k" else "program", function)
+                            functions[key] = functions.get(key, 0) + share
+                    if not threads:
+                        raise SystemExit(f"perf has seen nothing:\n{text}")
+                    most = sorted(functions.items(), key=lambda item: -item[1])[:16]
                     self.note(target, 0, f"profile, {state}", row, mean=figures["mean"], threads=threads,
-                              functions=sorted(functions, reverse=True)[:16])
+                              functions=[[share, *key] for key, share in most])
 
     def timed(self, *command):
         start = time.monotonic()

@@ -121,7 +121,7 @@ for result in results:
             lines = [("latency", [f"{figure['mean']:,.0f} µs" for figure in found.values()])]
             for thread in threads[:10]:
                 lines.append((thread, [f"{figure['threads'].get(thread, 0):,.0f} µs" for figure in found.values()]))
-            table(f"{row}, {part.split()[1]}: processor time for each operation, by thread", found, lines)
+            table(f"{row}, {part.split()[1]}: processor time for each operation, by thread; fio's has its start", found, lines)
             for target, figure in found.items():
                 print(f"\n{target}, the functions that take most:\n")
                 for share, thread, where, function in figure["functions"]:

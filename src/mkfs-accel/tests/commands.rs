@@ -234,6 +234,7 @@ fn exit_codes_are_the_same_where_nothing_can_be_said() {
             .args(["convert", source, "--json", "--ufs"])
             .arg(ufs.path())
             .env("RUST_LOG", "trace")
+            .stdout(Stdio::null())
             .stderr(full.unwrap())
             .status();
         status.unwrap().code()

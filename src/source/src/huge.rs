@@ -41,7 +41,8 @@ const SHORTAGE: Duration = Duration::from_secs(10);
 const REST: u32 = 4;
 /// The same while memory comes, and for [`QUIET`] after it: a hundredth.
 const LONG_REST: u32 = 99;
-/// When no memory has come for so long, whoever read for the first time has what it needed.
+/// When no memory has come for so long, whoever read for the first time has what it needed,
+/// or the cache is full, and few pieces are left.
 const QUIET: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -17,11 +17,15 @@ use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long an entry waits for memory, which the kernel takes from somebody else.
-const WAIT_FOR_MEMORY: Duration = Duration::from_secs(2);
+/// How long entries wait for memory, which the kernel takes from somebody else.
+const WAIT_FOR_MEMORY: Duration = Duration::from_secs(1);
+
+/// They wait once in so long: others wait for who writes them.
+const AGAIN: Duration = Duration::from_secs(10);
 
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -189,6 +193,7 @@ pub struct Journal {
     directory: PathBuf,
     boot_id: String,
     ufs: PathBuf,
+    memory: Memory,
 }
 
 impl Journal {
@@ -201,6 +206,7 @@ impl Journal {
             directory,
             boot_id: boot_id.trim().to_owned(),
             ufs: ufs.to_owned(),
+            memory: Memory::default(),
         })
     }
 
@@ -229,7 +235,8 @@ impl Journal {
     pub fn write(&self, entry: &Entry) -> io::Result<()> {
         let mut json = serde_json::to_vec_pretty(entry)?;
         json.push(b'\n');
-        when_there_is_memory(|| self.write_file(entry.root, &json))
+        self.memory
+            .when_there_is_some(|| self.write_file(entry.root, &json))
     }
 
     fn write_file(&self, root: Root, json: &[u8]) -> io::Result<()> {
@@ -243,7 +250,9 @@ impl Journal {
 
     /// Removes an entry.
     pub fn remove(&self, root: Root) -> io::Result<()> {
-        match fs::remove_file(self.path(root)) {
+        let path = self.path(root);
+        let removed = self.memory.when_there_is_some(|| fs::remove_file(&path));
+        match removed {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             result => result,
         }
@@ -346,19 +355,36 @@ impl Journal {
     }
 }
 
-/// Does it again for a while if it fails for want of memory: pages of files count, too, where
-/// a daemon's memory is limited.
-fn when_there_is_memory<T>(mut act: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    let since = Instant::now();
-    loop {
-        match act() {
-            Err(error)
-                if error.kind() == io::ErrorKind::OutOfMemory
-                    && since.elapsed() < WAIT_FOR_MEMORY =>
-            {
-                thread::sleep(PAUSE);
+/// Waits for memory: pages of files count, too, where a daemon's memory is limited.
+#[derive(Debug, Default)]
+struct Memory {
+    /// Until when it was last waited for.
+    until: Mutex<Option<Instant>>,
+}
+
+impl Memory {
+    /// Until when to wait, if there is none at `now`.
+    fn until(&self, now: Instant) -> Instant {
+        let mut until = self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        match *until {
+            Some(at) if now < at + AGAIN => at,
+            _ => *until.insert(now + WAIT_FOR_MEMORY),
+        }
+    }
+
+    /// Does it again for a while if it fails for want of memory.
+    fn when_there_is_some<T>(&self, mut act: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+        loop {
+            let result = act();
+            let now = Instant::now();
+            match result {
+                Err(error)
+                    if error.kind() == io::ErrorKind::OutOfMemory && now < self.until(now) =>
+                {
+                    thread::sleep(PAUSE);
+                }
+                result => return result,
             }
-            result => return result,
         }
     }
 }
@@ -375,12 +401,24 @@ mod tests {
             Err(io::ErrorKind::OutOfMemory.into()),
             Err(io::ErrorKind::OutOfMemory.into()),
         ];
-        let mut next = || answers.pop().unwrap();
-        assert_eq!(when_there_is_memory(&mut next).unwrap(), 7);
-        let error = when_there_is_memory(&mut next).unwrap_err();
+        let (memory, mut next) = (Memory::default(), || answers.pop().unwrap());
+        assert_eq!(memory.when_there_is_some(&mut next).unwrap(), 7);
+        let error = memory.when_there_is_some(&mut next).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
-        let without = when_there_is_memory(|| Err::<(), _>(io::ErrorKind::OutOfMemory.into()));
-        assert_eq!(without.unwrap_err().kind(), io::ErrorKind::OutOfMemory);
+        let without =
+            || memory.when_there_is_some(|| Err::<(), _>(io::ErrorKind::OutOfMemory.into()));
+        assert_eq!(without().unwrap_err().kind(), io::ErrorKind::OutOfMemory);
+    }
+
+    #[test]
+    fn memory_is_waited_for_once_in_a_while() {
+        let (memory, now) = (Memory::default(), Instant::now());
+        let end = now + WAIT_FOR_MEMORY;
+        assert_eq!(memory.until(now), end);
+        assert_eq!(memory.until(now + PAUSE), end);
+        assert_eq!(memory.until(end + AGAIN - PAUSE), end);
+        let later = end + AGAIN;
+        assert_eq!(memory.until(later), later + WAIT_FOR_MEMORY);
     }
 
     fn entry(journal: &Journal) -> Entry {

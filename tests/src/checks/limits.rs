@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Resource, Rlimit};
@@ -100,6 +100,13 @@ pub fn full_disk_of_the_log_harms_nothing(setting: &Setting) -> Result<()> {
     before.check_same_now(setting)
 }
 
+/// Whether a command said so, whatever is in the daemon's log.
+fn says(error: &anyhow::Error, what: &str) -> bool {
+    let text = error.to_string();
+    let said = text.split("--- the daemon's log ---").next();
+    said.is_some_and(|said| said.contains(what))
+}
+
 /// A program that does `first`, words of a shell, and then is `ublk-server`; it lies in the
 /// directory.
 fn instead(setting: &Setting, first: &str) -> Result<(TempDir, PathBuf)> {
@@ -123,6 +130,8 @@ pub fn reads_go_on_when_memory_is_short(setting: &Setting) -> Result<()> {
     const ENDS: usize = 16;
     /// Of another image meanwhile.
     const MOUNTS: usize = 4;
+    /// Only a bound for mounts of which none succeeds.
+    const LONGEST: Duration = Duration::from_secs(600);
     let (image, other) = (image(setting, "tiny")?, image(setting, "foreign")?);
     let before = State::now(setting)?;
     let root = Path::new("/sys/fs/cgroup");
@@ -166,7 +175,8 @@ pub fn reads_go_on_when_memory_is_short(setting: &Setting) -> Result<()> {
                     let mounted = match daemon.mount(&other.source) {
                         Ok(mounted) => mounted,
                         // Refused, and its reason told.
-                        Err(error) if error.to_string().contains("Cannot allocate memory") => {
+                        Err(error) if says(&error, "Cannot allocate memory") => {
+                            std::thread::sleep(Duration::from_millis(10));
                             continue;
                         }
                         Err(error) => return Err(error),
@@ -178,9 +188,10 @@ pub fn reads_go_on_when_memory_is_short(setting: &Setting) -> Result<()> {
                 Ok(())
             });
             let done = || ends.load(Relaxed) >= ENDS && mounts.load(Relaxed) >= MOUNTS;
-            let mut alive = true;
+            let (mut alive, since) = (true, Instant::now());
             while alive
                 && !done()
+                && since.elapsed() < LONGEST
                 && !hog.is_finished()
                 && !reader.is_finished()
                 && !mounter.is_finished()
@@ -198,6 +209,7 @@ pub fn reads_go_on_when_memory_is_short(setting: &Setting) -> Result<()> {
                 joined.map_err(|_| crate::fail("a thread panicked"))??;
             }
             ensure!(alive, "the daemon was ended");
+            ensure!(done(), "{ends:?} ends and {mounts:?} mounts in {LONGEST:?}");
             Ok(())
         })?;
         ensure!(mounted.run(&image.program)? == image.output()?);

@@ -272,7 +272,11 @@ impl Registry {
             entry = entry.over_fuse();
             self.journal
                 .check_vacant(root)
-                .and_then(|()| self.journal.write(&entry))
+                .and_then(|()| {
+                    let written = self.journal.write(&entry);
+                    // It may be there all the same, of an export that is not.
+                    written.inspect_err(|_| drop(self.journal.remove(root)))
+                })
                 .with_context(|| format!("cannot export {name}"))?;
         }
         Ok(Served {

@@ -5,7 +5,8 @@
 //! an export ends with its last holder.
 //!
 //! Two locks: `operations` orders attach and detach, which may wait for the kernel;
-//! `state` is held for moments only, so that `status` always answers. `operations` is
+//! `state` is held for moments only (a second at most, where memory is short), so that `status`
+//! always answers. `operations` is
 //! taken first. What has to be known of UFS is looked up before either: a UFS that
 //! stalls holds up who asks for it, and nobody else.
 
@@ -343,14 +344,14 @@ impl Registry {
             }
             return Err(error).with_context(|| format!("cannot end {}", served.export.name));
         }
-        self.journal
-            .remove(root)
-            .context("cannot remove a journal entry")?;
+        // It is gone, whatever becomes of its entry.
         self.state().exports.remove(&root);
         if let Some(remake) = &self.remake {
             remake.forget(&served.export.name);
         }
-        Ok(())
+        self.journal
+            .remove(root)
+            .context("cannot remove a journal entry")
     }
 
     /// Serves a layer on a FUSE file system that a client has mounted.
