@@ -36,6 +36,10 @@ fn steps(log: &str) -> Vec<Step> {
     for line in log.lines() {
         let (thread, call) = line.split_once(' ').expect("a thread's id");
         let call = call.trim_start();
+        // Of a thread that strace saw last when the process ended.
+        if call.ends_with("<detached ...>") {
+            continue;
+        }
         if let Some(start) = call.strip_suffix("<unfinished ...>") {
             begun.insert(thread, start);
             continue;
@@ -44,7 +48,8 @@ fn steps(log: &str) -> Vec<Step> {
             true => begun.remove(thread).expect("what is resumed was begun"),
             false => call,
         };
-        let resumed = line.rsplit_once(" = ").expect("a result").1;
+        let resumed = line.rsplit_once(" = ");
+        let resumed = resumed.unwrap_or_else(|| panic!("no result: {line}")).1;
         if resumed.starts_with('-') {
             continue;
         }
