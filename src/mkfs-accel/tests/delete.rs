@@ -407,7 +407,9 @@ fn what_a_failed_conversion_had_finished_is_named_and_goes_when_asked() {
     verify(&ufs, &image);
     deleted(&ufs, &[&image.source()]);
     fs::write(&path, broken).unwrap();
-    common::bad(&[&"convert", &image.source(), &"--ufs", &ufs.path()]);
+    // One after the other, so that two are there when the third fails.
+    let source = image.source();
+    common::bad(&[&"convert", &source, &"--jobs", &"1", &"--ufs", &ufs.path()]);
     let report = collected(&ufs, &["--unclaimed", "--settle", "0"]);
     assert_eq!(removed(&report), Some(2), "{report}");
     // What was learnt of blobs stays.

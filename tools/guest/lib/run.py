@@ -61,7 +61,7 @@ def parse_arguments():
     add("--memory", default="3G", help="memory of the guest (default 3G)")
     add("--cpus", type=int, default=2, help="CPUs of the guest (default 2)")
     add("--timeout", type=float, default=600, metavar="SECONDS", help="kill the guest when COMMAND has run this long (default 600)")
-    add("--boot-timeout", type=float, default=240, metavar="SECONDS", help="kill the guest when it has not booted by then (default 240: a busy machine takes its time)")
+    add("--boot-timeout", type=float, default=240, metavar="SECONDS", help="kill the guest when it has not booted by then, and boot once more (default 240: a busy machine takes its time)")
     add("--kernel-module-param", action="append", default=[], metavar="MODULE.NAME=VALUE", help="parameter for when MODULE is loaded, e.g. ublk_drv.ublks_max=256")
     add("--kernel-arg", action="append", default=[], metavar="ARG", help="further word for the kernel's command line")
     add("--serial-log", metavar="FILE", help="keep the serial log here, whatever happens")
@@ -119,6 +119,10 @@ def parse_variable(parser, text):
 
 class GuestError(Exception):
     """The guest did not boot or died."""
+
+
+class BootTimedOut(GuestError):
+    """The guest did not boot in time: nothing of the command has run."""
 
 
 class TimedOut(Exception):
@@ -369,7 +373,7 @@ def run_in_guest(guest, serial_log):
     except TimedOut:
         if booted:
             raise
-        raise GuestError(f"the guest did not boot within {guest.arguments.boot_timeout:g} s") from None
+        raise BootTimedOut(f"the guest did not boot within {guest.arguments.boot_timeout:g} s") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     raise GuestError("the guest died under the command" if booted else "the guest did not boot")
@@ -427,7 +431,15 @@ def main():
         keep_log = bool(arguments.serial_log)
         try:
             try:
-                status = run_in_guest(guest, log)
+                try:
+                    status = run_in_guest(guest, log)
+                except BootTimedOut as error:
+                    # The kernel of an emulated machine loses a wake-up at times, and waits for
+                    # ever. Another attempt is as good as the first.
+                    note(f"{error}; once more")
+                    guest.stop()
+                    guest = Guest(arguments, paths)
+                    status = run_in_guest(guest, log)
                 if status != 0:
                     keep_log = True
                     note(f"the command's status is {status}; serial log: {log.name}")
