@@ -426,13 +426,17 @@ impl<R: Reader> UblkTransport<R> {
 
     /// Prepares all devices for another process to recover: where the driver can
     /// (Linux 6.16), new requests wait from here on, and what is under way is
-    /// finished, for at most about `bound`. Gives the number of devices that were
-    /// prepared; the others lose nothing either, as what they have under way is sent
-    /// again. In any case this process must end now, or become another program: no
-    /// device goes on being served.
+    /// finished, if it takes some milliseconds; all of it within about `bound`. Gives
+    /// the number of devices that were prepared; the others lose nothing either, as
+    /// what they have under way is sent again. In any case this process must end now,
+    /// or become another program: no device goes on being served.
     pub fn hand_over(&self, bound: Duration) -> usize {
         /// Commands under way at once.
         const TOGETHER: usize = 16;
+        /// How long what is under way may take to be finished: it is sent again otherwise,
+        /// which costs its readers less than to wait for all of it. Linux 7.3 gives a tag
+        /// back that was idle, and not one whose request is answered after that.
+        const UNDER_WAY: Duration = Duration::from_millis(20);
         let until = Instant::now() + bound;
         let left = || until.saturating_duration_since(Instant::now());
         let served: Vec<_> = self.devices().values().map(Arc::clone).collect();
@@ -459,9 +463,9 @@ impl<R: Reader> UblkTransport<R> {
                 }
             }
         }
+        let until = until.min(Instant::now() + UNDER_WAY);
         for served in &quiesced {
-            // What is still under way then is sent again.
-            let _ = served.wait_detached(left());
+            let _ = served.wait_detached(until.saturating_duration_since(Instant::now()));
         }
         quiesced.len()
     }
