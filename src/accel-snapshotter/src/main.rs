@@ -1,5 +1,6 @@
 //! The snapshotter and its command line.
 
+use accel_client::output::print;
 use accel_client::paths::{Paths, SOCKET};
 use accel_snapshotter::config::{Containerd, Scope, Wanted};
 use accel_snapshotter::doctor::look::{Options, look, read};
@@ -110,12 +111,6 @@ enum Command {
     },
 }
 
-fn print(text: &str) -> Result<()> {
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .context("cannot print")
-}
-
 /// Changes containerd's configuration as a doctor would, and says how.
 fn change(main: &Path, wanted: &Wanted<'_>) -> Result<()> {
     let wrong = |finding: Finding| anyhow::Error::msg(finding.what);
@@ -130,7 +125,7 @@ fn change(main: &Path, wanted: &Wanted<'_>) -> Result<()> {
     let text: String = steps.iter().map(|step| format!("{step}\n")).collect();
     match steps.is_empty() {
         true => print("nothing to change\n"),
-        false => print(&(text + "now restart containerd\n")),
+        false => print(text + "now restart containerd\n"),
     }
 }
 
@@ -163,7 +158,7 @@ fn run(command: Command) -> Result<ExitCode> {
             };
             let stanza = config::stanza(&wanted).map_err(anyhow::Error::msg)?;
             match into {
-                None => print(&stanza),
+                None => print(stanza),
                 Some(main) => change(&main, &wanted),
             }
         }
@@ -187,8 +182,8 @@ fn run(command: Command) -> Result<ExitCode> {
                 scope,
             }))?;
             match json {
-                true => print(&(serde_json::to_string_pretty(&report)? + "\n")),
-                false => print(&report.to_string()),
+                true => print(serde_json::to_string_pretty(&report)? + "\n"),
+                false => print(&report),
             }?;
             return Ok(match report.worst() {
                 Level::Ok => ExitCode::SUCCESS,
@@ -201,8 +196,8 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Status { socket, json } => {
             let status = block_on(service::ask_status(socket, service::PATIENCE))??;
             match json {
-                true => print(&(serde_json::to_string_pretty(&status)? + "\n")),
-                false => print(&status.to_string()),
+                true => print(serde_json::to_string_pretty(&status)? + "\n"),
+                false => print(&status),
             }
         }
     }

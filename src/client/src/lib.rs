@@ -7,6 +7,7 @@
 //! * [`exports`]: from what the daemon exports to a file or device that can be
 //!   mounted, and back.
 //! * [`notify`]: what a service manager is told.
+//! * [`output`]: what commands print.
 //! * [`system`]: EROFS, overlay and FUSE mounts; [`mountinfo`]: which there are.
 //!
 //! The daemon itself never mounts, so that it does not have to unmount what it
@@ -18,6 +19,7 @@ pub mod lock;
 mod loop_device;
 pub mod mountinfo;
 pub mod notify;
+pub mod output;
 pub mod paths;
 pub mod protocol;
 pub mod system;

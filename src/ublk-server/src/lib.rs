@@ -30,7 +30,6 @@ pub mod log;
 pub mod metrics;
 pub mod namespace;
 pub mod orphans;
-pub mod output;
 pub mod registry;
 pub mod remake;
 pub mod rescue;

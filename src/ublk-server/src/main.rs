@@ -1,5 +1,6 @@
 //! The node daemon and its client commands.
 
+use accel_client::output::print;
 use accel_source::{disk_worker, worker};
 use accel_transport::Wanted;
 use anyhow::{Context as _, Result};
@@ -11,7 +12,6 @@ use std::process::ExitCode;
 use std::time::Duration;
 use ublk_server::disk_cache::DiskCacheOptions;
 use ublk_server::log::LogFormat;
-use ublk_server::output::print;
 use ublk_server::paths::{Paths, SOCKET};
 use ublk_server::remake::{self, RemakeOptions};
 use ublk_server::{client, keeper, log, rescue, serve, size, time};

@@ -11,11 +11,11 @@ use crate::log;
 use crate::metrics;
 use crate::namespace;
 use crate::notify::Notifier;
-use crate::output::print;
 use crate::paths::Paths;
 use crate::registry::Registry;
 use crate::remake::{Remake, RemakeOptions};
 use crate::threads::{self, Threads};
+use accel_client::output::print;
 use accel_source::privileges::{CapabilitySet, WRITE, keep_only};
 use accel_source::{
     Arena, DiskCache, Patience, Source, Sources, StartError, WorkerCommand, WorkerSource,

@@ -1,12 +1,12 @@
 //! `ublk-server rescue` as a program of its own: when restarts of the daemon keep
 //! failing, its program may be the reason.
 
+use accel_client::output::print;
 use clap::Parser;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
-use ublk_server::output::print;
 use ublk_server::paths::{Paths, SOCKET};
 use ublk_server::{rescue, time};
 

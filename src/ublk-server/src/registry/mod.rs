@@ -5,10 +5,9 @@
 //! an export ends with its last holder.
 //!
 //! Two locks: `operations` orders attach and detach, which may wait for the kernel;
-//! `state` is held for moments only (a second at most, where memory is short), so that `status`
-//! always answers. `operations` is
-//! taken first. What has to be known of UFS is looked up before either: a UFS that
-//! stalls holds up who asks for it, and nobody else.
+//! `state` is held for moments only (a second at most, where memory is short), so that
+//! `status` always answers. `operations` is taken first. What has to be known of UFS is
+//! looked up before either: a UFS that stalls holds up who asks for it, and nobody else.
 
 use crate::catalog::Image;
 use crate::devices::{Device, Devices};
